@@ -1,0 +1,51 @@
+"""cpattn: exact context-parallel attention for PyTorch.
+
+The public names load on first use (PEP 562), so that `import cpattn.solver` in a planning process loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpattn.attention_op import attention
+    from cpattn.key import AttnKey, make_key
+    from cpattn.layout import dispatch, position_ids, roll, undispatch
+    from cpattn.mask_spec import AttnMaskSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttnKey",
+    "AttnMaskSpec",
+    "__version__",
+    "attention",
+    "dispatch",
+    "make_key",
+    "position_ids",
+    "roll",
+    "undispatch",
+]
+
+_MODULE_OF = {
+    "AttnKey": "key",
+    "AttnMaskSpec": "mask_spec",
+    "attention": "attention_op",
+    "dispatch": "layout",
+    "make_key": "key",
+    "position_ids": "layout",
+    "roll": "layout",
+    "undispatch": "layout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines the public name `name`; later look-ups find it here."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -1,0 +1,1 @@
+"""Attention modules with the module names that automodel-style training recipes load."""

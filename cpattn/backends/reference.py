@@ -1,0 +1,117 @@
+"""The oracle among the local kernels: plain matrix products, every option, any device.
+
+Computes in the accumulators' dtype (fp32, or fp64 for fp64 inputs), a block of rows at a time.
+Shape legend as in `base.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpattn.collectives import merge_partials
+from cpattn.solver import MaskSlice, SliceTable
+
+from .base import Problem
+
+# Scores of a block, over all heads, that are held in memory at a time.
+_BLOCK_SCORES = 1 << 24
+
+
+class ReferenceBackend:
+    """Dense attention slice by slice; slow, and right by being plain."""
+
+    name = "reference"
+
+    def refusal(self, problem: Problem) -> str | None:
+        if not problem.dtype.is_floating_point or problem.dtype.itemsize < 2:
+            return f"dtype {problem.dtype} is not one of float64, float32, bfloat16, float16"
+        return None
+
+    def prepare(
+        self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
+    ) -> tuple[MaskSlice, ...]:
+        return tuple(slices)
+
+    def forward(
+        self,
+        q_QND: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        work: tuple[MaskSlice, ...],
+        *,
+        scale: float,
+        softcap: float | None,
+        out_QNE: Tensor,
+        lse_QN: Tensor,
+    ) -> None:
+        groups = q_QND.shape[1] // k_KGD.shape[1]
+        for rows, keys, masked in _blocks(work, q_QND):
+            k, v = _per_query_head(k_KGD[keys], groups, out_QNE), _per_query_head(v_KGE[keys], groups, out_QNE)
+            scores, _ = _scores(q_QND[rows].to(out_QNE.dtype), k, masked, scale, softcap)
+            lse = torch.logsumexp(scores, dim=-1)
+            out = torch.einsum("nqk,kne->qne", torch.exp(scores - lse[..., None]), v)
+            merge_partials(out_QNE[rows], lse_QN[rows], out, lse.T)
+
+    def backward(
+        self,
+        dout_QNE: Tensor,
+        q_QND: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        out_QNE: Tensor,
+        lse_QN: Tensor,
+        work: tuple[MaskSlice, ...],
+        *,
+        scale: float,
+        softcap: float | None,
+        dq_QND: Tensor,
+        dk_KGD: Tensor,
+        dv_KGE: Tensor,
+    ) -> None:
+        groups = q_QND.shape[1] // k_KGD.shape[1]
+        for rows, keys, masked in _blocks(work, q_QND):
+            k, v = _per_query_head(k_KGD[keys], groups, dq_QND), _per_query_head(v_KGE[keys], groups, dq_QND)
+            q, dout = q_QND[rows].to(dq_QND.dtype), dout_QNE[rows].to(dq_QND.dtype)
+            scores, slope = _scores(q, k, masked, scale, softcap)
+            p = torch.exp(scores - lse_QN[rows].T[..., None])
+            delta = (dout * out_QNE[rows].to(dq_QND.dtype)).sum(-1)
+            dp = torch.einsum("qne,kne->nqk", dout, v)
+            ds = p * (dp - delta.T[..., None]) * scale
+            if slope is not None:
+                ds = ds * slope
+            dq_QND[rows] += torch.einsum("nqk,knd->qnd", ds, k)
+            dk_KGD[keys] += _per_key_head(torch.einsum("nqk,qnd->knd", ds, q), groups)
+            dv_KGE[keys] += _per_key_head(torch.einsum("nqk,qne->kne", p, dout), groups)
+
+
+def _blocks(work: tuple[MaskSlice, ...], q_QND: Tensor):  # type: ignore[no-untyped-def]
+    """(rows, keys, masked pairs) of blocks of rows small enough to hold all their scores."""
+    for s in work:
+        keys = slice(s.k.start, s.k.end)
+        step = max(1, _BLOCK_SCORES // (len(s.k) * q_QND.shape[1]))
+        j = torch.arange(s.k.start, s.k.end, device=q_QND.device)
+        for start in range(s.q.start, s.q.end, step):
+            rows = slice(start, min(start + step, s.q.end))
+            diff = j - torch.arange(rows.start, rows.stop, device=q_QND.device)[:, None]
+            yield rows, keys, (diff < s.lo) | (diff > s.hi)
+
+
+def _scores(
+    q_QND: Tensor, k_KND: Tensor, masked_QK: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Masked scores [N, Q, K], and the derivative of the softcap where there is one."""
+    scores = torch.einsum("qnd,knd->nqk", q_QND, k_KND) * scale
+    slope = None
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - capped * capped
+    return scores.masked_fill(masked_QK, -torch.inf), slope
+
+
+def _per_query_head(x_KGX: Tensor, groups: int, like: Tensor) -> Tensor:
+    return x_KGX.to(like.dtype).repeat_interleave(groups, dim=1)
+
+
+def _per_key_head(x_KNX: Tensor, groups: int) -> Tensor:
+    return x_KNX.unflatten(1, (-1, groups)).sum(2)

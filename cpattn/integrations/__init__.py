@@ -1,0 +1,1 @@
+"""Bridges to model libraries: the attention call of each, served by cpattn."""

@@ -1,0 +1,395 @@
+"""`make_key`: plan a mask for a group of ranks and bind this rank's share to it.
+
+A key holds everything that a step needs besides the tensors. It is made once per mask and reused by
+all layers; keys are cached, so asking for the same one again costs microseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpattn.backends import Backend, Problem, choose_backend
+from cpattn.collectives import RowRoutes
+from cpattn.solver import Exchange, Layout, Plan, RankPlan, SliceTable, assemble_plan, make_dispatch_plan
+
+from .agreement import require_agreement
+from .mask_spec import AttnMaskSpec, lower_mask
+
+MAX_CACHED_KEYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOptions:
+    """How a key is planned and run; part of the key's identity.
+
+    chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
+    layout: "balanced", "contiguous" or "zigzag".
+    backend: name of the local kernel, or "auto".
+    num_stages: parts in which remote keys are fetched; None chooses.
+    window: (left, right) limit on the distance in positions; None on a side is no limit.
+    search_effort: extra placement search, in iterations.
+    """
+
+    chunk_size: int
+    layout: Layout
+    backend: str
+    num_stages: int | None
+    window: tuple[int | None, int | None] | None
+    search_effort: int
+
+
+class BoundStage(NamedTuple):
+    """A stage of a rank plan with its exchange and kernel work on a device."""
+
+    kv: RowRoutes
+    num_keys: int
+    host_work: Any
+    guest_work: Any
+    has_guests: bool
+
+
+class BoundPlan(NamedTuple):
+    """A rank plan on a device, for one backend."""
+
+    backend: Backend
+    queries: RowRoutes
+    stages: tuple[BoundStage, ...]
+
+
+@dataclass(eq=False)
+class AttnKey:
+    """A mask planned for a group, and this rank's share of the plan.
+
+    Made by `make_key`. Attributes of interest: `spec`, `plan` (all ranks), `rank_plan` (this rank),
+    `cp_group`, `cp_size`, `cp_rank`, `num_tokens` (local query rows), `num_keys` (local key rows).
+    """
+
+    spec: AttnMaskSpec
+    options: KeyOptions
+    plan: Plan
+    rank_plan: RankPlan
+    cp_group: dist.ProcessGroup | None
+    cp_size: int
+    cp_rank: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    handle: int = field(init=False)
+    _bound: dict[Any, BoundPlan] = field(default_factory=dict, repr=False)
+    _agreed: set[Any] = field(default_factory=set, repr=False)
+    cached_tensors: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.handle = next(_handles)
+        _keys_by_handle[self.handle] = self
+
+    @property
+    def num_tokens(self) -> int:
+        """Query rows of this rank."""
+        return self.rank_plan.num_queries
+
+    @property
+    def num_keys(self) -> int:
+        """Key and value rows of this rank (the same as `num_tokens` in self-attention)."""
+        return self.rank_plan.num_keys
+
+    def bind(self, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> BoundPlan:
+        """This rank's plan on a device, for the backend that serves it; made once."""
+        kind = (device, dtype, softcap)
+        if kind not in self._bound:
+            backend = choose_backend(self._problem(device.type, dtype, softcap), self.options.backend)
+            self._bound[kind] = _bind(self.rank_plan, backend, device)
+        return self._bound[kind]
+
+    def agree(self, **fields: Any) -> None:
+        """Compare the fields of a first call between ranks; later calls with the same cost nothing."""
+        kind = tuple(fields.items())
+        if kind not in self._agreed:
+            require_agreement("attention", fields, self.cp_group)
+            self._agreed.add(kind)
+
+    def with_mask(
+        self, spec: AttnMaskSpec, *, window: int | Sequence[int | None] | None = None
+    ) -> AttnKey:
+        """A key for another mask over the same placement: one dispatch serves both.
+
+        For models whose layers have different masks (full and sliding-window layers). The heads and
+        options are this key's; the rows of each rank stay what they are.
+        """
+        mine = (self.spec.total_seqlen, self.spec.seqlen_k)
+        theirs = (spec.total_seqlen, spec.seqlen_k)
+        if mine != theirs or self.spec.is_cross != spec.is_cross:
+            raise ValueError(
+                f"with_mask: the key is over {mine} query and key tokens and the mask over {theirs}: "
+                f"masks of one placement are over the same sequence"
+            )
+        options = replace(self.options, window=_normal_window(window, spec))
+        identity = ("with_mask", self.handle, spec.fingerprint(), options)
+        return _cached(identity, lambda: self._plan_with_mask(spec, options))
+
+    def _plan_with_mask(self, spec: AttnMaskSpec, options: KeyOptions) -> AttnKey:
+        q_placement, k_placement = self.plan.q_placement, self.plan.k_placement
+        tasks, _ = lower_mask(spec, options.window).split_q(q_placement.starts[1:])
+        plan = assemble_plan(
+            tasks,
+            q_placement.owner_of(tasks.q0),
+            q_placement,
+            k_placement,
+            num_stages=options.num_stages,
+        )
+        heads = (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
+        return _bind_to_group(spec, options, plan, self.cp_group, heads)
+
+    def describe(self, dtype: torch.dtype = torch.bfloat16, device: str | None = None) -> str:
+        """Balance, tokens and bytes per rank, stages and backend, as text.
+
+        Args:
+            dtype: of q, k and v, for the bytes and the backend.
+            device: device type for the backend's choice; None is CUDA where there is one.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        backend = choose_backend(self._problem(device, dtype, False), self.options.backend).name
+        plan = self.plan
+        row = self.num_heads_kv * (self.head_dim + self.head_dim_v) * dtype.itemsize
+        received = plan.kv_routes.rows_received(self.cp_size)
+        gathered = (self.cp_size - 1) * self.spec.seqlen_k
+        tokens = plan.q_placement.num_tokens
+        share = f"{received.sum() / gathered:.1%} of an all-gather" if gathered else "one rank"
+        return "\n".join(
+            [
+                f"mask: {self.spec.total_seqlen} x {self.spec.seqlen_k} tokens, "
+                f"{plan.tasks.area():,} visible pairs in {len(plan.tasks)} tasks",
+                f"ranks: {self.cp_size}, layout {self.options.layout}, "
+                f"work max/mean {plan.imbalance():.3f}, tokens {tokens.min()} to {tokens.max()}",
+                f"keys and values received, forward: {received.sum() * row:,} bytes over all ranks "
+                f"({share}), {received.max(initial=0) * row:,} on the busiest",
+                f"stages: {plan.num_stages} remote, backend {backend} ({dtype}, {device})",
+            ]
+        )
+
+    def _problem(self, device_type: str, dtype: torch.dtype, softcap: bool) -> Problem:
+        return Problem(
+            device_type,
+            dtype,
+            self.num_heads_q,
+            self.num_heads_kv,
+            self.head_dim,
+            self.head_dim_v,
+            softcap,
+        )
+
+
+def make_key(
+    spec: AttnMaskSpec,
+    *,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    cp_group: Any = None,
+    chunk_size: int = 512,
+    layout: Layout = "balanced",
+    backend: str = "auto",
+    num_stages: int | None = None,
+    window: int | Sequence[int | None] | None = None,
+    search_effort: int = 0,
+) -> AttnKey:
+    """Plan attention under a mask for a context-parallel group.
+
+    On the first call for a mask the ranks compare what they planned, with one small all-gather;
+    call it on all ranks of the group. The same arguments give the same key from a bounded cache.
+
+    Args:
+        spec: the mask. It is read now; changing it later does not change the key.
+        num_heads_q, num_heads_kv: heads of q and of k and v; the first a multiple of the second.
+        head_dim, head_dim_v: dims of q and k, and of v (None: the same).
+        cp_group: ProcessGroup, DeviceMesh (1-D, or with an axis named "cp"), or None for one rank.
+        chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
+        layout: "balanced" (even work and tokens, least traffic), "contiguous" or "zigzag".
+        backend: local kernel by name, or "auto".
+        num_stages: parts in which remote keys are fetched, to overlap with compute; None chooses.
+        window: limit on top of the mask, in positions of the documents: an int W lets a query see
+            keys fewer than W positions back (what lies ahead stays as the mask has it); a pair
+            (left, right) limits both sides, None on a side not at all.
+        search_effort: iterations of extra placement search (0: the fast default).
+
+    Raises:
+        ValueError: a value is out of range, this rank is not in the group, or ranks differ.
+    """
+    for name, value in (("num_heads_q", num_heads_q), ("num_heads_kv", num_heads_kv), ("head_dim", head_dim)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+    if num_heads_q % num_heads_kv:
+        raise ValueError(
+            f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
+            f"multiple of key heads; did they swap places?"
+        )
+    group = _resolve_group(cp_group)
+    options = KeyOptions(
+        chunk_size, layout, backend, num_stages, _normal_window(window, spec), search_effort
+    )
+    heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
+    # The key holds its group, so the id cannot be reused while the entry lives.
+    identity = (spec.fingerprint(), heads, id(group), options)
+    return _cached(identity, lambda: _make_key(spec, options, group, heads))
+
+
+def clear_key_cache() -> None:
+    """Forget all cached keys (those still referenced go on working)."""
+    with _cache_lock:
+        _cache.clear()
+
+
+def key_of_handle(handle: int) -> AttnKey:
+    """The live key with this handle; custom ops carry the handle because they take no objects."""
+    key = _keys_by_handle.get(handle)
+    if key is None:
+        raise RuntimeError(
+            f"attention key {handle} no longer exists: keep a reference to the key until backward has run"
+        )
+    return key
+
+
+_handles = itertools.count(1)
+_keys_by_handle: WeakValueDictionary[int, AttnKey] = WeakValueDictionary()
+_cache: OrderedDict[Any, AttnKey] = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+def _cached(identity: Any, make: Any) -> AttnKey:
+    with _cache_lock:
+        key = _cache.get(identity)
+        if key is not None:
+            _cache.move_to_end(identity)
+            return key
+    key = make()
+    with _cache_lock:
+        _cache[identity] = key
+        while len(_cache) > MAX_CACHED_KEYS:
+            _cache.popitem(last=False)
+    return key  # type: ignore[no-any-return]
+
+
+def _make_key(
+    spec: AttnMaskSpec,
+    options: KeyOptions,
+    group: dist.ProcessGroup | None,
+    heads: tuple[int, int, int, int],
+) -> AttnKey:
+    plan = make_dispatch_plan(
+        lower_mask(spec, options.window),
+        total_seqlen=spec.total_seqlen,
+        total_seqlen_k=spec.total_seqlen_k,
+        cp_size=1 if group is None else dist.get_world_size(group),
+        chunk_size=options.chunk_size,
+        layout=options.layout,
+        num_stages=options.num_stages,
+        search_effort=options.search_effort,
+    )
+    return _bind_to_group(spec, options, plan, group, heads)
+
+
+def _bind_to_group(
+    spec: AttnMaskSpec,
+    options: KeyOptions,
+    plan: Plan,
+    group: dist.ProcessGroup | None,
+    heads: tuple[int, int, int, int],
+) -> AttnKey:
+    fields = {
+        "mask": spec.fingerprint(),
+        "heads and head dims": heads,
+        "key options": options,
+        "plan": plan.fingerprint,
+    }
+    require_agreement("make_key", fields, group)
+    rank = 0 if group is None else dist.get_rank(group)
+    # The caller may go on to change the spec's lists; the key keeps its own.
+    own = AttnMaskSpec(
+        spec.q_ranges, spec.k_ranges, spec.mask_types, spec.total_seqlen, spec.total_seqlen_k, spec.documents
+    )
+    return AttnKey(own, options, plan, plan.for_rank(rank), group, plan.cp_size, rank, *heads)
+
+
+def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
+    """A process group of two ranks or more, or None."""
+    if cp_group is None:
+        return None
+    if hasattr(cp_group, "mesh_dim_names"):  # DeviceMesh
+        names = cp_group.mesh_dim_names or ()
+        if "cp" in names:
+            cp_group = cp_group["cp"]
+        elif cp_group.ndim != 1:
+            raise ValueError(
+                f"cp_group is a mesh with axes {names}: pass a 1-D mesh, or name the context-parallel "
+                f"axis 'cp'"
+            )
+        cp_group = cp_group.get_group()
+    if not isinstance(cp_group, dist.ProcessGroup) or dist.get_rank(cp_group) < 0:
+        raise ValueError(
+            f"cp_group is {cp_group!r}: this rank ({dist.get_rank() if dist.is_initialized() else 0}) is "
+            f"not in it; pass a ProcessGroup or DeviceMesh that contains this rank, or None for one rank"
+        )
+    return cp_group if dist.get_world_size(cp_group) > 1 else None
+
+
+def _normal_window(
+    window: int | Sequence[int | None] | None, spec: AttnMaskSpec
+) -> tuple[int | None, int | None] | None:
+    if window is None:
+        return None
+    left, right = (window - 1, None) if isinstance(window, int) else tuple(window)
+    if spec.is_cross:
+        raise ValueError("window with a cross-attention mask: queries and keys share no positions")
+    for side in (left, right):
+        if side is not None and side < 0:
+            raise ValueError(
+                f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
+            )
+    return (left, right)
+
+
+def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device) -> BoundPlan:
+    queries = bind_exchange(rank_plan.queries, device)
+
+    def prepare(slices: SliceTable, num_queries: int, num_keys: int) -> Any:
+        return backend.prepare(slices, num_queries, num_keys, device)
+
+    stages = tuple(
+        BoundStage(
+            kv=bind_exchange(stage.kv, device),
+            num_keys=stage.num_keys,
+            host_work=prepare(stage.host, rank_plan.num_queries, stage.num_keys),
+            guest_work=prepare(stage.guest, rank_plan.queries.num_received, stage.num_keys),
+            has_guests=len(stage.guest) > 0,
+        )
+        for stage in rank_plan.stages
+    )
+    return BoundPlan(backend, queries, stages)
+
+
+def bind_exchange(exchange: Exchange, device: torch.device) -> RowRoutes:
+    """An exchange of the plan with its row indices on a device."""
+    return RowRoutes(
+        runs_to_index(exchange.send_runs, device), exchange.send_splits, exchange.recv_splits, exchange.active
+    )
+
+
+def runs_to_index(runs: np.ndarray, device: torch.device) -> Tensor:
+    """Row indices int64 of [start, end) runs, one after the other."""
+    parts = [np.arange(start, end) for start, end in runs.tolist()]
+    index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return torch.from_numpy(index.astype(np.int64)).to(device)
+

@@ -1,0 +1,563 @@
+"""`AttnMaskSpec`: which query sees which key, in words that do not depend on any backend or rank.
+
+A spec is a list of rectangles of the attention matrix, each with a mask type, plus the documents
+that the tokens belong to. `lower_mask` turns it into the disjoint banded rectangles that the solver
+plans with; `AttnMaskSpec.to_dense` draws it directly from the definition of the four types and is
+the oracle that tests compare against.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpattn.solver import UNBOUNDED, SliceTable, disjoint_union
+
+MASK_TYPES = ("full", "causal", "inv_causal", "bi_causal")
+
+
+class Document(NamedTuple):
+    """Tokens [start, end) that form one text, the first of them at position `first_position`."""
+
+    start: int
+    end: int
+    first_position: int = 0
+
+
+@dataclass
+class AttnMaskSpec:
+    """An attention mask as rectangles; pairs in no rectangle are masked, overlaps mean the union.
+
+    For a rectangle of m queries and n keys, with i and j counted from its corner, pair (i, j) is
+    visible when
+
+        full        always
+        causal      j <= i + (n - m)      (bottom-right aligned)
+        inv_causal  j >= i                (top-left aligned)
+        bi_causal   i <= j <= i + (n - m)
+
+    Attributes:
+        q_ranges, k_ranges: [start, end) token ranges of each rectangle, as lists of two ints.
+        mask_types: "full", "causal", "inv_causal" or "bi_causal" for each rectangle.
+        total_seqlen: number of query tokens (and of key tokens in self-attention).
+        total_seqlen_k: number of key tokens in cross-attention; None means self-attention.
+        documents: the documents of the query tokens, in order and covering all of them. The
+            constructors set them; raw rectangles may pass them. `position_ids` and `roll` need them.
+
+    Raises:
+        ValueError: a range is negative, reversed or out of range, a type is unknown, the lists
+            differ in length, or the documents do not tile the sequence.
+    """
+
+    q_ranges: list[list[int]]
+    k_ranges: list[list[int]]
+    mask_types: list[str]
+    total_seqlen: int
+    total_seqlen_k: int | None = None
+    documents: list[Document] | None = None
+
+    def __post_init__(self) -> None:
+        self.total_seqlen = _count(self.total_seqlen, "total_seqlen")
+        if self.total_seqlen_k is not None:
+            self.total_seqlen_k = _count(self.total_seqlen_k, "total_seqlen_k")
+        self.q_ranges = _ranges(self.q_ranges, self.total_seqlen, "q_ranges")
+        self.k_ranges = _ranges(self.k_ranges, self.seqlen_k, "k_ranges")
+        self.mask_types = list(self.mask_types)
+        if not len(self.q_ranges) == len(self.k_ranges) == len(self.mask_types):
+            raise ValueError(
+                f"{len(self.q_ranges)} q_ranges, {len(self.k_ranges)} k_ranges and "
+                f"{len(self.mask_types)} mask_types: each rectangle needs one of each"
+            )
+        for kind in self.mask_types:
+            if kind not in MASK_TYPES:
+                raise ValueError(f"mask type {kind!r} is unknown: use one of {', '.join(MASK_TYPES)}")
+        if self.documents is not None:
+            self.documents = _documents(self.documents, self.total_seqlen)
+
+    @property
+    def seqlen_k(self) -> int:
+        """Number of key tokens."""
+        return self.total_seqlen if self.total_seqlen_k is None else self.total_seqlen_k
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether queries and keys are different sequences."""
+        return self.total_seqlen_k is not None
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Hashable identity of the spec: equal specs have equal fingerprints.
+
+        It is order-sensitive: the same mask written in two ways has two fingerprints.
+        """
+        return (
+            self.total_seqlen,
+            tuple(map(tuple, self.q_ranges)),
+            tuple(map(tuple, self.k_ranges)),
+            tuple(self.mask_types),
+            self.total_seqlen_k,
+            None if self.documents is None else tuple(map(tuple, self.documents)),
+        )
+
+    @classmethod
+    def causal(cls, seqlen: int) -> AttnMaskSpec:
+        """One causal sequence."""
+        return cls.varlen([seqlen])
+
+    @classmethod
+    def varlen(cls, seqlens: Sequence[int], causal: bool = True) -> AttnMaskSpec:
+        """Packed documents that do not see each other: a block-diagonal mask.
+
+        Args:
+            seqlens: tokens of each document; zero is allowed.
+            causal: each token sees the tokens of its document up to itself, else all of them.
+        """
+        spans = _spans(seqlens, "seqlens")
+        kind = "causal" if causal else "full"
+        return cls(
+            q_ranges=[list(s) for s in spans],
+            k_ranges=[list(s) for s in spans],
+            mask_types=[kind] * len(spans),
+            total_seqlen=spans[-1][1] if spans else 0,
+            documents=[Document(*s) for s in spans],
+        )
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Any, causal: bool = True) -> AttnMaskSpec:
+        """Packed documents from prefix sums [0, n0, n0 + n1, ...] (list, array or tensor).
+
+        The values are read now: changing the tensor later does not change the spec.
+        """
+        sums = _int_list(cu_seqlens, "cu_seqlens")
+        if not sums or sums[0] != 0:
+            raise ValueError(f"cu_seqlens is {_brief(sums)}: it must start at 0")
+        return cls.varlen([b - a for a, b in zip(sums, sums[1:], strict=False)], causal)
+
+    @classmethod
+    def from_position_ids(cls, position_ids: Any, causal: bool = True) -> AttnMaskSpec:
+        """Packed documents from per-token positions, as Hugging Face ships a packed batch.
+
+        Args:
+            position_ids: [S] or [B, S] ints; a document starts wherever a position is not its
+                predecessor plus one, and at every row. Rows are laid out one after the other.
+        """
+        positions = np.atleast_2d(_int_array(position_ids, "position_ids"))
+        if positions.ndim != 2:
+            raise ValueError(f"position_ids has shape {positions.shape}: expected [S] or [B, S]")
+        starts = np.ones(positions.shape, dtype=bool)
+        starts[:, 1:] = np.diff(positions, axis=1) != 1
+        cuts = np.append(np.flatnonzero(starts.ravel()), positions.size)
+        spec = cls.varlen(np.diff(cuts).tolist(), causal)
+        first = positions.ravel()[cuts[:-1]].tolist()
+        spec.documents = [Document(s, e, p) for (s, e), p in zip(spec.q_ranges, first, strict=True)]
+        return spec
+
+    @classmethod
+    def sliding_window(
+        cls, seqlens: Sequence[int] | int, window: int | tuple[int, int]
+    ) -> AttnMaskSpec:
+        """Packed documents in which each token sees only its neighbourhood.
+
+        Args:
+            seqlens: tokens of each document, or one int for a single sequence.
+            window: an int W: causal, each token sees W keys, itself included. A pair (left, right):
+                each token sees `left` keys before it, itself, and `right` keys after it.
+        """
+        lengths = [seqlens] if isinstance(seqlens, int) else seqlens
+        spans = _spans(lengths, "seqlens")
+        left, right = _window(window)
+        rects = [rect for start, end in spans for rect in _window_rects(start, end, left, right)]
+        return cls(
+            q_ranges=[[q0, q1] for q0, q1, _, _, _ in rects],
+            k_ranges=[[k0, k1] for _, _, k0, k1, _ in rects],
+            mask_types=[kind for *_, kind in rects],
+            total_seqlen=spans[-1][1] if spans else 0,
+            documents=[Document(*s) for s in spans],
+        )
+
+    @classmethod
+    def block_causal(cls, seqlens: Sequence[int] | int, block_size: int) -> AttnMaskSpec:
+        """Packed documents cut into blocks; a token sees its own block and all before it.
+
+        Args:
+            seqlens: tokens of each document, or one int for a single sequence.
+            block_size: tokens of a block (the last of a document may be shorter).
+        """
+        block_size = _count(block_size, "block_size", least=1)
+        spans = _spans([seqlens] if isinstance(seqlens, int) else seqlens, "seqlens")
+        rects = [
+            (start, at, min(at + block_size, end))
+            for start, end in spans
+            for at in range(start, end, block_size)
+        ]
+        return cls(
+            q_ranges=[[at, stop] for _, at, stop in rects],
+            k_ranges=[[start, stop] for start, _, stop in rects],
+            mask_types=["full"] * len(rects),
+            total_seqlen=spans[-1][1] if spans else 0,
+            documents=[Document(*s) for s in spans],
+        )
+
+    @classmethod
+    def prefix_lm(cls, prefix_lengths: Sequence[int], seqlens: Sequence[int]) -> AttnMaskSpec:
+        """Packed documents whose first tokens see each other fully and whose rest is causal.
+
+        Args:
+            prefix_lengths: tokens of each document's bidirectional prefix.
+            seqlens: tokens of each document, prefix included.
+        """
+        prefixes = _int_list(prefix_lengths, "prefix_lengths")
+        spans = _spans(seqlens, "seqlens")
+        if len(prefixes) != len(spans):
+            raise ValueError(
+                f"{len(prefixes)} prefix_lengths and {len(spans)} seqlens: each document needs both"
+            )
+        spec = cls([], [], [], spans[-1][1] if spans else 0, documents=[Document(*s) for s in spans])
+        for prefix, (start, end) in zip(prefixes, spans, strict=True):
+            if not 0 <= prefix <= end - start:
+                raise ValueError(
+                    f"prefix length {prefix} of a document of {end - start} tokens: "
+                    f"a prefix has 0 to {end - start} tokens"
+                )
+            spec.q_ranges += [[start, start + prefix], [start + prefix, end]]
+            spec.k_ranges += [[start, start + prefix], [start, end]]
+            spec.mask_types += ["full", "causal"]
+        return spec
+
+    @classmethod
+    def cross(
+        cls, seqlens_q: Sequence[int], seqlens_k: Sequence[int], causal: bool = False
+    ) -> AttnMaskSpec:
+        """Cross-attention: the queries of document d see the keys of document d.
+
+        Args:
+            seqlens_q, seqlens_k: query and key tokens of each document.
+            causal: bottom-right aligned causal within each document, else full.
+        """
+        q_spans, k_spans = _spans(seqlens_q, "seqlens_q"), _spans(seqlens_k, "seqlens_k")
+        if len(q_spans) != len(k_spans):
+            raise ValueError(
+                f"{len(q_spans)} seqlens_q and {len(k_spans)} seqlens_k: each document needs both"
+            )
+        return cls(
+            q_ranges=[list(s) for s in q_spans],
+            k_ranges=[list(s) for s in k_spans],
+            mask_types=["causal" if causal else "full"] * len(q_spans),
+            total_seqlen=q_spans[-1][1] if q_spans else 0,
+            total_seqlen_k=k_spans[-1][1] if k_spans else 0,
+            documents=[Document(*s) for s in q_spans],
+        )
+
+    @classmethod
+    def prefix_tree(
+        cls, node_lengths: list[int], sample_paths: list[list[int]]
+    ) -> tuple[AttnMaskSpec, list[list[list[int]]]]:
+        """Samples that share prefixes, each shared prefix stored and computed once.
+
+        Each node sees all of its ancestors and itself causally, so a sample's tokens see what they
+        would see if the sample stood alone.
+
+        Args:
+            node_lengths: tokens of each node, in the order in which the nodes lie in the sequence.
+            sample_paths: the nodes of each sample, root first.
+
+        Returns:
+            The spec, and for each sample the [start, end) of every node on its path. Each node is
+            a document whose first position is the length of its ancestors, so `position_ids` gives
+            a token the position that it has in its sample.
+
+        Raises:
+            ValueError: a path is empty, repeats a node or leaves the range, or a node has two
+                parents (it would then see the union of both lines of ancestors: a leak).
+        """
+        spans = _spans(node_lengths, "node_lengths")
+        parents = _tree_parents(sample_paths, len(spans))
+        spec = cls([], [], [], spans[-1][1] if spans else 0)
+        seen: set[tuple[int, int]] = set()
+        depth = {node: 0 for node in range(len(spans))}
+        for path in sample_paths:
+            for at, node in enumerate(path):
+                depth[node] = sum(spans[a][1] - spans[a][0] for a in path[:at])
+                for key_node in (node, *path[:at]):
+                    if (node, key_node) in seen:
+                        continue
+                    seen.add((node, key_node))
+                    spec.q_ranges.append(list(spans[node]))
+                    spec.k_ranges.append(list(spans[key_node]))
+                    spec.mask_types.append("causal" if key_node == node else "full")
+        assert set(parents) <= set(depth)
+        spec.documents = [Document(s, e, depth[node]) for node, (s, e) in enumerate(spans)]
+        return spec, [[list(spans[node]) for node in path] for path in sample_paths]
+
+    @classmethod
+    def from_dense(cls, mask: Any) -> AttnMaskSpec:
+        """Spec of a boolean matrix [seqlen_q, seqlen_k] (True = visible), for small masks.
+
+        Runs of visible keys that stay, grow or move by one key from row to row become one
+        rectangle. A square matrix gives self-attention.
+        """
+        dense = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
+        if dense.ndim != 2 or dense.dtype != np.bool_:
+            raise ValueError(
+                f"mask has shape {dense.shape} and dtype {dense.dtype}: "
+                f"expected a boolean matrix [seqlen_q, seqlen_k], True where visible"
+            )
+        rects = _rects_of_dense(dense)
+        seqlen_q, seqlen_k = dense.shape
+        return cls(
+            q_ranges=[[q0, q1] for q0, q1, _, _, _ in rects],
+            k_ranges=[[k0, k1] for _, _, k0, k1, _ in rects],
+            mask_types=[kind for *_, kind in rects],
+            total_seqlen=seqlen_q,
+            total_seqlen_k=None if seqlen_q == seqlen_k else seqlen_k,
+        )
+
+    def __or__(self, other: AttnMaskSpec) -> AttnMaskSpec:
+        """The union: a pair is visible when it is in either spec.
+
+        Both must be over the same sequences. Documents are kept when both agree or one has none.
+        """
+        if not isinstance(other, AttnMaskSpec):
+            return NotImplemented
+        mine, theirs = (
+            (s.total_seqlen, s.total_seqlen_k) for s in (self, other)
+        )
+        if mine != theirs:
+            raise ValueError(
+                f"union of specs over (total_seqlen, total_seqlen_k) {mine} and {theirs}: "
+                f"both must describe the same sequences"
+            )
+        if self.documents is not None and other.documents is not None:
+            documents = self.documents if self.documents == other.documents else None
+        else:
+            documents = self.documents if other.documents is None else other.documents
+        return AttnMaskSpec(
+            self.q_ranges + other.q_ranges,
+            self.k_ranges + other.k_ranges,
+            self.mask_types + other.mask_types,
+            self.total_seqlen,
+            self.total_seqlen_k,
+            documents,
+        )
+
+    def to_dense(self) -> NDArray[np.bool_]:
+        """The mask as a boolean matrix [total_seqlen, seqlen_k], True where visible.
+
+        Drawn from the definition of the mask types, without the solver. Takes O(S^2) memory.
+        """
+        dense = np.zeros((self.total_seqlen, self.seqlen_k), dtype=bool)
+        for (q0, q1), (k0, k1), kind in zip(self.q_ranges, self.k_ranges, self.mask_types, strict=True):
+            i = np.arange(q1 - q0)[:, None]
+            j = np.arange(k1 - k0)[None, :]
+            visible = np.ones((q1 - q0, k1 - k0), dtype=bool)
+            if kind in ("causal", "bi_causal"):
+                visible &= j <= i + (k1 - k0) - (q1 - q0)
+            if kind in ("inv_causal", "bi_causal"):
+                visible &= j >= i
+            dense[q0:q1, k0:k1] |= visible
+        return dense
+
+
+def lower_mask(
+    spec: AttnMaskSpec, window: tuple[int | None, int | None] | None = None
+) -> SliceTable:
+    """The disjoint banded rectangles of a spec; overlapping rectangles mean the union.
+
+    Args:
+        spec: the mask.
+        window: (left, right) limit in positions of the documents on top of the mask: a query at
+            position p sees keys at positions p - left .. p + right only; None on a side: no limit.
+    """
+    if not spec.q_ranges:
+        return SliceTable.empty()
+    q0, q1 = np.array(spec.q_ranges, dtype=np.int64).T
+    k0, k1 = np.array(spec.k_ranges, dtype=np.int64).T
+    has_lo = np.array([kind in ("inv_causal", "bi_causal") for kind in spec.mask_types])
+    has_hi = np.array([kind in ("causal", "bi_causal") for kind in spec.mask_types])
+    lo = np.where(has_lo, k0 - q0, -UNBOUNDED)
+    hi = np.where(has_hi, k1 - q1, UNBOUNDED)
+    table = disjoint_union(SliceTable.from_columns(q0, q1, k0, k1, lo, hi))
+    return table if window is None else _windowed(table, spec, window)
+
+
+def _windowed(
+    table: SliceTable, spec: AttnMaskSpec, window: tuple[int | None, int | None]
+) -> SliceTable:
+    """Slices limited to a window of positions.
+
+    Between two documents positions and tokens differ by a constant, so the limit is a band there.
+    """
+    documents = [d for d in spec.documents or [Document(0, spec.total_seqlen)] if d.end > d.start]
+    starts = np.array([d.start for d in documents], dtype=np.int64)
+    to_position = np.array([d.first_position - d.start for d in documents], dtype=np.int64)
+    cut, _ = table.split_q(starts[1:])
+    cut, _ = cut.split_k(starts[1:])
+    q_shift, k_shift = (
+        to_position[np.searchsorted(starts, tokens, side="right") - 1] for tokens in (cut.q0, cut.k0)
+    )
+    left, right = window
+    offset = q_shift - k_shift  # positions differ by j - i - offset
+    lo = cut.lo if left is None else np.maximum(cut.lo, offset - left)
+    hi = cut.hi if right is None else np.minimum(cut.hi, offset + right)
+    return SliceTable.from_columns(cut.q0, cut.q1, cut.k0, cut.k1, lo, hi)
+
+
+Rect = tuple[int, int, int, int, str]
+
+
+def _window_rects(start: int, end: int, left: int, right: int) -> list[Rect]:
+    """The rectangles of one document under a (left, right) window.
+
+    Rows near the start have no left edge and rows near the end no right edge, so there are up to
+    four kinds of rows; each kind is one rectangle of one of the mask types.
+    """
+    rects: list[Rect] = []
+    has_left = min(start + left, end)  # rows from here on have keys too far to the left
+    no_right = max(end - right, start)  # rows from here on see to the end
+    a, b = min(has_left, no_right), max(has_left, no_right)
+    if a > start:
+        rects.append((start, a, start, min(a + right, end), "causal"))
+    if b > a and has_left < no_right:
+        rects.append((a, b, a - left, b + right, "bi_causal"))
+    elif b > a:
+        rects.append((a, b, start, end, "full"))
+    if end > b:
+        rects.append((b, end, b - left, end, "inv_causal"))
+    return rects
+
+
+def _rects_of_dense(dense: NDArray[np.bool_]) -> list[Rect]:
+    """Rectangles that cover exactly the visible pairs of a matrix.
+
+    Follows each run of visible keys down the rows while both of its ends move by a constant 0 or 1.
+    """
+    kinds = {(0, 0): "full", (0, 1): "causal", (1, 0): "inv_causal", (1, 1): "bi_causal"}
+    rects: list[Rect] = []
+    open_runs: list[list[Any]] = []  # [first row, first k0, k0, k1, step or None]
+
+    def close(run: list[Any], row: int) -> None:
+        first, k_first, _, k_end, step = run
+        rects.append((first, row, k_first, k_end, kinds[step or (0, 0)]))
+
+    for row in range(dense.shape[0]):
+        edges = np.flatnonzero(np.diff(dense[row].astype(np.int8), prepend=0, append=0))
+        runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+        still_open = []
+        for run in open_runs:
+            _, _, k0, k1, step = run
+            for new in runs:
+                moved = (new[0] - k0, new[1] - k1)
+                if moved in kinds and (step is None or moved == step):
+                    runs.remove(new)
+                    # An inv_causal rectangle keeps its last key; the others take the newest.
+                    run[2], run[3], run[4] = new[0], new[1], moved
+                    still_open.append(run)
+                    break
+            else:
+                close(run, row)
+        open_runs = still_open + [[row, a, a, b, None] for a, b in runs]
+    for run in open_runs:
+        close(run, dense.shape[0])
+    return sorted(rects)
+
+
+def _tree_parents(sample_paths: Sequence[Sequence[int]], num_nodes: int) -> dict[int, int | None]:
+    parents: dict[int, int | None] = {}
+    for path in sample_paths:
+        if not path:
+            raise ValueError("a sample path is empty: a sample has at least one node")
+        if len(set(path)) != len(path):
+            raise ValueError(f"path {list(path)} repeats a node: a node is on a path once")
+        for parent, node in zip([None, *path], path, strict=False):
+            if not 0 <= node < num_nodes:
+                raise ValueError(f"path {list(path)} names node {node}: nodes are 0 to {num_nodes - 1}")
+            if parents.setdefault(node, parent) != parent:
+                raise ValueError(
+                    f"node {node} has parents {parents[node]} and {parent}: in a tree a node has one "
+                    f"parent; store the node once under each"
+                )
+    return parents
+
+
+def _window(window: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(window, Sequence):
+        if len(window) != 2:
+            raise ValueError(f"window is {window!r}: give an int, or a pair (left, right)")
+        return _count(window[0], "window[0]"), _count(window[1], "window[1]")
+    return _count(window, "window", least=1) - 1, 0
+
+
+def _count(value: Any, name: str, least: int = 0) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}: expected an int of at least {least}") from None
+    if number < least:
+        raise ValueError(f"{name} is {number}: it must be at least {least}")
+    return number
+
+
+def _int_array(values: Any, name: str) -> NDArray[np.int64]:
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if array.size == 0:
+        return array.astype(np.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} has dtype {array.dtype}: expected integers")
+    return array.astype(np.int64)
+
+
+def _int_list(values: Any, name: str) -> list[int]:
+    array = _int_array(values, name)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}: expected one dimension")
+    return [int(v) for v in array]
+
+
+def _spans(lengths: Any, name: str) -> list[tuple[int, int]]:
+    """[start, end) of consecutive pieces with the given lengths."""
+    spans, at = [], 0
+    for length in _int_list(lengths, name):
+        if length < 0:
+            raise ValueError(f"{name} has a length of {length}: lengths are at least 0")
+        spans.append((at, at + length))
+        at += length
+    return spans
+
+
+def _ranges(ranges: Iterable[Any], total: int, name: str) -> list[list[int]]:
+    try:
+        checked = [[operator.index(start), operator.index(end)] for start, end in ranges]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a list of [start, end) pairs of ints") from None
+    for start, end in checked:
+        if not 0 <= start <= end <= total:
+            raise ValueError(
+                f"{name} has [{start}, {end}): a range needs 0 <= start <= end <= {total}, "
+                f"the sequence length"
+            )
+    return checked
+
+
+def _documents(documents: Iterable[Any], total: int) -> list[Document]:
+    checked = [Document(*map(operator.index, document)) for document in documents]
+    at = 0
+    for document in checked:
+        if document.start != at or document.end < document.start or document.first_position < 0:
+            raise ValueError(
+                f"documents have {tuple(document)} where token {at} is next: documents are "
+                f"(start, end[, first_position]), in order and without gaps"
+            )
+        at = document.end
+    if at != total:
+        raise ValueError(f"documents end at token {at}: they must cover all {total} tokens")
+    return checked
+
+
+def _brief(values: list[int]) -> str:
+    return repr(values) if len(values) <= 6 else f"[{', '.join(map(str, values[:6]))}, ...]"

@@ -1,0 +1,94 @@
+"""Work per query token: how many keys each token of the sequence sees, as straight lines.
+
+Inside a banded rectangle the number of keys that a query sees is piecewise linear in its index, so
+the whole mask gives a piecewise linear density and a piecewise quadratic prefix sum. Both are exact
+integers; nothing here is as long as the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .slices import IntArray, SliceTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DensityProfile:
+    """Keys seen by each query token, in linear pieces.
+
+    Piece i covers tokens [starts[i], ends[i]); its token starts[i] + t sees first[i] + slopes[i] * t
+    keys. Pieces cover [0, total_seqlen) in order. areas: pairs of each piece. All int64 [num_pieces].
+    """
+
+    starts: IntArray = field(repr=False)
+    ends: IntArray = field(repr=False)
+    first: IntArray = field(repr=False)
+    slopes: IntArray = field(repr=False)
+    areas: IntArray = field(repr=False)
+
+    @classmethod
+    def from_table(cls, table: SliceTable, total_seqlen: int) -> DensityProfile:
+        """Profile of disjoint canonical slices.
+
+        Row i of a slice sees min(k1, i + hi + 1) - max(k0, i + lo) keys: the first term climbs until
+        i = k1 - 1 - hi, the second from i = k0 - lo on.
+        """
+        q0, q1, k0, k1, lo, hi = table.data.T
+        climb_ends = np.clip(k1 - 1 - hi, q0, q1)
+        fall_starts = np.clip(k0 - lo, q0, q1)
+        at_start = np.minimum(k1, q0 + hi + 1) - np.maximum(k0, q0 + lo)
+        at_end = np.minimum(k1, q1 + hi + 1) - np.maximum(k0, q1 + lo)
+        climbs, falls = (climb_ends > q0).astype(np.int64), (fall_starts <= q0).astype(np.int64)
+        # Events: at each position, the change of the density's value and of its slope. The value of
+        # a line jumps only where a slice begins or ends; a bend inside leaves it continuous.
+        at = np.concatenate([q0, climb_ends, fall_starts, q1])
+        stays_climbing = climbs - (climb_ends < q1) * climbs
+        is_falling = falls + (fall_starts < q1) * (1 - falls)
+        bend_up = (climb_ends < q1) * climbs
+        bend_down = (fall_starts < q1) * (1 - falls)
+        slope = np.concatenate([climbs - falls, -bend_up, -bend_down, is_falling - stays_climbing])
+        jump = np.concatenate([at_start, 0 * q0, 0 * q0, -at_end])
+        return cls._from_events(at, jump, slope, total_seqlen)
+
+    @classmethod
+    def _from_events(cls, at: IntArray, jump: IntArray, slope: IntArray, total: int) -> DensityProfile:
+        points, where = np.unique(np.concatenate([[0, total], at]), return_inverse=True)
+        jumps = np.zeros(len(points), dtype=np.int64)
+        bends = np.zeros(len(points), dtype=np.int64)
+        np.add.at(jumps, where[2:], jump)
+        np.add.at(bends, where[2:], slope)
+        starts, ends = points[:-1], points[1:]
+        slopes = np.cumsum(bends)[:-1]
+        lengths = ends - starts
+        climbed = np.concatenate([[0], np.cumsum(slopes * lengths)[:-1]])[: len(starts)]
+        first = np.cumsum(jumps)[:-1] + climbed
+        areas = first * lengths + slopes * (lengths * (lengths - 1) // 2)
+        return cls(starts, ends, first, slopes, areas)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def cut(self, cuts: IntArray) -> DensityProfile:
+        """The same profile with its pieces also cut at the token indices `cuts`."""
+        total = int(self.ends[-1]) if len(self) else 0
+        inner = cuts[(cuts > 0) & (cuts < total)]
+        starts = np.unique(np.concatenate([self.starts, inner]))
+        piece = np.searchsorted(self.starts, starts, side="right") - 1
+        ends = np.append(starts[1:], total)[: len(starts)]
+        first = self.first[piece] + self.slopes[piece] * (starts - self.starts[piece])
+        slopes, lengths = self.slopes[piece], ends - starts
+        areas = first * lengths + slopes * (lengths * (lengths - 1) // 2)
+        return DensityProfile(starts, ends, first, slopes, areas)
+
+    def cut_at_density(self, density: float) -> DensityProfile:
+        """Cut so that every piece lies wholly below `density` or wholly at or above it."""
+        bent = self.slopes != 0
+        first, slopes = self.first[bent], self.slopes[bent]
+        # Climbing: the first token at or above; falling: the first token below.
+        ratio = (density - first) / slopes
+        steps = np.where(slopes > 0, np.ceil(ratio), np.floor(ratio) + 1).astype(np.int64)
+        starts, ends = self.starts[bent], self.ends[bent]
+        at = starts + steps
+        return self.cut(at[(at > starts) & (at < ends)])

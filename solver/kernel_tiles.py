@@ -1,0 +1,140 @@
+"""Banded rectangles rewritten for kernels that know only simple masks.
+
+Two rewritings, both exact and both for canonical slices:
+
+* `kernel_tiles`: full rectangles, causal squares, inverse-causal squares, and small rectangles
+  with an explicit band, for kernels that take a boolean `is_causal` or a mask tensor.
+* `window_params`: (left, right) of a bottom-right aligned sliding window, which describes any
+  canonical slice as it is, for kernels of the flash-attention kind.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .slices import MaskSlice, SliceTable, TokenRange
+
+FULL, CAUSAL, INV_CAUSAL, BANDED = range(4)
+
+# Below this many rows a causal square costs a CPU kernel as much as a full one (it skips no
+# blocks), so the edge is left to a mask and the square is joined with the keys beside it.
+SMALL_SQUARE = 512
+# Most pairs of a tile that carries an explicit mask.
+MAX_MASKED_PAIRS = 1 << 22
+
+
+class KernelTile(NamedTuple):
+    """A rectangle of rows [q0, q1) x [k0, k1) with a mask that a kernel knows.
+
+    kind FULL; CAUSAL and INV_CAUSAL (squares: j <= i and j >= i from the corner); or BANDED with
+    the band lo <= j - i <= hi, i and j counted from the corner.
+    """
+
+    kind: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    lo: int = 0
+    hi: int = 0
+
+
+def window_params(table: SliceTable) -> tuple[np.ndarray, np.ndarray]:
+    """Left and right extent of the bottom-right aligned window that equals each slice; -1: unbounded.
+
+    With m queries and n keys counted from the corner, such a window shows
+    i + (n - m) - left <= j <= i + (n - m) + right. In a canonical slice both extents are >= 0:
+    its last row sees its last key, and its first row its first key.
+    """
+    q0, q1, k0, k1, lo, hi = table.data.T
+    left = k1 - q1 - lo
+    right = hi - (k1 - q1)
+    # An edge that cuts nothing off is unbounded: the first row sees key 0 and the last row key n - 1.
+    left = np.where(lo <= k0 - q1 + 1, -1, left)
+    right = np.where(hi >= k1 - 1 - q0, -1, right)
+    return left, right
+
+
+def kernel_tiles(table: SliceTable) -> list[KernelTile]:
+    """The pairs of a canonical slice table as disjoint tiles; every row of a tile sees a key."""
+    tiles: list[KernelTile] = []
+    full = table.is_full()
+    for i, (q0, q1, k0, k1, lo, hi) in enumerate(table.data.tolist()):
+        if full[i]:
+            tiles.append(KernelTile(FULL, q0, q1, k0, k1))
+            continue
+        has_lo, has_hi = lo > k0 - q1 + 1, hi < k1 - 1 - q0
+        if has_lo and has_hi:
+            tiles.extend(_window_tiles(q0, q1, k0, k1, lo, hi))
+        elif has_hi:
+            tiles.extend(_causal_tiles(q0, q1, k0, k1, hi))
+        else:
+            # Turned by 180 degrees, an upper-left edge is a lower-right one.
+            turned = _causal_tiles(-q1, -q0, -k1, -k0, -lo)
+            tiles.extend(_turn(tile) for tile in turned)
+    return tiles
+
+
+def _causal_tiles(q0: int, q1: int, k0: int, k1: int, hi: int) -> list[KernelTile]:
+    """A rectangle cut only by an edge j - i <= hi; canonical, so the last row sees all keys."""
+    first = hi - (k0 - q0)  # the first row sees keys k0 .. k0 + first
+    square = k1 - k0 - first  # rows from q0 + square - 1 on see all keys
+    below = q0 + square
+    tiles = []
+    if below < q1:
+        tiles.append(KernelTile(FULL, below, q1, k0, k1))
+    if first and square <= SMALL_SQUARE and square * (k1 - k0) <= MAX_MASKED_PAIRS:
+        tiles.append(KernelTile(BANDED, q0, below, k0, k1, -(square - 1), first))
+        return tiles
+    tiles.append(KernelTile(CAUSAL, q0, below, k0 + first, k1))
+    if first:
+        tiles.append(KernelTile(FULL, q0, below, k0, k0 + first))
+    return tiles
+
+
+def _window_tiles(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list[KernelTile]:
+    """A rectangle cut by both edges, in blocks of rows.
+
+    A block of b rows holds b * (width + b) pairs of which b * width are visible, so blocks are an
+    eighth of the width, but not so small that calls dominate.
+    """
+    width = hi - lo + 1
+    block = min(max(128, 1 << max(0, (width // 8).bit_length() - 1)), 1024)
+    starts = np.arange(q0, q1, block)
+    blocks = SliceTable.from_columns(starts, np.minimum(starts + block, q1), k0, k1, lo, hi)
+    tiles = []
+    for a, b, c, d, lo_, hi_ in blocks.data.tolist():
+        if (b - a) * (d - c) <= MAX_MASKED_PAIRS:
+            tiles.append(KernelTile(BANDED, a, b, c, d, lo_ - (c - a), hi_ - (c - a)))
+            continue
+        # Too wide for one mask: edges left and right, and the keys that all rows see between them.
+        left, right = min(max(c, b - 1 + lo_), d), max(min(d, a + hi_ + 1), c)
+        parts = SliceTable.from_columns(a, b, [c, left, right], [left, right, d], lo_, hi_)
+        tiles.extend(kernel_tiles(parts))
+    return tiles
+
+
+def _turn(tile: KernelTile) -> KernelTile:
+    kind, q0, q1, k0, k1, lo, hi = tile
+    shift = (k1 - k0) - (q1 - q0)
+    kind = INV_CAUSAL if kind == CAUSAL else kind
+    return KernelTile(kind, -q1, -q0, -k1, -k0, shift - hi, shift - lo)
+
+
+def tiles_to_slices(tiles: list[KernelTile]) -> SliceTable:
+    """The slices that tiles stand for: the inverse of `kernel_tiles`, for tests and pictures."""
+    slices = []
+    for kind, q0, q1, k0, k1, lo, hi in tiles:
+        span = (q1 - q0) + (k1 - k0)
+        lo_, hi_ = {
+            FULL: (-span, span),
+            CAUSAL: (-span, 0),
+            INV_CAUSAL: (0, span),
+            BANDED: (lo, hi),
+        }[kind]
+        slices.append(
+            MaskSlice(TokenRange(q0, q1), TokenRange(k0, k1), lo_ + k0 - q0, hi_ + k0 - q0)
+        )
+    return SliceTable.from_slices(slices)

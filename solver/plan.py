@@ -1,0 +1,375 @@
+"""Plans: who owns, computes and sends what, for all ranks at once.
+
+A `Plan` is pure data, equal on every rank and independent of process groups and devices. A
+`RankPlan` is one rank's share of it in that rank's local row numbers: what the runtime executes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .balance import place_balanced
+from .placement import Placement, place_contiguous, place_zigzag
+from .routes import RouteTable, make_routes, split_stages, tokens_needed
+from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
+
+Layout = Literal["balanced", "contiguous", "zigzag"]
+LAYOUTS: tuple[Layout, ...] = ("balanced", "contiguous", "zigzag")
+
+# More stages than this split the remote keys into tiles too small to be worth it.
+MAX_STAGES = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """One rank's part in one all-to-all of rows.
+
+    send_runs: int64 [n, 2], local rows [start, end) in the order sent, receiver by receiver.
+    send_splits, recv_splits: rows to and from each rank, [cp_size].
+    active: whether any rank of the group moves a row in it (equal on all ranks: it decides whether
+    the collective runs).
+    """
+
+    send_runs: IntArray = field(repr=False)
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
+    active: bool
+
+    @property
+    def num_received(self) -> int:
+        return sum(self.recv_splits)
+
+    @property
+    def num_sent(self) -> int:
+        return sum(self.send_splits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankStage:
+    """One step of a rank's attention: keys that arrive together, and the work on them.
+
+    kv: the exchange that brings the keys (not active in the host stage, whose keys are local rows).
+    host, guest: slices over (local query rows, key rows of this stage) and over (received query
+    rows, key rows of this stage), in buffer row numbers.
+    """
+
+    kv: Exchange
+    num_keys: int
+    host: SliceTable
+    guest: SliceTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankPlan:
+    """What one rank owns, receives and computes.
+
+    q_runs, k_runs: its tokens as global [start, end) runs, [n, 2]; its rows are these, in order.
+    queries: the exchange that brings the queries of other ranks (partial results go back along it).
+    stages: the host stage, then the remote ones in order.
+    """
+
+    rank: int
+    cp_size: int
+    q_runs: IntArray = field(repr=False)
+    k_runs: IntArray = field(repr=False)
+    num_queries: int
+    num_keys: int
+    queries: Exchange
+    stages: tuple[RankStage, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Distributed attention under one mask, for every rank.
+
+    tasks: disjoint banded rectangles in global token indices that cover the mask exactly.
+    task_ranks: which rank computes each, [len(tasks)].
+    q_routes: queries that a rank computes for and does not own (stage 0 only).
+    kv_routes: keys that a rank needs and does not own, in num_stages stages.
+    fingerprint: hex digest of all of it; ranks with equal fingerprints execute matching collectives.
+    """
+
+    q_placement: Placement
+    k_placement: Placement
+    tasks: SliceTable
+    task_ranks: IntArray = field(repr=False)
+    q_routes: RouteTable
+    kv_routes: RouteTable
+    num_stages: int
+    fingerprint: str
+
+    @property
+    def cp_size(self) -> int:
+        return self.q_placement.cp_size
+
+    def areas(self) -> IntArray:
+        """Visible pairs that each rank computes, [cp_size]."""
+        # bincount sums in float64, which is exact up to 2**53 pairs.
+        return np.bincount(self.task_ranks, self.tasks.areas(), self.cp_size).astype(np.int64)
+
+    def imbalance(self) -> float:
+        """Most visible pairs on one rank over the mean; 1.0 for an empty mask."""
+        areas = self.areas()
+        return float(areas.max() / areas.mean()) if areas.any() else 1.0
+
+    def for_rank(self, rank: int) -> RankPlan:
+        """One rank's share, in its local row numbers."""
+        mine = self.tasks.take(self.task_ranks == rank)
+        q_runs, k_runs = _own_runs(self.q_placement, rank), _own_runs(self.k_placement, rank)
+        queries = exchange_of(self.q_routes, 0, self.q_placement, rank)
+        guest_runs = received_runs(self.q_routes, 0, rank)
+        stages = []
+        for stage in range(-1, self.num_stages):
+            if stage < 0:
+                kv, key_runs = _no_exchange(self.cp_size), k_runs
+                num_keys = int(self.k_placement.num_tokens[rank])
+            else:
+                kv = exchange_of(self.kv_routes, stage, self.k_placement, rank)
+                key_runs = received_runs(self.kv_routes, stage, rank)
+                num_keys = kv.num_received
+            host = _to_buffers(mine, q_runs, key_runs)
+            guest = _to_buffers(mine, guest_runs, key_runs)
+            stages.append(RankStage(kv, num_keys, host, guest))
+        return RankPlan(
+            rank=rank,
+            cp_size=self.cp_size,
+            q_runs=self.q_placement.runs_of(rank),
+            k_runs=self.k_placement.runs_of(rank),
+            num_queries=int(self.q_placement.num_tokens[rank]),
+            num_keys=int(self.k_placement.num_tokens[rank]),
+            queries=queries,
+            stages=tuple(stages),
+        )
+
+
+def make_dispatch_plan(
+    slices: SliceTable,
+    *,
+    total_seqlen: int,
+    cp_size: int,
+    total_seqlen_k: int | None = None,
+    chunk_size: int = 512,
+    layout: Layout = "balanced",
+    num_stages: int | None = None,
+    search_effort: int = 0,
+) -> Plan:
+    """Plan attention under a mask for every rank of a group.
+
+    Args:
+        slices: disjoint banded rectangles of the mask (`disjoint_union` makes them so).
+        total_seqlen: query tokens, and key tokens unless total_seqlen_k is given (cross-attention).
+        cp_size: number of ranks.
+        chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
+        layout: "balanced" (even area and tokens, least traffic), "contiguous" or "zigzag".
+        num_stages: parts in which remote keys are fetched; None chooses.
+        search_effort: iterations of extra placement search; 0 is the fast default.
+
+    Raises:
+        ValueError: a size is out of range or the layout is unknown.
+    """
+    _check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
+    q_placement, k_placement = _place(
+        slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort
+    )
+    tasks, _ = slices.split_q(q_placement.starts[1:])
+    task_ranks = q_placement.owner_of(tasks.q0)
+    return assemble_plan(tasks, task_ranks, q_placement, k_placement, num_stages=num_stages)
+
+
+def assemble_plan(
+    tasks: SliceTable,
+    task_ranks: IntArray,
+    q_placement: Placement,
+    k_placement: Placement,
+    *,
+    num_stages: int | None = None,
+) -> Plan:
+    """The plan in which rank task_ranks[i] computes tasks[i] (disjoint) and tokens lie as placed.
+
+    A task may be computed by a rank that owns neither its queries nor its keys.
+    """
+    cp_size = q_placement.cp_size
+    queries, keys = tokens_needed(tasks, task_ranks)
+    q_routes = make_routes(queries, q_placement)
+    kv_routes = make_routes(keys, k_placement)
+    if num_stages is None:
+        num_stages = _choose_num_stages(kv_routes, k_placement)
+    if not len(kv_routes):
+        num_stages = 0
+    kv_routes = split_stages(kv_routes, num_stages, cp_size)
+    digest = _fingerprint(tasks, task_ranks, q_placement, k_placement, q_routes, kv_routes, num_stages)
+    return Plan(
+        q_placement, k_placement, tasks, task_ranks, q_routes, kv_routes, num_stages, digest
+    )
+
+
+def _check_sizes(
+    total_seqlen: int,
+    total_seqlen_k: int | None,
+    cp_size: int,
+    chunk_size: int,
+    num_stages: int | None,
+    layout: str,
+) -> None:
+    for name, value, least in (
+        ("total_seqlen", total_seqlen, 0),
+        ("total_seqlen_k", total_seqlen_k, 0),
+        ("cp_size", cp_size, 1),
+        ("chunk_size", chunk_size, 1),
+        ("num_stages", num_stages, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}: it must be at least {least}")
+    if num_stages is not None and num_stages > MAX_STAGES:
+        raise ValueError(f"num_stages is {num_stages}: at most {MAX_STAGES} stages are planned")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+
+
+def _place(
+    slices: SliceTable,
+    total_seqlen: int,
+    total_seqlen_k: int | None,
+    cp_size: int,
+    chunk_size: int,
+    layout: Layout,
+    search_effort: int,
+) -> tuple[Placement, Placement]:
+    if layout == "contiguous" or cp_size == 1:
+        by_name = place_contiguous
+    elif layout == "zigzag":
+        by_name = place_zigzag
+    elif total_seqlen_k is None:
+        placement = place_balanced(
+            slices,
+            total_seqlen=total_seqlen,
+            cp_size=cp_size,
+            chunk_size=chunk_size,
+            search_effort=search_effort,
+        )
+        return placement, placement
+    else:
+        return place_cross(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size)
+    q_placement = by_name(total_seqlen, cp_size)
+    if total_seqlen_k is None:
+        return q_placement, q_placement
+    return q_placement, by_name(total_seqlen_k, cp_size)
+
+
+def place_cross(
+    slices: SliceTable, seqlen_q: int, seqlen_k: int, cp_size: int, chunk_size: int
+) -> tuple[Placement, Placement]:
+    """Placements for cross-attention: queries in contiguous pieces of even area, keys beside them.
+
+    Queries and keys are separate sequences, so the keys can lie where they are used: key token j
+    goes to the rank whose queries begin to see it, in pieces of equal length. Queries are cut where
+    area and token count, each weighted half, reach the next rank's share.
+    """
+    cuts = np.arange(0, seqlen_q + chunk_size, chunk_size).clip(max=seqlen_q)
+    pieces, _ = slices.split_q(cuts)
+    chunk = np.searchsorted(cuts, pieces.q0, side="right") - 1
+    areas = np.bincount(chunk, pieces.areas(), len(cuts) - 1)
+    tokens = np.diff(cuts).astype(np.float64)
+    weight = tokens / max(tokens.sum(), 1.0) + areas / max(areas.sum(), 1.0)
+    filled = np.concatenate([[0.0], np.cumsum(weight)])
+    targets = filled[-1] * np.arange(1, cp_size) / cp_size
+    ends = np.interp(targets, filled, cuts).astype(np.int64)
+    q_placement = Placement.from_runs(
+        np.append(ends, seqlen_q), np.arange(cp_size), cp_size=cp_size
+    )
+    return q_placement, place_contiguous(seqlen_k, cp_size)
+
+
+def _choose_num_stages(kv_routes: RouteTable, k_placement: Placement) -> int:
+    """One stage for about every local shard's worth of remote rows, at most four."""
+    most = int(kv_routes.rows_received(k_placement.cp_size).max(initial=0))
+    shard = max(1, k_placement.total_seqlen // k_placement.cp_size)
+    return max(1, min(4, -(-most // shard)))
+
+
+class Runs(NamedTuple):
+    """Tokens [starts, ends) that lie in a buffer from row `offsets` on; sorted by token."""
+
+    offsets: IntArray
+    starts: IntArray
+    ends: IntArray
+
+
+def _own_runs(placement: Placement, rank: int) -> Runs:
+    mine = placement.owners == rank
+    return Runs(placement.local_starts[mine], placement.starts[mine], placement.ends[mine])
+
+
+def received_runs(routes: RouteTable, stage: int, rank: int) -> Runs:
+    """The receive buffer of one stage, as runs sorted by token."""
+    mine = (routes.dsts == rank) & (routes.stages == stage)
+    starts, ends = routes.starts[mine], routes.ends[mine]
+    offsets = np.cumsum(ends - starts) - (ends - starts)
+    order = np.argsort(starts, kind="stable")
+    return Runs(offsets[order], starts[order], ends[order])
+
+
+def exchange_of(routes: RouteTable, stage: int, placement: Placement, rank: int) -> Exchange:
+    """One rank's part in the exchange of one stage of the routes, over rows placed as given."""
+    cp_size = placement.cp_size
+    in_stage = routes.stages == stage
+    sent, received = in_stage & (routes.srcs == rank), in_stage & (routes.dsts == rank)
+    starts = routes.starts[sent]
+    lengths = routes.ends[sent] - starts
+    run = np.searchsorted(placement.ends, starts, side="right")
+    local = placement.local_starts[run] + starts - placement.starts[run]
+    return Exchange(
+        send_runs=np.stack([local, local + lengths], axis=-1),
+        send_splits=_splits(routes.dsts[sent], lengths, cp_size),
+        recv_splits=_splits(routes.srcs[received], (routes.ends - routes.starts)[received], cp_size),
+        active=bool(in_stage.any()),
+    )
+
+
+def _no_exchange(cp_size: int) -> Exchange:
+    return Exchange(np.zeros((0, 2), np.int64), (0,) * cp_size, (0,) * cp_size, active=False)
+
+
+def _splits(ranks: IntArray, lengths: IntArray, cp_size: int) -> tuple[int, ...]:
+    return tuple(np.bincount(ranks, lengths, cp_size).astype(np.int64).tolist())
+
+
+def _to_buffers(table: SliceTable, q_runs: Runs, k_runs: Runs) -> SliceTable:
+    """Slices cut to the tokens of two buffers and renumbered to buffer rows, in few pieces."""
+    cut, dq = _to_buffer_rows(table, q_runs)
+    cut = cut.shift(dq, 0).transpose()
+    cut, dk = _to_buffer_rows(cut, k_runs)
+    return merge_neighbours(cut.shift(dk, 0).transpose())
+
+
+def _to_buffer_rows(table: SliceTable, runs: Runs) -> tuple[SliceTable, IntArray]:
+    """Slices cut to the runs along queries, and the shift to buffer rows of each piece."""
+    first = np.searchsorted(runs.ends, table.q0, side="right")
+    last = np.searchsorted(runs.starts, table.q1, side="left")
+    parent, nth = expand_counts(last - first)
+    run = first[parent] + nth
+    rows = table.data[parent]
+    rows[:, 0] = np.maximum(rows[:, 0], runs.starts[run])
+    rows[:, 1] = np.minimum(rows[:, 1], runs.ends[run])
+    cut, kept = SliceTable(rows).canonical()
+    run = run[kept]
+    return cut, runs.offsets[run] - runs.starts[run]
+
+
+def _fingerprint(*parts: SliceTable | IntArray | Placement | RouteTable | int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Placement):
+            arrays = [np.array([part.cp_size, part.total_seqlen]), part.ends, part.owners]
+        elif isinstance(part, RouteTable):
+            arrays = [part.dsts, part.srcs, part.starts, part.ends, part.stages]
+        else:
+            arrays = [part.data if isinstance(part, SliceTable) else np.asarray(part)]
+        for array in arrays:
+            digest.update(np.array(array.shape, dtype=np.int64).tobytes())
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Routes: which rows travel from which rank to which, for a given placement and schedule.
+
+Everything is intervals of global token indices, never single rows, so that a plan for a million
+tokens is a table of a few thousand numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from .placement import Placement
+from .slices import IntArray, SliceTable, expand_counts
+
+
+class Intervals(NamedTuple):
+    """Token intervals [starts, ends) that belong to ranks; sorted by rank, then start; disjoint."""
+
+    ranks: IntArray
+    starts: IntArray
+    ends: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouteTable:
+    """Rows that travel: tokens [starts[i], ends[i]) go from rank srcs[i] to rank dsts[i] in stage stages[i].
+
+    Sorted by stage, receiver, sender, start: a rank's receive buffer holds, for each stage, the
+    rows of each sender in ascending order. Every (receiver, token) pair occurs at most once.
+    """
+
+    dsts: IntArray = field(repr=False)
+    srcs: IntArray = field(repr=False)
+    starts: IntArray = field(repr=False)
+    ends: IntArray = field(repr=False)
+    stages: IntArray = field(repr=False)
+
+    @classmethod
+    def empty(cls) -> RouteTable:
+        """No row travels."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(none, none, none, none, none)
+
+    def __len__(self) -> int:
+        return len(self.dsts)
+
+    def num_rows(self) -> int:
+        """Rows that travel, over all ranks."""
+        return int((self.ends - self.starts).sum())
+
+    def rows_received(self, cp_size: int) -> IntArray:
+        """Rows that each rank receives, [cp_size]."""
+        return np.bincount(self.dsts, self.ends - self.starts, cp_size).astype(np.int64)
+
+    def rows_sent(self, cp_size: int) -> IntArray:
+        """Rows that each rank sends (a row sent to two ranks counts twice), [cp_size]."""
+        return np.bincount(self.srcs, self.ends - self.starts, cp_size).astype(np.int64)
+
+
+def merge_intervals(ranks: IntArray, starts: IntArray, ends: IntArray) -> Intervals:
+    """The union of each rank's intervals; touching intervals are joined, empty ones dropped."""
+    filled = ends > starts
+    ranks, starts, ends = ranks[filled], starts[filled], ends[filled]
+    if not len(ranks):
+        return Intervals(ranks, starts, ends)
+    # Far enough apart that intervals of different ranks never touch.
+    stride = int(ends.max()) + 2
+    starts, ends = starts + ranks * stride, ends + ranks * stride
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    opens = np.append(True, starts[1:] > ends[:-1])
+    closes = np.append(opens[1:], True)
+    starts, ends = starts[opens], ends[closes]
+    ranks = starts // stride
+    return Intervals(ranks, starts - ranks * stride, ends - ranks * stride)
+
+
+def tokens_needed(tasks: SliceTable, task_ranks: IntArray) -> tuple[Intervals, Intervals]:
+    """The query rows and the key rows that each rank needs for its tasks."""
+    queries = merge_intervals(task_ranks, tasks.q0, tasks.q1)
+    keys = merge_intervals(task_ranks, tasks.k0, tasks.k1)
+    return queries, keys
+
+
+def make_routes(needed: Intervals, placement: Placement) -> RouteTable:
+    """Routes that bring each rank the tokens it needs and does not own, all in stage 0."""
+    first = np.searchsorted(placement.ends, needed.starts, side="right")
+    last = np.searchsorted(placement.starts, needed.ends, side="left")
+    need, nth = expand_counts(last - first)
+    run = first[need] + nth
+    starts = np.maximum(needed.starts[need], placement.starts[run])
+    ends = np.minimum(needed.ends[need], placement.ends[run])
+    dsts, srcs = needed.ranks[need], placement.owners[run]
+    remote = dsts != srcs
+    dsts, srcs, starts, ends = (a[remote] for a in (dsts, srcs, starts, ends))
+    # Sorted by (receiver, start) already; a stable sort by (receiver, sender) keeps starts ascending.
+    order = np.argsort(dsts * placement.cp_size + srcs, kind="stable")
+    return RouteTable(
+        dsts[order], srcs[order], starts[order], ends[order], np.zeros(len(order), dtype=np.int64)
+    )
+
+
+def split_stages(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTable:
+    """The same rows in num_stages parts; each receiver's rows are divided evenly, in token order.
+
+    Token order keeps a stage's keys together, so that its tiles stay large.
+    """
+    if num_stages <= 1 or not len(routes):
+        return routes
+    order = np.lexsort((routes.starts, routes.dsts))
+    dsts, srcs, starts, ends = (
+        a[order] for a in (routes.dsts, routes.srcs, routes.starts, routes.ends)
+    )
+    lengths = ends - starts
+    totals = routes.rows_received(cp_size)
+    before = np.cumsum(lengths) - lengths
+    before -= (np.cumsum(totals) - totals)[dsts]
+    # Stage s of a receiver with n rows holds its rows [s * n // num_stages, (s + 1) * n // num_stages).
+    n = totals[dsts]
+    bounds = np.arange(num_stages + 1)[None, :] * n[:, None] // num_stages
+    lo = np.maximum(bounds[:, :-1], before[:, None])
+    hi = np.minimum(bounds[:, 1:], (before + lengths)[:, None])
+    row, stage = np.nonzero(hi > lo)
+    shift = starts[row] - before[row]
+    new_starts, new_ends = lo[row, stage] + shift, hi[row, stage] + shift
+    new_dsts, new_srcs = dsts[row], srcs[row]
+    order = np.lexsort((new_starts, new_srcs, new_dsts, stage))
+    return RouteTable(
+        new_dsts[order], new_srcs[order], new_starts[order], new_ends[order], stage[order].astype(np.int64)
+    )

@@ -1,0 +1,381 @@
+"""Banded rectangles: the one shape that every mask is made of.
+
+A `MaskSlice` is a rectangle of (query, key) pairs crossed by a diagonal band:
+
+    pair (i, j) is visible  iff  q.start <= i < q.end,  k.start <= j < k.end,  lo <= j - i <= hi
+
+in global token indices. Full, causal, inverse-causal and bi-causal rectangles and all sliding
+windows are of this shape, and so is every sub-rectangle of one: cropping intersects the ranges and
+keeps the band. Chunking, sharding and stage-splitting therefore need no case analysis.
+
+A `SliceTable` holds many of them as numpy columns; every operation on it is vectorised, because a
+plan for a million tokens and a thousand ranks has to be made in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+# An unbounded band edge. Far outside any token index, and the sum of two still fits int64.
+UNBOUNDED = 1 << 60
+
+# Columns of SliceTable.data.
+Q0, Q1, K0, K1, LO, HI = range(6)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TokenRange:
+    """Half-open range of token indices [start, end)."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.end < self.start:
+            raise ValueError(
+                f"token range [{self.start}, {self.end}) is not valid: "
+                f"a range needs 0 <= start <= end"
+            )
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSlice:
+    """A banded rectangle of the mask.
+
+    Query i sees key j iff both lie in their ranges and lo <= j - i <= hi. The defaults leave the
+    band open, which makes the slice a full rectangle.
+    """
+
+    q: TokenRange
+    k: TokenRange
+    lo: int = -UNBOUNDED
+    hi: int = UNBOUNDED
+
+
+class Cropped(NamedTuple):
+    """Slices cut out of others, each with the index of the slice that it came from."""
+
+    table: SliceTable
+    parent: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SliceTable:
+    """Banded rectangles as rows of an int64 array [n, 6]: q0, q1, k0, k1, lo, hi.
+
+    Build it with `from_slices` or `from_columns`, which bring every row to its canonical form: no
+    row is empty, the rectangle is the bounding box of its visible pairs, and the band is clamped to
+    it (so bands are always finite and a row is a full rectangle iff its band spans all of it).
+    Rows keep their order. The array must not be written to.
+    """
+
+    data: IntArray = field(repr=False)
+
+    @classmethod
+    def from_slices(cls, slices: Iterable[MaskSlice]) -> SliceTable:
+        """Table of the non-empty ones among `slices`, in order."""
+        rows = [(s.q.start, s.q.end, s.k.start, s.k.end, s.lo, s.hi) for s in slices]
+        return cls(np.array(rows, dtype=np.int64).reshape(-1, 6)).canonical().table
+
+    @classmethod
+    def from_columns(
+        cls, q0: object, q1: object, k0: object, k1: object, lo: object, hi: object
+    ) -> SliceTable:
+        """Table of the non-empty rows of six columns (arrays or scalars that broadcast)."""
+        columns = np.broadcast_arrays(q0, q1, k0, k1, lo, hi)
+        return cls(np.stack(columns, axis=-1).astype(np.int64).reshape(-1, 6)).canonical().table
+
+    @classmethod
+    def empty(cls) -> SliceTable:
+        """Table without rows."""
+        return cls(np.zeros((0, 6), dtype=np.int64))
+
+    @classmethod
+    def concat(cls, tables: Iterable[SliceTable]) -> SliceTable:
+        """The rows of all tables, one after the other."""
+        return cls(np.concatenate([np.zeros((0, 6), np.int64), *(t.data for t in tables)]))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[MaskSlice]:
+        for q0, q1, k0, k1, lo, hi in self.data.tolist():
+            yield MaskSlice(TokenRange(q0, q1), TokenRange(k0, k1), lo, hi)
+
+    @property
+    def q0(self) -> IntArray:
+        return self.data[:, Q0]
+
+    @property
+    def q1(self) -> IntArray:
+        return self.data[:, Q1]
+
+    @property
+    def k0(self) -> IntArray:
+        return self.data[:, K0]
+
+    @property
+    def k1(self) -> IntArray:
+        return self.data[:, K1]
+
+    @property
+    def lo(self) -> IntArray:
+        return self.data[:, LO]
+
+    @property
+    def hi(self) -> IntArray:
+        return self.data[:, HI]
+
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> SliceTable:
+        """Rows chosen by an index array or a boolean mask."""
+        return SliceTable(self.data[index])
+
+    def canonical(self) -> Cropped:
+        """Tight rectangles and clamped bands; empty rows dropped.
+
+        Row i of a slice sees keys [max(k0, i + lo), min(k1, i + hi + 1)), which is not empty iff
+        k0 - hi <= i < k1 - lo; both ends are monotone in i, so the extreme rows give the extreme keys.
+        """
+        q0, q1, k0, k1, lo, hi = self.data.T
+        rows_start = np.maximum(q0, k0 - hi)
+        rows_end = np.minimum(q1, k1 - lo)
+        keys_start = np.maximum(k0, rows_start + lo)
+        keys_end = np.minimum(k1, rows_end + hi)
+        out = np.stack(
+            [
+                rows_start,
+                rows_end,
+                keys_start,
+                keys_end,
+                np.maximum(lo, keys_start - rows_end + 1),
+                np.minimum(hi, keys_end - 1 - rows_start),
+            ],
+            axis=-1,
+        )
+        keep = (q1 > q0) & (k1 > k0) & (lo <= hi) & (rows_end > rows_start)
+        parent = np.flatnonzero(keep)
+        return Cropped(SliceTable(out[parent]), parent)
+
+    def areas(self) -> IntArray:
+        """Visible pairs of each row, [n], in closed form."""
+        q0, q1, k0, k1, lo, hi = self.data.T
+        shift = k0 - q0
+        rows, keys = q1 - q0, k1 - k0
+        return _pairs_below(rows, keys, hi - shift) - _pairs_below(rows, keys, lo - 1 - shift)
+
+    def area(self) -> int:
+        """Visible pairs of all rows together (rows are taken to be disjoint)."""
+        return int(self.areas().sum())
+
+    def is_full(self) -> NDArray[np.bool_]:
+        """Which rows are full rectangles, [n]."""
+        q0, q1, k0, k1, lo, hi = self.data.T
+        return (lo <= k0 - q1 + 1) & (hi >= k1 - 1 - q0)
+
+    def crop(self, parent: IntArray, q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray) -> Cropped:
+        """Row parent[i] cut to the rectangle [q0[i], q1[i]) x [k0[i], k1[i]); empty results dropped."""
+        rows = self.data[parent]
+        rows[:, Q0] = np.maximum(rows[:, Q0], q0)
+        rows[:, Q1] = np.minimum(rows[:, Q1], q1)
+        rows[:, K0] = np.maximum(rows[:, K0], k0)
+        rows[:, K1] = np.minimum(rows[:, K1], k1)
+        table, kept = SliceTable(rows).canonical()
+        return Cropped(table, parent[kept])
+
+    def split_q(self, cuts: IntArray) -> Cropped:
+        """Rows cut at the query indices `cuts` (sorted); pieces of a row stay together, in order."""
+        first = np.searchsorted(cuts, self.q0, side="right")
+        last = np.searchsorted(cuts, self.q1, side="left")
+        parent, nth = expand_counts(last - first + 1)
+        bounds = np.concatenate([[-UNBOUNDED], cuts, [UNBOUNDED]])
+        at = first[parent] + nth
+        rows = self.data[parent]
+        rows[:, Q0] = np.maximum(rows[:, Q0], bounds[at])
+        rows[:, Q1] = np.minimum(rows[:, Q1], bounds[at + 1])
+        table, kept = SliceTable(rows).canonical()
+        return Cropped(table, parent[kept])
+
+    def split_k(self, cuts: IntArray) -> Cropped:
+        """Rows cut at the key indices `cuts` (sorted)."""
+        table, parent = self.transpose().split_q(cuts)
+        return Cropped(table.transpose(), parent)
+
+    def transpose(self) -> SliceTable:
+        """The mask with queries and keys exchanged."""
+        q0, q1, k0, k1, lo, hi = self.data.T
+        return SliceTable(np.stack([k0, k1, q0, q1, -hi, -lo], axis=-1))
+
+    def shift(self, dq: IntArray | int, dk: IntArray | int) -> SliceTable:
+        """Rows moved by dq queries and dk keys; the band moves by dk - dq."""
+        q0, q1, k0, k1, lo, hi = self.data.T
+        band = np.asarray(dk) - np.asarray(dq)
+        return SliceTable(
+            np.stack([q0 + dq, q1 + dq, k0 + dk, k1 + dk, lo + band, hi + band], axis=-1)
+        )
+
+    def to_dense(self, seqlen_q: int, seqlen_k: int) -> NDArray[np.bool_]:
+        """The mask as a boolean matrix [seqlen_q, seqlen_k]; for tests and pictures of small masks."""
+        dense = np.zeros((seqlen_q, seqlen_k), dtype=bool)
+        for q0, q1, k0, k1, lo, hi in self.data.tolist():
+            diff = np.arange(k0, k1)[None, :] - np.arange(q0, q1)[:, None]
+            dense[q0:q1, k0:k1] |= (diff >= lo) & (diff <= hi)
+        return dense
+
+
+def _pairs_below(rows: IntArray, keys: IntArray, c: IntArray) -> IntArray:
+    """Number of (i, j) with 0 <= i < rows, 0 <= j < keys, j - i <= c.
+
+    It is the sum over i of clamp(c + i + 1, 0, keys), a difference of two prefix sums.
+    """
+
+    def prefix(x: IntArray) -> IntArray:  # sum over t <= x of clamp(t, 0, keys)
+        inside = np.clip(x, 0, keys)
+        return inside * (inside + 1) // 2 + np.maximum(x - keys, 0) * keys
+
+    result: IntArray = prefix(c + rows) - prefix(c)
+    return result
+
+
+def expand_counts(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """For counts [2, 0, 3]: owners [0, 0, 2, 2, 2] and positions within each owner [0, 1, 0, 1, 2]."""
+    counts = np.maximum(counts, 0)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    ends = np.cumsum(counts)
+    position = np.arange(len(owner)) - np.repeat(ends - counts, counts)
+    return owner, position
+
+
+def disjoint_union(table: SliceTable) -> SliceTable:
+    """The union of overlapping banded rectangles as disjoint ones.
+
+    Earlier rows win and later rows lose what is already covered. The difference of two banded
+    rectangles is at most six: the rows above and below, then the keys left and right, then the
+    band below and above.
+    """
+    table = table.canonical().table
+    order, first_overlap = _overlap_candidates(table)
+    if not first_overlap.any():
+        return table
+    # Only rows that overlap something are cut up; the others pass through untouched.
+    kept: list[SliceTable] = []
+    done: dict[int, SliceTable] = {}
+    for row in range(len(table)):
+        earlier = order.get(row, ())
+        pieces = table.take(np.array([row]))
+        for other in earlier:
+            cutter = done[other]
+            for i in range(len(cutter)):
+                pieces = _difference(pieces, cutter.data[i])
+                if not len(pieces):
+                    break
+        done[row] = pieces
+        kept.append(pieces)
+    return SliceTable.concat(kept)
+
+
+def _overlap_candidates(table: SliceTable) -> tuple[dict[int, list[int]], NDArray[np.bool_]]:
+    """For each row, the earlier rows whose bounding box and band meet its own."""
+    n = len(table)
+    by_start = np.argsort(table.q0, kind="stable")
+    starts = table.q0[by_start]
+    # Rows after position p in start order that begin before row p ends.
+    reach = np.searchsorted(starts, table.q1[by_start], side="left")
+    a, nth = expand_counts(reach - np.arange(n) - 1)
+    first, second = by_start[a], by_start[a + 1 + nth]
+    x, y = table.data[first], table.data[second]
+    meets = (
+        (np.maximum(x[:, K0], y[:, K0]) < np.minimum(x[:, K1], y[:, K1]))
+        & (np.maximum(x[:, LO], y[:, LO]) <= np.minimum(x[:, HI], y[:, HI]))
+    )
+    # The band must also cross the common rectangle; canonical() decides that exactly.
+    both = np.stack(
+        [
+            np.maximum(x[:, Q0], y[:, Q0]),
+            np.minimum(x[:, Q1], y[:, Q1]),
+            np.maximum(x[:, K0], y[:, K0]),
+            np.minimum(x[:, K1], y[:, K1]),
+            np.maximum(x[:, LO], y[:, LO]),
+            np.minimum(x[:, HI], y[:, HI]),
+        ],
+        axis=-1,
+    )
+    common = np.flatnonzero(meets)
+    common = common[SliceTable(both[common]).canonical().parent]
+    earlier = np.minimum(first[common], second[common])
+    later = np.maximum(first[common], second[common])
+    overlaps: dict[int, list[int]] = {}
+    for e, late in sorted(zip(earlier.tolist(), later.tolist(), strict=True)):
+        overlaps.setdefault(late, []).append(e)
+    flags = np.zeros(n, dtype=bool)
+    flags[later] = True
+    return overlaps, flags
+
+
+def _difference(table: SliceTable, cutter: IntArray) -> SliceTable:
+    """What is left of every row of `table` outside one banded rectangle."""
+    q0, q1, k0, k1, lo, hi = cutter.tolist()
+    rows = table.data
+    parts = []
+
+    def add(**limits: int) -> None:
+        part = rows.copy()
+        for name, limit in limits.items():
+            column = {"q0": Q0, "q1": Q1, "k0": K0, "k1": K1, "lo": LO, "hi": HI}[name]
+            bound = np.maximum if name in ("q0", "k0", "lo") else np.minimum
+            part[:, column] = bound(part[:, column], limit)
+        parts.append(part)
+
+    add(q1=q0)
+    add(q0=q1)
+    add(q0=q0, q1=q1, k1=k0)
+    add(q0=q0, q1=q1, k0=k1)
+    add(q0=q0, q1=q1, k0=k0, k1=k1, hi=lo - 1)
+    add(q0=q0, q1=q1, k0=k0, k1=k1, lo=hi + 1)
+    return SliceTable(np.concatenate(parts)).canonical().table
+
+
+def merge_neighbours(table: SliceTable) -> SliceTable:
+    """The same pairs in fewer banded rectangles, for disjoint rows.
+
+    Two rows are joined when their common bounding box with their common band holds exactly as many
+    pairs as both: the closed-form area decides, so no case of shapes has to be told apart. Greedy,
+    along keys and then along queries, until nothing joins.
+    """
+    joined = True
+    while joined and len(table) > 1:
+        before = len(table)
+        for major, minor in ((Q0, K0), (K0, Q0)):
+            table = _join_pairs(table.take(np.lexsort((table.data[:, minor], table.data[:, major]))))
+        joined = len(table) < before
+    return table.take(np.lexsort((table.k0, table.q0)))
+
+
+def _join_pairs(table: SliceTable) -> SliceTable:
+    """One pass over neighbouring rows in the order given."""
+    a, b = table.data[:-1], table.data[1:]
+    both = np.stack(
+        [np.minimum(a[:, c], b[:, c]) if c in (Q0, K0, LO) else np.maximum(a[:, c], b[:, c]) for c in range(6)],
+        axis=-1,
+    )
+    areas = table.areas()
+    fits = SliceTable(both).areas() == areas[:-1] + areas[1:]
+    # Of a chain of joinable neighbours, take every other pair: a row joins once in a pass.
+    pair = np.flatnonzero(fits)
+    if not len(pair):
+        return table
+    new_chain = np.append(True, np.diff(pair) > 1)
+    chain_start = np.maximum.accumulate(np.where(new_chain, np.arange(len(pair)), 0))
+    pair = pair[(np.arange(len(pair)) - chain_start) % 2 == 0]
+    data = table.data.copy()
+    data[pair] = both[pair]
+    return SliceTable(np.delete(data, pair + 1, axis=0)).canonical().table
