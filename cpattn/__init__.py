@@ -1,6 +1,6 @@
 """cpattn: exact context-parallel attention for PyTorch.
 
-The public names load on first use (PEP 562), so that `import cpattn.solver` in a planning process loads no torch.
+The public names load on first use (PEP 562): `import cpattn.solver` in a planning process loads no torch.
 """
 
 from importlib import import_module

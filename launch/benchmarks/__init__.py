@@ -1,0 +1,1 @@
+"""Benchmarks; their results live in the folder results/."""

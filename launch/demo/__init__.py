@@ -1,0 +1,1 @@
+"""The demo job: a small transformer trained with its sequence spread over ranks."""

@@ -1,0 +1,73 @@
+"""Start a module on several ranks of this machine with torchrun, and never leave one of them behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+# Seconds that torchrun gets to stop its ranks before it is killed; they then die with it.
+STOP_SECONDS = 15
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_on_ranks(module: str, args: Sequence[str], *, num_ranks: int) -> None:
+    """Run `python -m module args` as ranks 0 to num_ranks - 1 and wait for them.
+
+    Each rank gets its share of the cores as OMP_NUM_THREADS, unless that is set already. If a rank
+    fails, torchrun stops the others; so does a signal to this process (Ctrl-C included) and its death.
+
+    Raises:
+        subprocess.CalledProcessError: a rank failed.
+    """
+    env = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)), **os.environ}
+    torchrun = ["--standalone", "--nnodes=1", f"--nproc-per-node={num_ranks}", "-m", module, *args]
+    run([sys.executable, "-m", "cpattn.launch.torchrun", *torchrun], env)
+
+
+def run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    """Run a command to its end; if this process is interrupted, stop the command first.
+
+    Raises:
+        subprocess.CalledProcessError: the command failed.
+    """
+    process = subprocess.Popen(command, env=env)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that `run` can clean up."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+if __name__ == "__main__":
+    from torch.distributed.run import main
+
+    die_with_parent(signal.SIGTERM)
+    main()

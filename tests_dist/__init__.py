@@ -1,0 +1,1 @@
+"""Tests of cpattn: solver/ (one process), ranks/ (several gloo ranks), gpu/ (CUDA)."""

@@ -1,0 +1,1 @@
+"""Tests of the solver: plain Python and numpy, all ranks in one process."""
