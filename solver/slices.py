@@ -246,6 +246,14 @@ def _pairs_below(rows: IntArray, keys: IntArray, c: IntArray) -> IntArray:
     return result
 
 
+def pairs_in_rows(table: SliceTable, end: IntArray) -> IntArray:
+    """Visible pairs of each row of the table whose query is before `end` (one for each row), [n]."""
+    q0, q1, k0, k1, lo, hi = table.data.T
+    shift = k0 - q0
+    rows, keys = np.clip(end, q0, q1) - q0, k1 - k0
+    return _pairs_below(rows, keys, hi - shift) - _pairs_below(rows, keys, lo - 1 - shift)
+
+
 def expand_counts(counts: IntArray) -> tuple[IntArray, IntArray]:
     """For counts [2, 0, 3]: owners [0, 0, 2, 2, 2] and positions within each owner [0, 1, 0, 1, 2]."""
     counts = np.maximum(counts, 0)

@@ -8,11 +8,11 @@
     def test_sum():
         assert run_on_ranks(4, check_sum, seed=1) == [10.0] * 4
 
-Starting processes dominates such tests, so the ranks of a world size are a pool that lives until pytest ends:
-a case costs milliseconds. A case that fails, hangs or is interrupted takes its pool with it; the next case starts
-a new one. The ranks are forked from a server that has imported torch and computed nothing (forking from pytest
-itself can hang in OpenMP or find CUDA initialised), so a new pool costs a fraction of a second. They die with
-pytest, however it ends.
+Starting processes dominates such tests, so the ranks of a world size are a pool that lives until pytest
+ends: a case costs milliseconds. A case that fails, hangs or is interrupted takes its pool with it; the next
+case starts a new one. The ranks are forked from a server that has imported torch and computed nothing
+(forking from pytest itself can hang in OpenMP or find CUDA initialised), so a new pool costs a fraction of a
+second. They die with pytest, however it ends.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def run_on_ranks(
 ) -> list[Any]:
     """Run `fn(*args, **kwargs)` on `world_size` ranks; return what each returned, in rank order.
 
-    Inside `fn` the default process group is that of all ranks, on `backend`; `fresh_group` makes others. Every
-    case starts from the same seeds (0), one thread, fp32 default dtype. With CUDA, ranks may share a card over
-    gloo; under nccl rank r takes device r. Arguments and results travel by pickle; return CPU tensors.
-    `pytest.skip` inside `fn` skips the test.
+    Inside `fn` the default process group is that of all ranks, on `backend`; `fresh_group` makes others.
+    Every case starts from the same seeds (0), one thread, fp32 default dtype. With CUDA, ranks may share a
+    card over gloo; under nccl rank r takes device r. Arguments and results travel by pickle; return CPU
+    tensors. `pytest.skip` inside `fn` skips the test.
 
     Args:
         fn: a module-level function.
@@ -135,7 +135,7 @@ _pools: dict[tuple[int, str], _Pool] = {}  # least recently used first
 
 
 def _take_pool(world_size: int, backend: str) -> _Pool:
-    """Return a live pool, starting one if needed and dropping the least recently used ones over the budget."""
+    """Return a live pool; start one if needed, dropping the least recently used over the budget."""
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; it must be at least 1")
     pool = _pools.pop((world_size, backend), None)
@@ -443,8 +443,8 @@ def _short(value: object) -> str:
 def _exit_with_parent(fd: int) -> None:
     """End this process once the far end of its pipe has closed, as it does however pytest ends.
 
-    A thread, since a rank in the middle of a case does not read its pipe. (PR_SET_PDEATHSIG does not serve here:
-    a rank's parent is the fork server, and that one lives as long as any rank.)
+    A thread, since a rank in the middle of a case does not read its pipe. (PR_SET_PDEATHSIG does not serve
+    here: a rank's parent is the fork server, and that one lives as long as any rank.)
     """
 
     def watch() -> None:

@@ -91,7 +91,7 @@ def batches(folder: Path | None, *, num_tokens: int, seed: int) -> Iterator[Batc
                     raise ValueError(f"{where} holds no text: its files are all empty or binary")
                 queue, used = deque(used), []
             path = queue.popleft()
-            text = read_text(path, num_tokens)
+            text = read_text(path, num_tokens + 1)
             if len(text) > room and passed_over < MAX_PASSED_OVER:
                 passed_over += 1
                 queue.append(path)

@@ -31,7 +31,7 @@ class ModelConfig:
     dim: int = 128
     num_heads_q: int = 4
     num_heads_kv: int = 2
-    head_dim: int = 32
+    head_dim: int = 16
     ffn_dim: int = 384
     vocab_size: int = 256
     rope_base: float = 10000.0

@@ -1,0 +1,49 @@
+"""The masks on which plans are compared: one sequence of a given length, several shapes of mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from cpattn.mask_spec import AttnMaskSpec
+
+
+def document_lengths(total: int, *, seed: int = 0, mean: float = 4096, sigma: float = 1.2) -> list[int]:
+    """Lognormal document lengths that sum to `total`; the last is cut to fit."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    left = total
+    while left:
+        n = min(left, max(1, int(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma))))
+        lengths.append(n)
+        left -= n
+    return lengths
+
+
+def prefix_tree(total: int, *, branches: int = 16, leaves: int = 4) -> AttnMaskSpec:
+    """A root of total / 8 tokens, branches below it and leaves below each, laid out depth first.
+
+    Every node but the root has the same length; the last leaf takes the remainder.
+    """
+    root = total // 8
+    node = (total - root) // (branches * (leaves + 1))
+    lengths, paths = [root], []
+    for _ in range(branches):
+        branch = len(lengths)
+        lengths.append(node)
+        for _ in range(leaves):
+            paths.append([0, branch, len(lengths)])
+            lengths.append(node)
+    lengths[-1] += total - sum(lengths)
+    return AttnMaskSpec.prefix_tree(lengths, paths)[0]
+
+
+WORKLOADS: dict[str, Callable[[int], AttnMaskSpec]] = {
+    "causal": AttnMaskSpec.causal,
+    "varlen causal": lambda total: AttnMaskSpec.varlen(document_lengths(total)),
+    "varlen full": lambda total: AttnMaskSpec.varlen(document_lengths(total), causal=False),
+    "window": lambda total: AttnMaskSpec.sliding_window(total, 4096),
+    "prefix tree": prefix_tree,
+}
