@@ -230,11 +230,15 @@ def _run_backward(
     host = (dout, q, out, lse, dq)
     guest: tuple[Tensor, ...] = ()
     if plan.queries.active:
-        views, pending_queries = group_cast((dout, q, out, lse), plan.queries, key.cp_group, async_op=True)
-        guest = (*views, torch.zeros(views[1].shape, dtype=dtype, device=q.device))
+        rows = (dout, q, lse, _delta(dout, out, dtype))
+        guests, pending_queries = group_cast(rows, plan.queries, key.cp_group, async_op=True)
     pending = _fetch(key, plan, 1, k, v)
-    if guest:
+    if plan.queries.active:
         pending_queries.wait()
+        dout_guest, q_guest, lse_guest, delta_guest = guests
+        out_guest = _out_of_delta(dout_guest, delta_guest)
+        dq_guest = torch.zeros(q_guest.shape, dtype=dtype, device=q.device)
+        guest = (dout_guest, q_guest, out_guest, lse_guest, dq_guest)
     keys, values, dkeys, dvalues = k, v, dk, dv
     reductions: list[PendingRows] = []
     for number, stage in enumerate(plan.stages):
@@ -277,11 +281,26 @@ def _empty_partial(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
 
 
+def _delta(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over head dim of dout * out, [T, N]: all that backward needs of out."""
+    return (dout.to(dtype) * out.to(dtype)).sum(-1)
+
+
+def _out_of_delta(dout: Tensor, delta: Tensor) -> Tensor:
+    """An out with the given delta, for kernels that ask for out: its projection on dout.
+
+    So delta travels in place of out, a head dim's worth of elements less. The projection is no
+    longer than out itself, so nothing overflows, and its rounding disturbs delta less than out's.
+    """
+    wide = dout.to(delta.dtype)
+    square = (wide * wide).sum(-1).clamp_min(torch.finfo(delta.dtype).tiny)
+    return (wide * (delta / square).unsqueeze(-1)).to(dout.dtype)
+
+
 def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """d/dsink of softmax with an extra logit: its probability is exp(sink - lse) and its value 0."""
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     probability = torch.exp(sink.to(lse.dtype) - lse)
-    return -(probability * delta).sum(0).to(sink.dtype)
+    return -(probability * _delta(dout, out, lse.dtype)).sum(0).to(sink.dtype)
 
 
 def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

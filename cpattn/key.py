@@ -21,7 +21,18 @@ from torch import Tensor
 
 from cpattn.backends import Backend, Problem, choose_backend
 from cpattn.collectives import RowRoutes
-from cpattn.solver import Exchange, Layout, Plan, RankPlan, SliceTable, assemble_plan, make_dispatch_plan
+from cpattn.solver import (
+    Exchange,
+    Layout,
+    Plan,
+    RankPlan,
+    ScheduleKind,
+    SliceTable,
+    assemble_plan,
+    keys_schedule,
+    make_dispatch_plan,
+    row_costs,
+)
 
 from .agreement import require_agreement
 from .mask_spec import AttnMaskSpec, lower_mask
@@ -35,6 +46,7 @@ class KeyOptions:
 
     chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
     layout: "balanced", "contiguous" or "zigzag".
+    schedule: "auto", "keys" or "tiles".
     backend: name of the local kernel, or "auto".
     num_stages: parts in which remote keys are fetched; None chooses.
     window: (left, right) limit on the distance in positions; None on a side is no limit.
@@ -43,6 +55,7 @@ class KeyOptions:
 
     chunk_size: int
     layout: Layout
+    schedule: ScheduleKind
     backend: str
     num_stages: int | None
     window: tuple[int | None, int | None] | None
@@ -141,14 +154,8 @@ class AttnKey:
 
     def _plan_with_mask(self, spec: AttnMaskSpec, options: KeyOptions) -> AttnKey:
         q_placement, k_placement = self.plan.q_placement, self.plan.k_placement
-        tasks, _ = lower_mask(spec, options.window).split_q(q_placement.starts[1:])
-        plan = assemble_plan(
-            tasks,
-            q_placement.owner_of(tasks.q0),
-            q_placement,
-            k_placement,
-            num_stages=options.num_stages,
-        )
+        schedule = keys_schedule(lower_mask(spec, options.window), q_placement)
+        plan = assemble_plan(*schedule, q_placement, k_placement, num_stages=options.num_stages)
         heads = (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
         return _bind_to_group(spec, options, plan, self.cp_group, heads)
 
@@ -201,6 +208,7 @@ def make_key(
     cp_group: Any = None,
     chunk_size: int = 512,
     layout: Layout = "balanced",
+    schedule: ScheduleKind = "auto",
     backend: str = "auto",
     num_stages: int | None = None,
     window: int | Sequence[int | None] | None = None,
@@ -218,6 +226,8 @@ def make_key(
         cp_group: ProcessGroup, DeviceMesh (1-D, or with an axis named "cp"), or None for one rank.
         chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
         layout: "balanced" (even work and tokens, least traffic), "contiguous" or "zigzag".
+        schedule: "keys": only keys and values travel. "tiles": each rank computes a tile of queries
+            x keys, and queries travel too. "auto": tiles where they move clearly fewer bytes.
         backend: local kernel by name, or "auto".
         num_stages: parts in which remote keys are fetched, to overlap with compute; None chooses.
         window: limit on top of the mask, in positions of the documents: an int W lets a query see
@@ -238,7 +248,7 @@ def make_key(
         )
     group = _resolve_group(cp_group)
     options = KeyOptions(
-        chunk_size, layout, backend, num_stages, _normal_window(window, spec), search_effort
+        chunk_size, layout, schedule, backend, num_stages, _normal_window(window, spec), search_effort
     )
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
     # The key holds its group, so the id cannot be reused while the entry lives.
@@ -296,6 +306,8 @@ def _make_key(
         chunk_size=options.chunk_size,
         layout=options.layout,
         num_stages=options.num_stages,
+        schedule=options.schedule,
+        costs=row_costs(*heads),
         search_effort=options.search_effort,
     )
     return _bind_to_group(spec, options, plan, group, heads)

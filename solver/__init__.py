@@ -1,21 +1,34 @@
 """Pure planning on ints and numpy arrays: no torch, no process group, no device."""
 
+from .cost import RowCosts, row_costs
 from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices, window_params
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import (
     LAYOUTS,
+    SCHEDULES,
     Exchange,
     Layout,
     Plan,
     RankPlan,
     RankStage,
     Runs,
+    ScheduleKind,
     assemble_plan,
     exchange_of,
+    keys_schedule,
     make_dispatch_plan,
     received_runs,
 )
-from .routes import Intervals, RouteTable, make_routes, merge_intervals, split_stages, tokens_needed
+from .routes import (
+    Intervals,
+    RouteTable,
+    make_routes,
+    merge_intervals,
+    rows_missing,
+    split_stages,
+    tokens_needed,
+)
+from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import (
     UNBOUNDED,
     Cropped,
@@ -34,6 +47,7 @@ __all__ = [
     "FULL",
     "INV_CAUSAL",
     "LAYOUTS",
+    "SCHEDULES",
     "UNBOUNDED",
     "Cropped",
     "Exchange",
@@ -47,21 +61,29 @@ __all__ = [
     "RankPlan",
     "RankStage",
     "RouteTable",
+    "RowCosts",
     "Runs",
+    "Schedule",
+    "ScheduleKind",
     "SliceTable",
     "TokenRange",
     "assemble_plan",
+    "bisect_tasks",
     "disjoint_union",
     "exchange_of",
     "expand_counts",
     "kernel_tiles",
+    "keys_schedule",
     "make_dispatch_plan",
     "make_routes",
     "merge_intervals",
     "merge_neighbours",
     "place_contiguous",
+    "place_for_schedule",
     "place_zigzag",
     "received_runs",
+    "row_costs",
+    "rows_missing",
     "split_stages",
     "tiles_to_slices",
     "tokens_needed",

@@ -13,12 +13,22 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .balance import place_balanced
+from .cost import RowCosts, row_costs
 from .placement import Placement, place_contiguous, place_zigzag
-from .routes import RouteTable, make_routes, split_stages, tokens_needed
+from .routes import RouteTable, make_routes, rows_missing, split_stages, tokens_needed
+from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
 
 Layout = Literal["balanced", "contiguous", "zigzag"]
 LAYOUTS: tuple[Layout, ...] = ("balanced", "contiguous", "zigzag")
+
+ScheduleKind = Literal["auto", "keys", "tiles"]
+SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
+
+# Heads 32:8 of dim 128 in 16 bits.
+DEFAULT_COSTS = row_costs(32, 8, 128, 128)
+# Moving queries costs more exchanges and merges: it must save this factor in bytes to be chosen.
+TILES_GAIN = 0.9
 
 # More stages than this split the remote keys into tiles too small to be worth it.
 MAX_STAGES = 8
@@ -155,6 +165,8 @@ def make_dispatch_plan(
     chunk_size: int = 512,
     layout: Layout = "balanced",
     num_stages: int | None = None,
+    schedule: ScheduleKind = "keys",
+    costs: RowCosts = DEFAULT_COSTS,
     search_effort: int = 0,
 ) -> Plan:
     """Plan attention under a mask for every rank of a group.
@@ -166,18 +178,53 @@ def make_dispatch_plan(
         chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
         layout: "balanced" (even area and tokens, least traffic), "contiguous" or "zigzag".
         num_stages: parts in which remote keys are fetched; None chooses.
+        schedule: "keys": queries are computed where they lie, and only keys and values travel.
+            "tiles": each rank computes a tile of queries x keys and queries travel too. "auto":
+            tiles where they move fewer bytes. Tiles bring their own layout, so they go only with
+            layout "balanced" and self-attention.
+        costs: what a query row and a key row cost to move.
         search_effort: iterations of extra placement search; 0 is the fast default.
 
     Raises:
         ValueError: a size is out of range or the layout is unknown.
     """
     _check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
-    q_placement, k_placement = _place(
-        slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort
-    )
+    can_tile = layout == "balanced" and total_seqlen_k is None
+    if schedule not in SCHEDULES or (schedule == "tiles" and not can_tile):
+        raise ValueError(
+            f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
+            f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
+        )
+    placements = [] if schedule == "tiles" else [
+        _place(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort)
+    ]
+    schedules = [keys_schedule(slices, q_placement) for q_placement, _ in placements]
+    if schedule == "tiles" or (schedule == "auto" and can_tile and cp_size > 2):
+        tiles = bisect_tasks(slices, cp_size, q_cost=costs.q, k_cost=costs.kv)
+        placement = place_for_schedule(
+            tiles, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv
+        )
+        schedules.append(tiles)
+        placements.append((placement, placement))
+    moved = [
+        _bytes_moved(chosen, *placement, costs) for chosen, placement in zip(schedules, placements, strict=True)
+    ]
+    best = 0 if moved[0] * TILES_GAIN <= moved[-1] else len(moved) - 1
+    return assemble_plan(*schedules[best], *placements[best], num_stages=num_stages)
+
+
+def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:
+    """The schedule in which the owner of a query computes everything for it."""
     tasks, _ = slices.split_q(q_placement.starts[1:])
-    task_ranks = q_placement.owner_of(tasks.q0)
-    return assemble_plan(tasks, task_ranks, q_placement, k_placement, num_stages=num_stages)
+    return Schedule(tasks, q_placement.owner_of(tasks.q0))
+
+
+def _bytes_moved(
+    schedule: Schedule, q_placement: Placement, k_placement: Placement, costs: RowCosts
+) -> int:
+    queries, keys = tokens_needed(schedule.tasks, schedule.task_ranks)
+    q_rows, kv_rows = rows_missing(queries, q_placement), rows_missing(keys, k_placement)
+    return int(q_rows.sum()) * costs.q + int(kv_rows.sum()) * costs.kv
 
 
 def assemble_plan(

@@ -84,6 +84,27 @@ def tokens_needed(tasks: SliceTable, task_ranks: IntArray) -> tuple[Intervals, I
     return queries, keys
 
 
+def rows_missing(needed: Intervals, placement: Placement) -> IntArray:
+    """Rows that each rank needs and does not own, [cp_size]: what routes would bring it."""
+    stride = placement.total_seqlen + 1
+    order = np.argsort(placement.owners, kind="stable")
+    run_at = (placement.owners * stride + placement.starts)[order]
+
+    def owned_before(tokens: IntArray) -> IntArray:
+        """How many tokens before the given one the rank of each interval owns."""
+        nth = np.searchsorted(run_at, needed.ranks * stride + tokens, side="right") - 1
+        run = order[np.maximum(nth, 0)]
+        inside = np.minimum(tokens, placement.ends[run]) - placement.starts[run]
+        same = (nth >= 0) & (placement.owners[run] == needed.ranks)
+        return np.where(same, placement.local_starts[run] + inside, 0)
+
+    if not len(needed.ranks):
+        return np.zeros(placement.cp_size, dtype=np.int64)
+    owned = owned_before(needed.ends) - owned_before(needed.starts)
+    missing = np.bincount(needed.ranks, needed.ends - needed.starts - owned, placement.cp_size)
+    return missing.astype(np.int64)
+
+
 def make_routes(needed: Intervals, placement: Placement) -> RouteTable:
     """Routes that bring each rank the tokens it needs and does not own, all in stage 0."""
     first = np.searchsorted(placement.ends, needed.starts, side="right")

@@ -16,14 +16,7 @@ import numpy as np
 
 from .placement import Placement
 from .routes import Intervals, merge_intervals, tokens_needed
-from .slices import Cropped, IntArray, SliceTable, expand_counts, pairs_in_rows
-
-
-# Most by which a rank's area may exceed its share so that cuts can fall where slices end.
-MAX_UNEVEN = 0.015
-# Slice ends that are tried for each cut, and the size of table up to which they are looked for.
-SLICE_END_CUTS = 6
-MAX_PIECES = 200_000
+from .slices import IntArray, SliceTable, expand_counts, pairs_in_rows
 
 
 class Schedule(NamedTuple):
@@ -47,16 +40,15 @@ def bisect_tasks(table: SliceTable, cp_size: int, *, q_cost: float, k_cost: floa
     """
     tasks, node = table, np.zeros(len(table), dtype=np.int64)
     first_rank, num_ranks = np.zeros(1, dtype=np.int64), np.array([cp_size])
-    # Each level may leave the exact share by this much, to cut where slices end.
-    slack = MAX_UNEVEN / max(1, (cp_size - 1).bit_length())
     while (num_ranks > 1).any():
-        by_q = _best_cut(tasks, node, num_ranks, slack)
-        by_k = _best_cut(tasks.transpose(), node, num_ranks, slack)
-        along_q = k_cost * by_q.shared <= q_cost * by_k.shared
+        left_ranks = num_ranks // 2
+        by_q = _halves(tasks, node, left_ranks / num_ranks)
+        by_k = _halves(tasks.transpose(), node, left_ranks / num_ranks)
+        shared_q, shared_k = _duplicated(by_q, len(num_ranks)), _duplicated(by_k, len(num_ranks))
+        along_q = k_cost * shared_q <= q_cost * shared_k
         q_half, k_half = along_q[by_q.node], ~along_q[by_k.node]
         tasks = SliceTable.concat([by_q.table.take(q_half), by_k.table.take(k_half).transpose()])
         node = np.concatenate([by_q.child()[q_half], by_k.child()[k_half]])
-        left_ranks = np.where(along_q, by_q.left_ranks, by_k.left_ranks)
         first_rank = np.stack([first_rank, first_rank + left_ranks], axis=-1).ravel()
         num_ranks = np.stack([left_ranks, num_ranks - left_ranks], axis=-1).ravel()
         # A part of one rank has an empty left half: drop it, and renumber.
@@ -67,87 +59,26 @@ def bisect_tasks(table: SliceTable, cp_size: int, *, q_cost: float, k_cost: floa
     return Schedule(tasks.take(order), first_rank[node][order])
 
 
-class _Cut(NamedTuple):
-    """Every node cut in two along queries.
-
-    table, node, right: the pieces, the node of each, and whether it lies right of the cut.
-    left_ranks: ranks that get the left half, for each node.
-    shared: key rows that both halves need, for each node.
-    """
+class _Halves(NamedTuple):
+    """Slices cut in two: the node of each and whether it is right of the cut."""
 
     table: SliceTable
     node: IntArray
     right: IntArray
-    left_ranks: IntArray
-    shared: np.ndarray
 
     def child(self) -> IntArray:
         return 2 * self.node + self.right
 
 
-def _best_cut(table: SliceTable, node: IntArray, num_ranks: IntArray, slack: float) -> _Cut:
-    """Of a few cuts of each node along queries, the one that duplicates the fewest key rows.
-
-    The cuts: one that gives half of the ranks exactly their area, and those slice ends that give a
-    whole number of ranks their area within the slack, the most even ones first.
-    """
-    left_ranks = num_ranks // 2
-    cut = _area_cuts(table, node, left_ranks / num_ranks)
-    shared = _duplicated(table, node, cut, len(num_ranks))
-    for other, ranks in _cuts_at_slice_ends(table, node, num_ranks, slack):
-        other = np.where(ranks > 0, other, cut)
-        other_shared = _duplicated(table, node, other, len(num_ranks))
-        better = (ranks > 0) & (other_shared < shared)
-        cut, left_ranks = np.where(better, other, cut), np.where(better, ranks, left_ranks)
-        shared = np.where(better, other_shared, shared)
-    halves, parent = _halves(table, node, cut)
-    right = (parent >= len(table)).astype(np.int64)
-    return _Cut(halves, node[parent % len(table)], right, left_ranks, shared)
-
-
-def _cuts_at_slice_ends(
-    table: SliceTable, node: IntArray, num_ranks: IntArray, slack: float
-) -> list[tuple[IntArray, IntArray]]:
-    """Up to SLICE_END_CUTS cuts for each node: (query index, ranks of the left half; 0 where none)."""
-    stride = int(table.q1.max(initial=0)) + 1
-    ends = np.unique(np.concatenate([node * stride + table.q0, node * stride + table.q1]))
-    placed = table.shift(node * stride, 0)  # nodes side by side on one axis, so one cut serves all
-    inside = np.searchsorted(ends, placed.q1) - np.searchsorted(ends, placed.q0)
-    if inside.sum() > MAX_PIECES:
-        return []
-    pieces, _ = placed.split_q(ends)
-    owner = pieces.q0 // stride
-    area_at = np.zeros(len(ends))
-    np.add.at(area_at, np.searchsorted(ends, pieces.q1), pieces.areas())
-    end_node = np.minimum(ends // stride, len(num_ranks) - 1)
-    total = np.bincount(owner, pieces.areas(), len(num_ranks))
-    before = np.concatenate([[0.0], np.cumsum(total)])[:-1]
-    filled = (np.cumsum(area_at) - before[end_node]) / np.maximum(total[end_node], 1) * num_ranks[end_node]
-    ranks = np.rint(filled).astype(np.int64)
-    smaller = np.minimum(ranks, num_ranks[end_node] - ranks)
-    fits = (smaller * 3 >= num_ranks[end_node]) & (np.abs(filled - ranks) <= slack * smaller)
-    ends, ranks, end_node = ends[fits], ranks[fits], end_node[fits]
-    uneven = np.abs(2 * ranks - num_ranks[end_node])
-    order = np.lexsort((ends, uneven, end_node))
-    ends, ranks, end_node = ends[order], ranks[order], end_node[order]
-    nth = np.arange(len(ends)) - np.searchsorted(end_node, end_node)
-    cuts = []
-    for choice in range(min(SLICE_END_CUTS, int(nth.max(initial=-1)) + 1)):
-        chosen = nth == choice
-        cut, left = np.zeros_like(num_ranks), np.zeros_like(num_ranks)
-        cut[end_node[chosen]] = ends[chosen] - end_node[chosen] * stride
-        left[end_node[chosen]] = ranks[chosen]
-        cuts.append((cut, left))
-    return cuts
-
-
-def _halves(table: SliceTable, node: IntArray, node_cut: IntArray) -> Cropped:
-    """Each node's slices cut in two along queries; parents count on past n right of the cut."""
-    cut, n = node_cut[node], len(table)
+def _halves(table: SliceTable, node: IntArray, left_share: np.ndarray) -> _Halves:
+    """Each node's slices, cut along queries where the area left of the cut is its left share."""
+    cut = _area_cuts(table, node, left_share)[node]
     data = np.concatenate([table.data, table.data])
+    n = len(table)
     data[:n, 1] = np.minimum(data[:n, 1], cut)
     data[n:, 0] = np.maximum(data[n:, 0], cut)
-    return SliceTable(data).canonical()
+    halves, parent = SliceTable(data).canonical()
+    return _Halves(halves, node[parent % n], (parent >= n).astype(np.int64))
 
 
 def _area_cuts(table: SliceTable, node: IntArray, left_share: np.ndarray) -> IntArray:
@@ -177,13 +108,11 @@ def _area_cuts(table: SliceTable, node: IntArray, left_share: np.ndarray) -> Int
     return np.where(left_share > 0, nearest, low)
 
 
-def _duplicated(table: SliceTable, node: IntArray, cut: IntArray, num_nodes: int) -> np.ndarray:
-    """Key rows that both halves of a node need when it is cut, for each node."""
-    halves, parent = _halves(table, node, cut)
-    child = 2 * node[parent % len(table)] + (parent >= len(table))
-    apart = merge_intervals(child, halves.k0, halves.k1)
-    both = np.bincount(apart.ranks // 2, apart.ends - apart.starts, num_nodes)
-    once = merge_intervals(node, table.k0, table.k1)
+def _duplicated(halves: _Halves, num_nodes: int) -> np.ndarray:
+    """Key rows that both halves of a node need, for each node."""
+    union = merge_intervals(halves.child(), halves.table.k0, halves.table.k1)
+    both = np.bincount(union.ranks // 2, union.ends - union.starts, num_nodes)
+    once = merge_intervals(halves.node, halves.table.k0, halves.table.k1)
     return both - np.bincount(once.ranks, once.ends - once.starts, num_nodes)
 
 
