@@ -49,30 +49,61 @@ class RowRoutes:
 
 
 class PendingRows:
-    """An exchange under way. `wait()` returns its result; call it once, before the group's next use
-    of the buffers. The buffers are kept alive until then."""
+    """An exchange under way; `wait()` returns its result, once. Buffers are kept alive until then.
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], tuple[Tensor, ...]]):
+    An exchange of two hops starts the second when the first has arrived: in `advance()`, if that is
+    called meanwhile, else in `wait()`. Call both in the same order on all ranks.
+    """
+
+    def __init__(
+        self,
+        work: dist.Work | None,
+        then: Callable[[], PendingRows | tuple[Tensor, ...]],
+        *,
+        more_hops: bool = False,
+    ):
         self._work = work
-        self._finish: Callable[[], tuple[Tensor, ...]] | None = finish
+        self._then: Callable[[], PendingRows | tuple[Tensor, ...]] | None = then
+        self._more_hops = more_hops
+        self._result: tuple[Tensor, ...] | None = None
+
+    def advance(self) -> None:
+        """Start the next hop, if there is one, when the one under way has arrived."""
+        if self._more_hops:
+            self._step()
 
     def wait(self) -> tuple[Tensor, ...]:
         """Block until the rows are here (on CUDA: make the current stream wait), then return them."""
-        assert self._finish is not None, "the result of an exchange is taken once"
+        while self._then is not None:
+            self._step()
+        result, self._result = self._result, None
+        assert result is not None, "the result of an exchange is taken once"
+        return result
+
+    def _step(self) -> None:
+        assert self._then is not None
         if self._work is not None:
             self._work.wait()
-        finish, self._finish = self._finish, None
-        return finish()
+        following = self._then()
+        if isinstance(following, PendingRows):
+            self._work, self._then, self._more_hops = following._work, following._then, following._more_hops
+        else:
+            self._work, self._then, self._result, self._more_hops = None, None, following, False
 
 
 def group_cast(
-    rows: Sequence[Tensor], routes: RowRoutes, group: dist.ProcessGroup | None, *, async_op: bool = False
+    rows: Sequence[Tensor],
+    hops: RowRoutes | Sequence[RowRoutes],
+    group: dist.ProcessGroup | None,
+    *,
+    async_op: bool = False,
 ) -> tuple[tuple[Tensor, ...], PendingRows]:
     """Send rows of several tensors to the ranks that need them, in one exchange.
 
     Args:
         rows: tensors [T, ...] with the same number of local rows T, any dtypes.
-        routes: which rows go where.
+        hops: which rows go where. Several hops are run one after the other: the rows of a later hop
+            are [local rows, rows that the hop before brought], and the last hop delivers.
         group: the ranks; None is a group of one.
         async_op: return at once; the received tensors hold nothing until `wait()` of the handle.
 
@@ -81,20 +112,45 @@ def group_cast(
         and then as sent; and the handle. Tensors are views of one buffer: rows are strided, the
         last dimension is contiguous.
     """
+    hops = _as_hops(hops)
     shapes = [(t.shape[1:], t.dtype) for t in rows]
-    send = _pack([t.index_select(0, routes.send_index) for t in rows])
-    received, work = _all_to_all(send, routes.send_splits, routes.recv_splits, routes.active, group)
-    views = _unpack(received, shapes)
-    pending = PendingRows(work, lambda: views)
+    delivered = _empty_packed(hops[-1].num_received, shapes, rows[0].device)
+    views = _unpack(delivered, shapes)
+    pending = _cast_hop(rows, rows, hops, group, delivered, views)
     if not async_op:
         pending.wait()
     return views, pending
 
 
+def _cast_hop(
+    local: Sequence[Tensor],
+    sendable: Sequence[Tensor],
+    hops: Sequence[RowRoutes],
+    group: dist.ProcessGroup | None,
+    delivered: Tensor,
+    views: tuple[Tensor, ...],
+) -> PendingRows:
+    """Run the first of the hops; `sendable` is what its rows are chosen from."""
+    hop, *later = hops
+    shapes = [(t.shape[1:], t.dtype) for t in local]
+    send = _pack([t.index_select(0, hop.send_index) for t in sendable])
+    received = _empty_packed(hop.num_received, shapes, send.device) if later else delivered
+    work = _all_to_all(received, send, hop.recv_splits, hop.send_splits, hop.active, group)
+    if not later:
+        return PendingRows(work, lambda: views)
+
+    def next_hop() -> PendingRows:
+        landed = _unpack(received, shapes)
+        both = [torch.cat([mine, came]) for mine, came in zip(local, landed, strict=True)]
+        return _cast_hop(local, both, later, group, delivered, views)
+
+    return PendingRows(work, next_hop, more_hops=True)
+
+
 def group_reduce(
     rows: Sequence[Tensor],
     into: Sequence[Tensor],
-    routes: RowRoutes,
+    hops: RowRoutes | Sequence[RowRoutes],
     group: dist.ProcessGroup | None,
     *,
     op: Literal["sum", "lse"] = "sum",
@@ -105,7 +161,7 @@ def group_reduce(
     Args:
         rows: tensors [sum(recv_splits), ...], in the order in which the GroupCast delivered.
         into: tensors [T, ...] to reduce into, in place, when the handle is waited for.
-        routes: the routes of the GroupCast.
+        hops: the hops of the GroupCast; they are run backwards, reducing after each.
         group: the ranks; None is a group of one.
         op: "sum" adds each tensor; "lse" takes (out [.., H, D], lse [.., H]) partial attention
             results and merges them (`merge_partials`).
@@ -113,28 +169,62 @@ def group_reduce(
 
     The order of reduction is fixed: sender 0, 1, 2, ... Results repeat bit for bit.
     """
+    *earlier, hop = _as_hops(hops)
     shapes = [(t.shape[1:], t.dtype) for t in rows]
     send = _pack(list(rows))
-    received, work = _all_to_all(send, routes.recv_splits, routes.send_splits, routes.active, group)
+    received = _empty_packed(hop.num_sent, shapes, send.device)
+    work = _all_to_all(received, send, hop.send_splits, hop.recv_splits, hop.active, group)
 
-    def finish() -> tuple[Tensor, ...]:
+    def finish() -> PendingRows | tuple[Tensor, ...]:
         parts = _unpack(received, shapes)
-        start = 0
-        for count in routes.send_splits:
-            if count:
-                index = routes.send_index[start : start + count]
-                _reduce_rows([p[start : start + count] for p in parts], into, index, op)
-                start += count
-        return tuple(into)
+        if not earlier:
+            _reduce_by_sender(parts, into, hop, op)
+            return tuple(into)
+        # Rows that were only passed on are reduced here first, and their sums go on to the owners.
+        num_local = into[0].shape[0]
+        totals = _neutral_rows(into, num_local + earlier[-1].num_received, op)
+        _reduce_by_sender(parts, totals, hop, op)
+        _reduce_all([t[:num_local] for t in totals], into, op)
+        passed_on = [t[num_local:].to(r.dtype) for t, r in zip(totals, rows, strict=True)]
+        return group_reduce(passed_on, into, earlier, group, op=op, async_op=True)
 
-    pending = PendingRows(work, finish)
+    pending = PendingRows(work, finish, more_hops=bool(earlier))
     if not async_op:
         pending.wait()
     return pending
 
 
+def _as_hops(hops: RowRoutes | Sequence[RowRoutes]) -> Sequence[RowRoutes]:
+    return (hops,) if isinstance(hops, RowRoutes) else hops
+
+
+def _neutral_rows(like: Sequence[Tensor], num_rows: int, op: str) -> list[Tensor]:
+    """Rows that change nothing when reduced with others: zeros, and lse -inf."""
+    rows = [t.new_zeros((num_rows, *t.shape[1:])) for t in like]
+    if op == "lse":
+        rows[1].fill_(-torch.inf)
+    return rows
+
+
+def _reduce_all(parts: Sequence[Tensor], into: Sequence[Tensor], op: str) -> None:
+    if op == "lse":
+        merge_partials(into[0], into[1], parts[0], parts[1])
+        return
+    for total, part in zip(into, parts, strict=True):
+        total += part
+
+
+def _reduce_by_sender(parts: Sequence[Tensor], into: Sequence[Tensor], hop: RowRoutes, op: str) -> None:
+    """Reduce what came back along a hop; each sender's rows are distinct, so no two meet in a row."""
+    start = 0
+    for count in hop.send_splits:
+        if count:
+            index = hop.send_index[start : start + count]
+            _reduce_rows([p[start : start + count] for p in parts], into, index, op)
+            start += count
+
+
 def _reduce_rows(parts: Sequence[Tensor], into: Sequence[Tensor], index: Tensor, op: str) -> None:
-    """Reduce one sender's rows; they are distinct, so no two of them meet in a row."""
     if op == "lse":
         out, lse = into[0].index_select(0, index), into[1].index_select(0, index)
         merge_partials(out, lse, parts[0], parts[1])
@@ -147,19 +237,18 @@ def _reduce_rows(parts: Sequence[Tensor], into: Sequence[Tensor], index: Tensor,
 
 
 def _all_to_all(
+    received: Tensor,
     send: Tensor,
-    send_splits: tuple[int, ...],
     recv_splits: tuple[int, ...],
+    send_splits: tuple[int, ...],
     active: bool,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, dist.Work | None]:
-    received = send.new_empty((sum(recv_splits), *send.shape[1:]))
+) -> dist.Work | None:
     if group is None or not active:
-        return received, None
-    work = dist.all_to_all_single(
+        return None
+    return dist.all_to_all_single(
         received, send, list(recv_splits), list(send_splits), group=group, async_op=True
     )
-    return received, work
 
 
 def _row_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
@@ -170,14 +259,24 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
+def _empty_packed(
+    num_rows: int, shapes: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device
+) -> Tensor:
+    """A buffer for rows of tensors side by side; a single tensor travels as it is."""
+    if len(shapes) == 1:
+        (shape, dtype), *_ = shapes
+        return torch.empty(num_rows, *shape, dtype=dtype, device=device)
+    width = sum(_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes)
+    return torch.empty(num_rows, width, dtype=torch.uint8, device=device)
+
+
 def _pack(tensors: list[Tensor]) -> Tensor:
-    """Rows of several tensors side by side; a single tensor travels as it is."""
+    """Rows of several tensors side by side in one buffer."""
     if len(tensors) == 1:
         return tensors[0].contiguous()
-    num_rows = tensors[0].shape[0]
-    widths = [_aligned(_row_bytes(t.shape[1:], t.dtype)) for t in tensors]
-    packed = torch.empty(num_rows, sum(widths), dtype=torch.uint8, device=tensors[0].device)
-    for tensor, view in zip(tensors, _unpack(packed, [(t.shape[1:], t.dtype) for t in tensors]), strict=True):
+    shapes = [(t.shape[1:], t.dtype) for t in tensors]
+    packed = _empty_packed(tensors[0].shape[0], shapes, tensors[0].device)
+    for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
         view.copy_(tensor)
     return packed
 
@@ -190,6 +289,6 @@ def _unpack(packed: Tensor, shapes: Sequence[tuple[torch.Size, torch.dtype]]) ->
     for shape, dtype in shapes:
         nbytes = _row_bytes(shape, dtype)
         columns = packed[:, at : at + nbytes].view(dtype)
-        views.append(columns.unflatten(1, shape) if len(shape) != 1 else columns)
+        views.append(columns.unflatten(1, shape) if shape else columns.squeeze(1))
         at += _aligned(nbytes)
     return tuple(views)

@@ -185,7 +185,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _empty_partial(q, v)
     guests: tuple[Tensor, ...] = ()
-    if plan.queries.active:
+    if plan.moves_queries:
         (q_guest,), pending_queries = group_cast((q,), plan.queries, key.cp_group, async_op=True)
         guests = (q_guest, *_empty_partial(q_guest, v))
     pending = _fetch(key, plan, 1, k, v)
@@ -229,11 +229,11 @@ def _run_backward(
     dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
     host = (dout, q, out, lse, dq)
     guest: tuple[Tensor, ...] = ()
-    if plan.queries.active:
+    if plan.moves_queries:
         rows = (dout, q, lse, _delta(dout, out, dtype))
         guests, pending_queries = group_cast(rows, plan.queries, key.cp_group, async_op=True)
     pending = _fetch(key, plan, 1, k, v)
-    if plan.queries.active:
+    if plan.moves_queries:
         pending_queries.wait()
         dout_guest, q_guest, lse_guest, delta_guest = guests
         out_guest = _out_of_delta(dout_guest, delta_guest)

@@ -49,6 +49,7 @@ class KeyOptions:
     schedule: "auto", "keys" or "tiles".
     backend: name of the local kernel, or "auto".
     num_stages: parts in which remote keys are fetched; None chooses.
+    ranks_per_node: ranks that share a node in a two-level network; None: one level.
     window: (left, right) limit on the distance in positions; None on a side is no limit.
     search_effort: extra placement search, in iterations.
     """
@@ -58,6 +59,7 @@ class KeyOptions:
     schedule: ScheduleKind
     backend: str
     num_stages: int | None
+    ranks_per_node: int | None
     window: tuple[int | None, int | None] | None
     search_effort: int
 
@@ -65,7 +67,7 @@ class KeyOptions:
 class BoundStage(NamedTuple):
     """A stage of a rank plan with its exchange and kernel work on a device."""
 
-    kv: RowRoutes
+    kv: tuple[RowRoutes, ...]
     num_keys: int
     host_work: Any
     guest_work: Any
@@ -76,7 +78,9 @@ class BoundPlan(NamedTuple):
     """A rank plan on a device, for one backend."""
 
     backend: Backend
-    queries: RowRoutes
+    queries: tuple[RowRoutes, ...]
+    moves_queries: bool
+    num_guests: int
     stages: tuple[BoundStage, ...]
 
 
@@ -103,6 +107,7 @@ class AttnKey:
     _bound: dict[Any, BoundPlan] = field(default_factory=dict, repr=False)
     _agreed: set[Any] = field(default_factory=set, repr=False)
     cached_tensors: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _by_heads: dict[Any, AttnKey] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.handle = next(_handles)
@@ -152,10 +157,36 @@ class AttnKey:
         identity = ("with_mask", self.handle, spec.fingerprint(), options)
         return _cached(identity, lambda: self._plan_with_mask(spec, options))
 
+    def with_heads(
+        self, num_heads_q: int, num_heads_kv: int, head_dim: int, head_dim_v: int | None = None
+    ) -> AttnKey:
+        """The same plan for other heads: a tensor-parallel rank's, or those of a layer that differs.
+
+        Nothing is planned again and nothing communicated.
+        """
+        heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
+        if heads == (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v):
+            return self
+        if heads not in self._by_heads:
+            if num_heads_kv < 1 or num_heads_q % num_heads_kv:
+                raise ValueError(
+                    f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
+                    f"multiple of key heads; did they swap places?"
+                )
+            base = (self.spec, self.options, self.plan, self.rank_plan, self.cp_group, self.cp_size, self.cp_rank)
+            self._by_heads[heads] = AttnKey(*base, *heads)
+        return self._by_heads[heads]
+
     def _plan_with_mask(self, spec: AttnMaskSpec, options: KeyOptions) -> AttnKey:
         q_placement, k_placement = self.plan.q_placement, self.plan.k_placement
         schedule = keys_schedule(lower_mask(spec, options.window), q_placement)
-        plan = assemble_plan(*schedule, q_placement, k_placement, num_stages=options.num_stages)
+        plan = assemble_plan(
+            *schedule,
+            q_placement,
+            k_placement,
+            num_stages=options.num_stages,
+            ranks_per_node=options.ranks_per_node,
+        )
         heads = (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
         return _bind_to_group(spec, options, plan, self.cp_group, heads)
 
@@ -211,6 +242,7 @@ def make_key(
     schedule: ScheduleKind = "auto",
     backend: str = "auto",
     num_stages: int | None = None,
+    ranks_per_node: int | None = None,
     window: int | Sequence[int | None] | None = None,
     search_effort: int = 0,
 ) -> AttnKey:
@@ -230,6 +262,8 @@ def make_key(
             x keys, and queries travel too. "auto": tiles where they move clearly fewer bytes.
         backend: local kernel by name, or "auto".
         num_stages: parts in which remote keys are fetched, to overlap with compute; None chooses.
+        ranks_per_node: consecutive ranks of the group that share a node, if links between nodes are
+            slower than within: a row then crosses between nodes once per node. None: one level.
         window: limit on top of the mask, in positions of the documents: an int W lets a query see
             keys fewer than W positions back (what lies ahead stays as the mask has it); a pair
             (left, right) limits both sides, None on a side not at all.
@@ -248,7 +282,7 @@ def make_key(
         )
     group = _resolve_group(cp_group)
     options = KeyOptions(
-        chunk_size, layout, schedule, backend, num_stages, _normal_window(window, spec), search_effort
+        chunk_size, layout, schedule, backend, num_stages, ranks_per_node, _normal_window(window, spec), search_effort
     )
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
     # The key holds its group, so the id cannot be reused while the entry lives.
@@ -308,6 +342,7 @@ def _make_key(
         num_stages=options.num_stages,
         schedule=options.schedule,
         costs=row_costs(*heads),
+        ranks_per_node=options.ranks_per_node,
         search_effort=options.search_effort,
     )
     return _bind_to_group(spec, options, plan, group, heads)
@@ -374,22 +409,29 @@ def _normal_window(
 
 
 def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device) -> BoundPlan:
-    queries = bind_exchange(rank_plan.queries, device)
+    queries = _bind_hops(rank_plan.queries, device)
+
+    num_guests = rank_plan.queries[-1].num_received
 
     def prepare(slices: SliceTable, num_queries: int, num_keys: int) -> Any:
         return backend.prepare(slices, num_queries, num_keys, device)
 
     stages = tuple(
         BoundStage(
-            kv=bind_exchange(stage.kv, device),
+            kv=_bind_hops(stage.kv, device),
             num_keys=stage.num_keys,
             host_work=prepare(stage.host, rank_plan.num_queries, stage.num_keys),
-            guest_work=prepare(stage.guest, rank_plan.queries.num_received, stage.num_keys),
+            guest_work=prepare(stage.guest, num_guests, stage.num_keys),
             has_guests=len(stage.guest) > 0,
         )
         for stage in rank_plan.stages
     )
-    return BoundPlan(backend, queries, stages)
+    moves_queries = any(hop.active for hop in queries)
+    return BoundPlan(backend, queries, moves_queries, num_guests, stages)
+
+
+def _bind_hops(hops: tuple[Exchange, ...], device: torch.device) -> tuple[RowRoutes, ...]:
+    return tuple(bind_exchange(hop, device) for hop in hops)
 
 
 def bind_exchange(exchange: Exchange, device: torch.device) -> RowRoutes:

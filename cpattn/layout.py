@@ -156,8 +156,8 @@ def _roll_plan(key: AttnKey, shift: int, device: torch.device) -> _RollPlan:
         a, b, ranks = a[some] - shift, b[some] - shift, placement.owners[run[some]]
         routes = make_routes(merge_intervals(ranks, a, b), placement)
         return _RollPlan(
-            bind_exchange(exchange_of(routes, 0, placement, key.cp_rank), device),
-            _roll_source(key, Intervals(ranks, a, b), received_runs(routes, 0, key.cp_rank), shift, device),
+            bind_exchange(exchange_of(routes, placement, key.cp_rank), device),
+            _roll_source(key, Intervals(ranks, a, b), received_runs(routes, key.cp_rank), shift, device),
         )
 
     return _cached_tensor(key, ("roll", shift, device), make)

@@ -27,6 +27,7 @@ from .routes import (
     rows_missing,
     split_stages,
     tokens_needed,
+    two_level_routes,
 )
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import (
@@ -87,5 +88,6 @@ __all__ = [
     "split_stages",
     "tiles_to_slices",
     "tokens_needed",
+    "two_level_routes",
     "window_params",
 ]

@@ -1,104 +1,121 @@
-"""Balanced placement: even area and even token counts, little KV traffic."""
+"""Balanced placement: even area and even token counts, and the fewest KV rows that we can find.
+
+Several constructions are tried, each made for one kind of structure and none for a named mask, and
+the one that moves the fewest rows among those in balance is taken:
+
+- `place_contiguous`: equal pieces in order. Best for windows, where neighbours share keys.
+- `place_peeled`: long components split from their dense end, short ones kept whole. Best for packed
+  documents; on one causal sequence it is the zigzag.
+- `place_in_levels`: a share of every density level. Best for prefix trees.
+- `place_by_density`: runs of dense and of sparse tokens. In balance for every mask there is.
+
+All of it is counted in iterations and computed from shared data, so all ranks get the same answer.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from .balance_metric import kv_rows_received, rank_areas
+from .balance_peel import PeelOptions, place_peeled
+from .balance_pool import TokenPool, find_components
 from .balance_profile import DensityProfile
-from .placement import Placement
-from .slices import IntArray, SliceTable
+from .balance_queues import place_by_density, place_in_levels
+from .placement import Placement, place_contiguous
+from .slices import SliceTable
 
-__all__ = ["kv_rows_received", "place_balanced", "rank_areas"]
+__all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
+
+# Largest area of a rank over the mean that counts as balanced, if any placement keeps it. One
+# component can be cut anywhere, so nothing hinders an even cut; whole documents have to be packed.
+AREA_LIMIT = 1.02
+AREA_LIMIT_ONE_COMPONENT = 1.01
+
+# Peelings tried by default: about this many ranks' worth, so that small groups get more tries.
+_RANKS_OF_PEELING = 128
+_MOST_PEELINGS = 8
 
 
-class _Queue:
-    """Token runs in the order in which they are handed out, with prefix sums over them."""
+class _Scored(NamedTuple):
+    """A placement with what it is judged by; the smallest `key` wins."""
 
-    def __init__(self, profile: DensityProfile, order: IntArray, reverse: IntArray) -> None:
-        lengths = profile.ends[order] - profile.starts[order]
-        self.starts = profile.starts[order].tolist()
-        self.ends = profile.ends[order].tolist()
-        self.reverse = reverse.tolist()
-        self.first = np.where(
-            reverse, profile.first[order] + profile.slopes[order] * (lengths - 1), profile.first[order]
-        ).tolist()
-        self.slopes = np.where(reverse, -profile.slopes[order], profile.slopes[order]).tolist()
-        self.tokens = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-        self.areas = np.concatenate([[0], np.cumsum(profile.areas[order])]).tolist()
-        self.at = 0  # tokens handed out
-        self.piece = 0
-
-    def left(self) -> int:
-        return self.tokens[-1] - self.at
-
-    def area_to(self, position: int) -> int:
-        i = self._find(position)
-        t = position - self.tokens[i]
-        return self.areas[i] + self.first[i] * t + self.slopes[i] * (t * (t - 1) // 2)
-
-    def _find(self, position: int) -> int:
-        from bisect import bisect_right
-
-        return min(bisect_right(self.tokens, position, self.piece) - 1, len(self.starts) - 1)
-
-    def take(self, count: int) -> list[tuple[int, int]]:
-        runs = []
-        while count > 0:
-            done = self.at - self.tokens[self.piece]
-            start, end = self.starts[self.piece], self.ends[self.piece]
-            n = min(count, end - start - done)
-            runs.append((end - done - n, end - done) if self.reverse[self.piece] else (start + done, start + done + n))
-            self.at += n
-            count -= n
-            if done + n == end - start:
-                self.piece += 1
-        return runs
+    key: tuple[float, int, int]
+    placement: Placement
 
 
 def place_balanced(
     table: SliceTable, *, total_seqlen: int, cp_size: int, chunk_size: int, search_effort: int = 0
 ) -> Placement:
-    """Owner of every token so that areas and token counts are even and few KV rows travel."""
+    """Owner of every token for self-attention whose queries and keys share the placement.
+
+    Args:
+        table: disjoint canonical slices, indices in [0, total_seqlen).
+        chunk_size: token counts of any two ranks differ by at most this, at least 1.
+        search_effort: further peelings to try, each with other options; 0 is the fast default.
+
+    Returns:
+        Runs cut at any token. The largest area is at most AREA_LIMIT times the mean, unless single
+        tokens are too coarse for that (a few tokens per rank) or no construction got there.
+    """
+    if total_seqlen == 0 or cp_size == 1:
+        return place_contiguous(total_seqlen, cp_size)
+    one_component = len(find_components(table, total_seqlen)[0]) == 1
+    limit = AREA_LIMIT_ONE_COMPONENT if one_component else AREA_LIMIT
     profile = DensityProfile.from_table(table, total_seqlen)
-    mean = float(profile.areas.sum()) / max(total_seqlen, 1)
-    profile = profile.cut_at_density(mean)
-    lengths = profile.ends - profile.starts
-    dense = profile.areas >= mean * lengths
-    high = np.flatnonzero(dense)[::-1]
-    low = np.flatnonzero(~dense)
-    low = low[np.argsort(profile.areas[low] / lengths[low], kind="stable")]
-    heavy = _Queue(profile, high, np.ones(len(high), dtype=bool))
-    light = _Queue(profile, low, profile.slopes[low] < 0)
-    runs: list[tuple[int, int]] = []
-    owners: list[int] = []
-    area_left = int(profile.areas.sum())
-    for rank in range(cp_size):
-        tokens = (heavy.left() + light.left()) // (cp_size - rank)
-        target = area_left / (cp_size - rank)
-        base_h = heavy.area_to(heavy.at) if heavy.left() else 0
-        base_l = light.area_to(light.at) if light.left() else 0
-        least, most = max(0, tokens - light.left()), min(tokens, heavy.left())
-        while least < most:  # the most heavy tokens whose area still fits
-            middle = (least + most + 1) // 2
-            area = (heavy.area_to(heavy.at + middle) - base_h if middle else 0) + (
-                light.area_to(light.at + tokens - middle) - base_l if tokens > middle else 0
-            )
-            if area <= target:
-                least = middle
-            else:
-                most = middle - 1
-        n = least
-        area = (heavy.area_to(heavy.at + n) - base_h if n else 0) + (
-            light.area_to(light.at + tokens - n) - base_l if tokens > n else 0
+    best = _score(table, place_contiguous(total_seqlen, cp_size), chunk_size, limit)
+    candidates = _candidates(table, profile, total_seqlen, cp_size, chunk_size, search_effort, limit)
+    for placement in candidates:
+        best = min(best, _score(table, placement, chunk_size, limit), key=lambda scored: scored.key)
+    if best.key[0] > 0 or one_component or search_effort:
+        placement = place_by_density(profile, total_seqlen=total_seqlen, cp_size=cp_size)
+        best = min(best, _score(table, placement, chunk_size, limit), key=lambda scored: scored.key)
+    return best.placement
+
+
+def _score(table: SliceTable, placement: Placement, chunk_size: int, limit: float) -> _Scored:
+    """Balance first, then rows, then the worst rank's rows."""
+    areas = rank_areas(table, placement)
+    imbalance = float(areas.max()) / max(float(areas.mean()), 1.0)
+    spread = int(np.ptp(placement.num_tokens))
+    excess = max(imbalance - limit, 0.0) + (1e6 if spread > max(chunk_size, 1) else 0.0)
+    rows = kv_rows_received(table, placement)
+    return _Scored((excess, int(rows.sum()), int(rows.max())), placement)
+
+
+def _candidates(
+    table: SliceTable,
+    profile: DensityProfile,
+    total_seqlen: int,
+    cp_size: int,
+    chunk_size: int,
+    search_effort: int,
+    limit: float,
+) -> Iterator[Placement]:
+    one_component = limit == AREA_LIMIT_ONE_COMPONENT
+    if one_component and len(profile) > 2:
+        yield place_in_levels(profile, total_seqlen=total_seqlen, cp_size=cp_size, chunk_size=chunk_size)
+    tries = 1 if one_component else min(max(_RANKS_OF_PEELING // cp_size, 1), _MOST_PEELINGS)
+    for options in _peel_options(tries + search_effort, limit - 1.0):
+        pool = TokenPool(table, profile, total_seqlen)
+        yield place_peeled(
+            pool, total_seqlen=total_seqlen, cp_size=cp_size, chunk_size=chunk_size, options=options
         )
-        area_left -= area
-        for queue, count in ((heavy, n), (light, tokens - n)):
-            new = queue.take(count)
-            runs += new
-            owners += [rank] * len(new)
-    if not runs:
-        return Placement.from_runs(np.zeros(0, np.int64), np.zeros(0, np.int64), cp_size=cp_size)
-    array = np.array(runs)
-    order = np.argsort(array[:, 0])
-    return Placement.from_runs(array[order, 1], np.array(owners)[order], cp_size=cp_size)
+
+
+def _peel_options(count: int, area_slack: float) -> Iterator[PeelOptions]:
+    """The first `count` of a fixed sequence of options, the generally best ones first."""
+    slack = area_slack - 0.0005
+    first = (
+        PeelOptions(slack, lean=0.8, own_bias=0.0),
+        PeelOptions(slack, lean=0.3, run_ahead=4.5, gap_price=0.7),
+        PeelOptions(slack - 0.001, lean=0.5, run_ahead=4.5, own_bias=0.0),
+        PeelOptions(slack, lean=0.0, run_ahead=2.2, gap_price=2.0, own_bias=0.0),
+    )
+    yield from first[:count]
+    rng = np.random.default_rng(0)
+    for _ in range(count - len(first)):
+        a, b, c, d, e = rng.random(5).tolist()
+        yield PeelOptions(slack - 0.002 * a, b, 2.0 + 3.0 * c, 0.5 * 4.0**d, own_bias=0.0 if e < 0.5 else 4.0 * e - 1.0)

@@ -7,6 +7,8 @@ integers; nothing here is as long as the sequence.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,10 +38,11 @@ class DensityProfile:
         i = k1 - 1 - hi, the second from i = k0 - lo on.
         """
         q0, q1, k0, k1, lo, hi = table.data.T
-        climb_ends = np.clip(k1 - 1 - hi, q0, q1)
-        fall_starts = np.clip(k0 - lo, q0, q1)
+        # A bend at a slice's last token changes nothing: leave it out.
+        climb_ends = np.where(k1 - 1 - hi >= q1 - 1, q1, np.maximum(k1 - 1 - hi, q0))
+        fall_starts = np.where(k0 - lo >= q1 - 1, q1, np.maximum(k0 - lo, q0))
         at_start = np.minimum(k1, q0 + hi + 1) - np.maximum(k0, q0 + lo)
-        at_end = np.minimum(k1, q1 + hi + 1) - np.maximum(k0, q1 + lo)
+        at_end = at_start + (climb_ends - q0) - (q1 - fall_starts)
         climbs, falls = (climb_ends > q0).astype(np.int64), (fall_starts <= q0).astype(np.int64)
         # Events: at each position, the change of the density's value and of its slope. The value of
         # a line jumps only where a slice begins or ends; a bend inside leaves it continuous.
@@ -92,3 +95,49 @@ class DensityProfile:
         starts, ends = self.starts[bent], self.ends[bent]
         at = starts + steps
         return self.cut(at[(at > starts) & (at < ends)])
+
+    def ramp(self) -> AreaRamp:
+        """The same profile as plain Python lists, for many single look-ups."""
+        prefix = np.concatenate([[0], np.cumsum(self.areas)])
+        total = int(self.ends[-1]) if len(self) else 0
+        return AreaRamp(
+            self.starts.tolist(), self.first.tolist(), self.slopes.tolist(), prefix.tolist(), total
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AreaRamp:
+    """Running sum of a density profile, and its inverse, one token index at a time.
+
+    Plain lists and `bisect`: a look-up costs under a microsecond, ten times less than numpy's for a
+    single number, and placement makes tens of thousands of them one after the other.
+    """
+
+    starts: list[int] = field(repr=False)
+    first: list[int] = field(repr=False)
+    slopes: list[int] = field(repr=False)
+    prefix: list[int] = field(repr=False)
+    total_seqlen: int
+
+    def below(self, token: int) -> int:
+        """Visible pairs of all queries before `token`."""
+        i = bisect_right(self.starts, token) - 1
+        t = token - self.starts[i]
+        return self.prefix[i] + self.first[i] * t + self.slopes[i] * (t * (t - 1) // 2)
+
+    def density(self, token: int) -> int:
+        """Keys that query `token` sees."""
+        i = bisect_right(self.starts, token) - 1
+        return self.first[i] + self.slopes[i] * (token - self.starts[i])
+
+    def token_at(self, area: int) -> int:
+        """About the largest token with below(token) <= area; off by one where rounding bites."""
+        i = bisect_right(self.prefix, area) - 1
+        if i >= len(self.starts):
+            return self.total_seqlen
+        rest, slope = area - self.prefix[i], self.slopes[i]
+        if slope == 0:
+            return self.starts[i] + (rest // self.first[i] if self.first[i] else 0)
+        b = self.first[i] - slope / 2
+        steps = (math.sqrt(max(b * b + 2.0 * slope * rest, 0.0)) - b) / slope
+        return self.starts[i] + max(int(steps), 0)

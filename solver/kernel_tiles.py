@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .rounds import CAUSAL_PIECE, FULL_PIECE, INV_PIECE, corner_pieces
 from .slices import MaskSlice, SliceTable, TokenRange
 
 FULL, CAUSAL, INV_CAUSAL, BANDED = range(4)
@@ -23,6 +24,8 @@ FULL, CAUSAL, INV_CAUSAL, BANDED = range(4)
 SMALL_SQUARE = 512
 # Most pairs of a tile that carries an explicit mask.
 MAX_MASKED_PAIRS = 1 << 22
+# Rows of the triangles that the edges of a wide window are cut into.
+TRIANGLE = 768
 
 
 class KernelTile(NamedTuple):
@@ -57,23 +60,25 @@ def window_params(table: SliceTable) -> tuple[np.ndarray, np.ndarray]:
     return left, right
 
 
-def kernel_tiles(table: SliceTable) -> list[KernelTile]:
-    """The pairs of a canonical slice table as disjoint tiles; every row of a tile sees a key."""
+def kernel_tiles(table: SliceTable, *, mask_below: int = 1536) -> list[KernelTile]:
+    """The pairs of a canonical slice table as disjoint tiles; every row of a tile sees a key.
+
+    Args:
+        mask_below: windows narrower than this become rectangles with an explicit mask; wider ones
+            triangles and full rectangles, which waste less but are three times as many tiles.
+    """
     tiles: list[KernelTile] = []
-    full = table.is_full()
-    for i, (q0, q1, k0, k1, lo, hi) in enumerate(table.data.tolist()):
-        if full[i]:
+    pieces, kinds = corner_pieces(table)
+    for kind, (q0, q1, k0, k1, lo, hi) in zip(kinds.tolist(), pieces.data.tolist(), strict=True):
+        if kind == FULL_PIECE:
             tiles.append(KernelTile(FULL, q0, q1, k0, k1))
-            continue
-        has_lo, has_hi = lo > k0 - q1 + 1, hi < k1 - 1 - q0
-        if has_lo and has_hi:
-            tiles.extend(_window_tiles(q0, q1, k0, k1, lo, hi))
-        elif has_hi:
+        elif kind == CAUSAL_PIECE:
             tiles.extend(_causal_tiles(q0, q1, k0, k1, hi))
-        else:
+        elif kind == INV_PIECE:
             # Turned by 180 degrees, an upper-left edge is a lower-right one.
-            turned = _causal_tiles(-q1, -q0, -k1, -k0, -lo)
-            tiles.extend(_turn(tile) for tile in turned)
+            tiles.extend(_turn(tile) for tile in _causal_tiles(-q1, -q0, -k1, -k0, -lo))
+        else:
+            tiles.extend(_window_tiles(q0, q1, k0, k1, lo, hi, mask_below))
     return tiles
 
 
@@ -94,25 +99,31 @@ def _causal_tiles(q0: int, q1: int, k0: int, k1: int, hi: int) -> list[KernelTil
     return tiles
 
 
-def _window_tiles(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list[KernelTile]:
-    """A rectangle cut by both edges, in blocks of rows.
+def _window_tiles(
+    q0: int, q1: int, k0: int, k1: int, lo: int, hi: int, mask_below: int
+) -> list[KernelTile]:
+    """A rectangle cut by both edges all along, in blocks of rows that have one shape.
 
-    A block of b rows holds b * (width + b) pairs of which b * width are visible, so blocks are an
-    eighth of the width, but not so small that calls dominate.
+    A block of b rows holds b * (width + b) pairs of which b * width are visible. Small blocks waste
+    little and run slowly. Triangles of TRIANGLE rows are the smallest at which the CPU kernel works
+    on large blocks of queries and skips part of what a causal mask hides.
     """
     width = hi - lo + 1
-    block = min(max(128, 1 << max(0, (width // 8).bit_length() - 1)), 1024)
+    masked = width < max(mask_below, 2)
+    block = (192 if width >= 512 else 128 if width >= 128 else 64) if masked else min(width, TRIANGLE)
     starts = np.arange(q0, q1, block)
-    blocks = SliceTable.from_columns(starts, np.minimum(starts + block, q1), k0, k1, lo, hi)
+    ends = np.minimum(starts + block, q1)
+    if masked and block * (block + width) <= MAX_MASKED_PAIRS:
+        blocks = SliceTable.from_columns(starts, ends, k0, k1, lo, hi)
+        return [
+            KernelTile(BANDED, a, b, c, d, lo_ - (c - a), hi_ - (c - a))
+            for a, b, c, d, lo_, hi_ in blocks.data.tolist()
+        ]
+    left, right = ends - 1 + lo, starts + hi + 1  # all rows of a block see the keys between these
     tiles = []
-    for a, b, c, d, lo_, hi_ in blocks.data.tolist():
-        if (b - a) * (d - c) <= MAX_MASKED_PAIRS:
-            tiles.append(KernelTile(BANDED, a, b, c, d, lo_ - (c - a), hi_ - (c - a)))
-            continue
-        # Too wide for one mask: edges left and right, and the keys that all rows see between them.
-        left, right = min(max(c, b - 1 + lo_), d), max(min(d, a + hi_ + 1), c)
-        parts = SliceTable.from_columns(a, b, [c, left, right], [left, right, d], lo_, hi_)
-        tiles.extend(kernel_tiles(parts))
+    for keys_from, keys_to in ((k0, left), (left, right), (right, k1)):
+        keys_from, keys_to = np.maximum(keys_from, k0), np.minimum(keys_to, k1)
+        tiles.extend(kernel_tiles(SliceTable.from_columns(starts, ends, keys_from, keys_to, lo, hi)))
     return tiles
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from .balance import place_balanced
 from .cost import RowCosts, row_costs
 from .placement import Placement, place_contiguous, place_zigzag
-from .routes import RouteTable, make_routes, rows_missing, split_stages, tokens_needed
+from .routes import RouteTable, make_routes, rows_missing, split_stages, tokens_needed, two_level_routes
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
 
@@ -62,12 +62,13 @@ class Exchange:
 class RankStage:
     """One step of a rank's attention: keys that arrive together, and the work on them.
 
-    kv: the exchange that brings the keys (not active in the host stage, whose keys are local rows).
+    kv: the hops of the exchange that brings the keys (none in the host stage, whose keys are local
+        rows); see `RankPlan.queries`.
     host, guest: slices over (local query rows, key rows of this stage) and over (received query
     rows, key rows of this stage), in buffer row numbers.
     """
 
-    kv: Exchange
+    kv: tuple[Exchange, ...]
     num_keys: int
     host: SliceTable
     guest: SliceTable
@@ -78,7 +79,9 @@ class RankPlan:
     """What one rank owns, receives and computes.
 
     q_runs, k_runs: its tokens as global [start, end) runs, [n, 2]; its rows are these, in order.
-    queries: the exchange that brings the queries of other ranks (partial results go back along it).
+    queries: the hops of the exchange that brings the queries of other ranks; partial results go back
+        along it. One hop, or two on a two-level network; a hop sends rows of
+        [local rows, rows received in the hop before], and the last one delivers.
     stages: the host stage, then the remote ones in order.
     """
 
@@ -88,7 +91,7 @@ class RankPlan:
     k_runs: IntArray = field(repr=False)
     num_queries: int
     num_keys: int
-    queries: Exchange
+    queries: tuple[Exchange, ...]
     stages: tuple[RankStage, ...]
 
 
@@ -100,6 +103,8 @@ class Plan:
     task_ranks: which rank computes each, [len(tasks)].
     q_routes: queries that a rank computes for and does not own (stage 0 only).
     kv_routes: keys that a rank needs and does not own, in num_stages stages.
+    ranks_per_node: ranks r with equal r // ranks_per_node share a node: rows go between nodes once
+        per node and then fan out. As many as there are ranks (or 1) is a network of one level.
     fingerprint: hex digest of all of it; ranks with equal fingerprints execute matching collectives.
     """
 
@@ -110,6 +115,7 @@ class Plan:
     q_routes: RouteTable
     kv_routes: RouteTable
     num_stages: int
+    ranks_per_node: int
     fingerprint: str
 
     @property
@@ -130,17 +136,11 @@ class Plan:
         """One rank's share, in its local row numbers."""
         mine = self.tasks.take(self.task_ranks == rank)
         q_runs, k_runs = _own_runs(self.q_placement, rank), _own_runs(self.k_placement, rank)
-        queries = exchange_of(self.q_routes, 0, self.q_placement, rank)
-        guest_runs = received_runs(self.q_routes, 0, rank)
+        queries, guest_runs = self._hops(self.q_routes, 0, self.q_placement, rank)
         stages = []
         for stage in range(-1, self.num_stages):
-            if stage < 0:
-                kv, key_runs = _no_exchange(self.cp_size), k_runs
-                num_keys = int(self.k_placement.num_tokens[rank])
-            else:
-                kv = exchange_of(self.kv_routes, stage, self.k_placement, rank)
-                key_runs = received_runs(self.kv_routes, stage, rank)
-                num_keys = kv.num_received
+            kv, key_runs = ((), k_runs) if stage < 0 else self._hops(self.kv_routes, stage, self.k_placement, rank)
+            num_keys = int((key_runs.ends - key_runs.starts).sum())
             host = _to_buffers(mine, q_runs, key_runs)
             guest = _to_buffers(mine, guest_runs, key_runs)
             stages.append(RankStage(kv, num_keys, host, guest))
@@ -156,6 +156,19 @@ class Plan:
         )
 
 
+    def _hops(
+        self, routes: RouteTable, stage: int, placement: Placement, rank: int
+    ) -> tuple[tuple[Exchange, ...], Runs]:
+        """The exchange of one stage for one rank, hop by hop, and what it delivers."""
+        routes = routes.of_stage(stage)
+        if not 1 < self.ranks_per_node < self.cp_size:
+            return (exchange_of(routes, placement, rank),), received_runs(routes, rank)
+        across, within = two_level_routes(routes, self.ranks_per_node)
+        landed = received_runs(across, rank)
+        first = exchange_of(across, placement, rank)
+        return (first, exchange_of(within, placement, rank, landed)), received_runs(within, rank)
+
+
 def make_dispatch_plan(
     slices: SliceTable,
     *,
@@ -167,6 +180,7 @@ def make_dispatch_plan(
     num_stages: int | None = None,
     schedule: ScheduleKind = "keys",
     costs: RowCosts = DEFAULT_COSTS,
+    ranks_per_node: int | None = None,
     search_effort: int = 0,
 ) -> Plan:
     """Plan attention under a mask for every rank of a group.
@@ -183,6 +197,7 @@ def make_dispatch_plan(
             tiles where they move fewer bytes. Tiles bring their own layout, so they go only with
             layout "balanced" and self-attention.
         costs: what a query row and a key row cost to move.
+        ranks_per_node: ranks that share a node, in a two-level network; None: one level.
         search_effort: iterations of extra placement search; 0 is the fast default.
 
     Raises:
@@ -207,10 +222,12 @@ def make_dispatch_plan(
         schedules.append(tiles)
         placements.append((placement, placement))
     moved = [
-        _bytes_moved(chosen, *placement, costs) for chosen, placement in zip(schedules, placements, strict=True)
+        _bytes_moved(chosen, *placed, costs) for chosen, placed in zip(schedules, placements, strict=True)
     ]
     best = 0 if moved[0] * TILES_GAIN <= moved[-1] else len(moved) - 1
-    return assemble_plan(*schedules[best], *placements[best], num_stages=num_stages)
+    return assemble_plan(
+        *schedules[best], *placements[best], num_stages=num_stages, ranks_per_node=ranks_per_node
+    )
 
 
 def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:
@@ -234,6 +251,7 @@ def assemble_plan(
     k_placement: Placement,
     *,
     num_stages: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> Plan:
     """The plan in which rank task_ranks[i] computes tasks[i] (disjoint) and tokens lie as placed.
 
@@ -248,9 +266,23 @@ def assemble_plan(
     if not len(kv_routes):
         num_stages = 0
     kv_routes = split_stages(kv_routes, num_stages, cp_size)
-    digest = _fingerprint(tasks, task_ranks, q_placement, k_placement, q_routes, kv_routes, num_stages)
+    ranks_per_node = cp_size if ranks_per_node is None else ranks_per_node
+    if ranks_per_node < 1 or cp_size % ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node is {ranks_per_node} and cp_size is {cp_size}: nodes must be of equal size; "
+            f"pass None for a network of one level"
+        )
+    parts = (tasks, task_ranks, q_placement, k_placement, q_routes, kv_routes, num_stages, ranks_per_node)
     return Plan(
-        q_placement, k_placement, tasks, task_ranks, q_routes, kv_routes, num_stages, digest
+        q_placement=q_placement,
+        k_placement=k_placement,
+        tasks=tasks,
+        task_ranks=task_ranks,
+        q_routes=q_routes,
+        kv_routes=kv_routes,
+        num_stages=num_stages,
+        ranks_per_node=ranks_per_node,
+        fingerprint=_fingerprint(*parts),
     )
 
 
@@ -351,34 +383,36 @@ def _own_runs(placement: Placement, rank: int) -> Runs:
     return Runs(placement.local_starts[mine], placement.starts[mine], placement.ends[mine])
 
 
-def received_runs(routes: RouteTable, stage: int, rank: int) -> Runs:
-    """The receive buffer of one stage, as runs sorted by token."""
-    mine = (routes.dsts == rank) & (routes.stages == stage)
+def received_runs(routes: RouteTable, rank: int) -> Runs:
+    """The receive buffer of routes of one stage, as runs sorted by token."""
+    mine = routes.dsts == rank
     starts, ends = routes.starts[mine], routes.ends[mine]
     offsets = np.cumsum(ends - starts) - (ends - starts)
     order = np.argsort(starts, kind="stable")
     return Runs(offsets[order], starts[order], ends[order])
 
 
-def exchange_of(routes: RouteTable, stage: int, placement: Placement, rank: int) -> Exchange:
-    """One rank's part in the exchange of one stage of the routes, over rows placed as given."""
-    cp_size = placement.cp_size
-    in_stage = routes.stages == stage
-    sent, received = in_stage & (routes.srcs == rank), in_stage & (routes.dsts == rank)
-    starts = routes.starts[sent]
-    lengths = routes.ends[sent] - starts
+def exchange_of(
+    routes: RouteTable, placement: Placement, rank: int, landed: Runs | None = None
+) -> Exchange:
+    """One rank's part in the exchange of routes of one stage, over rows placed as given.
+
+    landed: rows that an earlier hop brought; they lie behind the local rows and may be sent on.
+    """
+    sent, received = routes.srcs == rank, routes.dsts == rank
+    starts, lengths = routes.starts[sent], (routes.ends - routes.starts)[sent]
     run = np.searchsorted(placement.ends, starts, side="right")
-    local = placement.local_starts[run] + starts - placement.starts[run]
+    rows = placement.local_starts[run] + starts - placement.starts[run]
+    if landed is not None and len(landed.starts):
+        at = np.searchsorted(landed.starts, starts, side="right") - 1
+        forwarded = int(placement.num_tokens[rank]) + landed.offsets[at] + starts - landed.starts[at]
+        rows = np.where(placement.owners[run] == rank, rows, forwarded)
     return Exchange(
-        send_runs=np.stack([local, local + lengths], axis=-1),
-        send_splits=_splits(routes.dsts[sent], lengths, cp_size),
-        recv_splits=_splits(routes.srcs[received], (routes.ends - routes.starts)[received], cp_size),
-        active=bool(in_stage.any()),
+        send_runs=np.stack([rows, rows + lengths], axis=-1),
+        send_splits=_splits(routes.dsts[sent], lengths, placement.cp_size),
+        recv_splits=_splits(routes.srcs[received], (routes.ends - routes.starts)[received], placement.cp_size),
+        active=len(routes) > 0,
     )
-
-
-def _no_exchange(cp_size: int) -> Exchange:
-    return Exchange(np.zeros((0, 2), np.int64), (0,) * cp_size, (0,) * cp_size, active=False)
 
 
 def _splits(ranks: IntArray, lengths: IntArray, cp_size: int) -> tuple[int, ...]:

@@ -46,6 +46,12 @@ class RouteTable:
     def __len__(self) -> int:
         return len(self.dsts)
 
+    def of_stage(self, stage: int) -> RouteTable:
+        """The routes of one stage."""
+        mine = self.stages == stage
+        columns = (self.dsts, self.srcs, self.starts, self.ends, self.stages)
+        return RouteTable(*(column[mine] for column in columns))
+
     def num_rows(self) -> int:
         """Rows that travel, over all ranks."""
         return int((self.ends - self.starts).sum())
@@ -151,3 +157,38 @@ def split_stages(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTabl
     return RouteTable(
         new_dsts[order], new_srcs[order], new_starts[order], new_ends[order], stage[order].astype(np.int64)
     )
+
+
+class TwoLevelRoutes(NamedTuple):
+    """Routes in two hops: across nodes, once per row and node, then within the nodes.
+
+    across: from the owner to one rank of each node that needs the row, the one with the owner's
+        place in its node, so that the traffic of a node is spread over its ranks.
+    within: from the owner, or from the rank that the row came to, to each rank that needs it (a
+        rank may send to itself). Sorted like any routes, with the forwarding rank as sender.
+    """
+
+    across: RouteTable
+    within: RouteTable
+
+
+def two_level_routes(routes: RouteTable, ranks_per_node: int) -> TwoLevelRoutes:
+    """The same deliveries with every row crossing between nodes once per node.
+
+    Ranks r with equal r // ranks_per_node share a node.
+    """
+    node_of_dst = routes.dsts // ranks_per_node
+    crosses = node_of_dst != routes.srcs // ranks_per_node
+    landing = node_of_dst * ranks_per_node + routes.srcs % ranks_per_node
+    # Union over the receivers of a node, for each stage, landing rank and source.
+    num_ranks = int(max(routes.dsts.max(initial=0), routes.srcs.max(initial=0))) + ranks_per_node
+    label = (routes.stages * num_ranks + landing) * num_ranks + routes.srcs
+    union = merge_intervals(label[crosses], routes.starts[crosses], routes.ends[crosses])
+    stage_landing, srcs = union.ranks // num_ranks, union.ranks % num_ranks
+    across = RouteTable(
+        stage_landing % num_ranks, srcs, union.starts, union.ends, stage_landing // num_ranks
+    )
+    senders = np.where(crosses, landing, routes.srcs)
+    order = np.lexsort((routes.starts, senders, routes.dsts, routes.stages))
+    columns = (routes.dsts, senders, routes.starts, routes.ends, routes.stages)
+    return TwoLevelRoutes(across, RouteTable(*(column[order] for column in columns)))

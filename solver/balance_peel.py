@@ -1,0 +1,393 @@
+"""Peel and fill: the placement for masks made of many components, such as packed documents.
+
+A component with more area than one rank's share must be split, and every rank that holds a piece of
+it needs all keys before the piece's end. The fewest rows travel when each rank takes the largest
+piece that its share of area allows, from the top down. Such a piece has few tokens, so the rank's
+token count is filled up with tokens that see little: whole small components, which cost no traffic,
+or the bottom of the component itself, whose keys the rank fetches anyway.
+
+Ranks are filled one after the other, those of the costliest tops first, with the sparsest fillers
+that are left: then for every z the fewest ranks need more than z keys. Bound: R ranks can hold all
+tokens that see more than z keys only if their area plus that of the sparsest fillers for the
+remaining R * tokens - (their number) fits into R shares; summing the least such R over z, minus one
+for each key, bounds the rows that any placement moves. For one causal sequence that is 3/4 of the
+sequence per rank, and this placement is the well-known zigzag.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import numpy as np
+
+from .balance_pool import TokenPool
+from .placement import Placement
+
+# Fillers looked at for one gap. More find better fits and cost time; results hardly change past 48.
+_LOOKAHEAD = 64
+# Candidates for the piece that closes a rank's token count.
+_NUM_CLOSERS = 20
+NEAR,SCAN,LOW,DEAR=8,200,16,4
+
+
+@dataclass(frozen=True, slots=True)
+class PeelOptions:
+    """Knobs of `place_peeled`; different ones suit different masks, so several are tried.
+
+    area_slack: largest area of a rank over the mean, less one.
+    lean: 0 to 1, how far the token counts of early ranks are kept low (they hold dense pieces).
+    run_ahead: gaps longer than this many next fillers are filled without choosing.
+    gap_price: weight of area, against rows, when a rank's token count is closed.
+    own_bias: the own bottom goes before fillers while its area is at most this many times theirs.
+    """
+
+    area_slack: float = 0.019
+    lean: float = 0.8
+    run_ahead: float = 3.2
+    gap_price: float = 1.0
+    own_bias: float = 1.0
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What one rank may still take: tokens in [least, most], area at most `area`, at least `floor`."""
+
+    least: int
+    most: int
+    area: float
+    floor: float
+
+
+def place_peeled(
+    pool: TokenPool, *, total_seqlen: int, cp_size: int, chunk_size: int, options: PeelOptions
+) -> Placement:
+    """Owner of every token; token counts lie within one chunk of each other.
+
+    The area limit is kept where the fillers allow it, which the caller has to check. Empties `pool`.
+    """
+    return _Peeler(pool, total_seqlen, cp_size, chunk_size, options).place()
+
+
+class _Peeler:
+    """Working state of one run of `place_peeled`."""
+
+    def __init__(
+        self, pool: TokenPool, total_seqlen: int, cp_size: int, chunk_size: int, options: PeelOptions
+    ) -> None:
+        self.pool, self.options = pool, options
+        self.total_seqlen, self.cp_size = total_seqlen, cp_size
+        self.tokens_left, self.area_left = total_seqlen, sum(pool.areas)
+        self.mean_area = self.area_left / cp_size
+        self.mean_density = self.area_left / max(total_seqlen, 1)
+        self.least = max(0, total_seqlen // cp_size - chunk_size // 2)
+        self.most = self.least + chunk_size
+        self.rank = 0
+        self.budget = _Budget(0, 0, 0.0, 0.0)
+        self.area_price = 0.0  # rows that one pair of area is worth on this rank
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.owners: list[int] = []
+
+    def place(self) -> Placement:
+        for rank in range(self.cp_size):
+            self.rank = rank
+            self.budget = self._next_budget(self.cp_size - rank)
+            if self.pool.by_need and self.budget.most > 0:
+                self._fill_rank()
+        while self.pool.by_need:
+            self._give(*self.pool.take_all(self.pool.by_need[-1][1]))
+        order = np.argsort(np.array(self.starts, dtype=np.int64), kind="stable")
+        ends, owners = np.array(self.ends, dtype=np.int64), np.array(self.owners, dtype=np.int64)
+        return Placement.from_runs(ends[order], owners[order], cp_size=self.cp_size)
+
+    def _next_budget(self, ranks_left: int) -> _Budget:
+        """Bounds that leave the ranks after this one inside theirs."""
+        rest = ranks_left - 1
+        if rest == 0:
+            return _Budget(self.tokens_left, self.tokens_left, self.area_left, self.area_left)
+        mean = self.total_seqlen / self.cp_size
+        lean_mean = mean + self.options.lean * (self.most - mean)
+        least = max(self.least, self.tokens_left - rest * self.most, int(self.tokens_left - rest * lean_mean))
+        most = min(self.most, self.tokens_left - rest * self.least)
+        limit = self.mean_area * (1 + self.options.area_slack)
+        floor = max(0.0, self.area_left - rest * limit)
+        return _Budget(min(least, most), most, limit, floor)
+
+    def _give(self, start: int, end: int, area: int) -> None:
+        self.starts.append(start)
+        self.ends.append(end)
+        self.owners.append(self.rank)
+        self.tokens_left -= end - start
+        self.area_left -= area
+        self.budget.least -= end - start
+        self.budget.most -= end - start
+        self.budget.area -= area
+        self.budget.floor -= area
+
+    def _take_top(self, i: int, count: int) -> None:
+        if count > 0:
+            self._give(*self.pool.take_top(i, count))
+
+    def _take_bottom(self, i: int, count: int) -> None:
+        if count > 0:
+            self._give(*self.pool.take_bottom(i, count))
+
+    def _fill_rank(self) -> None:
+        dearest = self.pool.by_need[-1][1]
+        if self._fits_whole(dearest):
+            self._pack(dearest)
+        else:
+            self._peel(dearest)
+        while self.budget.least > 0 and self.pool.by_density:
+            # No way was found to stay within the area: at least take what sees least.
+            _, size, i = self.pool.by_density[0]
+            self._take_bottom(i, min(size, self.budget.least))
+
+    def _fits_whole(self, i: int) -> bool:
+        """Whether the rank can take component i whole and still reach its tokens within its area."""
+        tokens = self.budget.least - self.pool.size(i)
+        area = self.budget.area - self.pool.areas[i]
+        if self.pool.size(i) > self.budget.most or area < 0:
+            return False
+        for _, size, j in self.pool.by_density:
+            if tokens <= 0 or area < 0:
+                break
+            if j != i:
+                area -= self.pool.areas[j] if size <= tokens else self.pool.bottom_area(j, tokens)
+                tokens -= size
+        return area >= 0
+
+    # A component too large for one rank.
+
+    def _peel(self, top: int) -> None:
+        """The top of one component, sparse fillers, and a closing piece."""
+        pool, budget = self.pool, self.budget
+        need = max(pool.top_need(top), 1)
+        self.area_price = self.options.gap_price * need / max(budget.area, 1.0)
+        while True:
+            gap = budget.least - pool.top_tokens(top, budget.area)
+            if gap <= 0:
+                break
+            fillers = self._choose_fillers(top, gap, need)
+            if fillers is None:
+                break
+            for i in fillers:
+                self._give(*pool.take_all(i))
+        count = pool.top_tokens(top, budget.area)
+        if count >= budget.least:
+            self._take_top(top, min(count, budget.most))
+        else:
+            self._close(top, budget.least - count)
+
+    def _choose_fillers(self, top: int, gap: int, need: int) -> list[int] | None:
+        """Components to take whole into the gap; None when a closing piece is better."""
+        pool, budget = self.pool, self.budget
+        by_density = pool.by_density
+        first = 1 if by_density[0][2] == top else 0
+        if first >= len(by_density):
+            return None
+        density, size, i = by_density[first]
+        if gap >= self.options.run_ahead * size and density < need and pool.areas[i] <= budget.area:
+            bias = self.options.own_bias if pool.size(top) >= gap else 0.0
+            if pool.bottom_area(top, size) <= bias * pool.areas[i]:
+                self._take_bottom(top, size)
+                return []
+            return [i]
+        items = []
+        for density, size, i in by_density[first : first + _LOOKAHEAD]:
+            if density >= need:
+                break
+            if i != top and pool.areas[i] <= budget.area and size <= budget.most:
+                # A filler also takes area from the top, so it closes less of the gap than its size.
+                items.append((size * (1 - density / need), i, pool.areas[i], size))
+        items.sort()
+        return self._best_fillers(top, gap, items)
+
+    def _best_fillers(
+        self, top: int, gap: int, items: list[tuple[float, int, int, int]]
+    ) -> list[int] | None:
+        """One or two of `items`, or none, so that the least area is lost to the top.
+
+        Fillers that close more than the gap leave area unused; that counts as lost, and is allowed
+        as long as the later ranks can take what this one leaves (budget.floor).
+        """
+        pool, budget = self.pool, self.budget
+        room = gap + budget.most - budget.least
+        spare = budget.area - max(budget.floor, 0)
+        size_of_top = pool.size(top)
+
+        def lost_by_overfull(size: int) -> float:
+            count = budget.most - size
+            return budget.area - pool.top_area(top, count) if count <= size_of_top else float("inf")
+
+        best, choice = self._closing_loss(top, gap), None
+        closes = [item[0] for item in items]
+        for x, (closed, i, area, size) in enumerate(items):
+            if area >= best:
+                continue
+            if closed > room:
+                lost = lost_by_overfull(size)
+                if lost < best and lost - area <= spare:
+                    best, choice = lost, [i]
+                continue
+            lost = area + self._closing_loss(top, gap - closed)
+            if lost < best:
+                best, choice = lost, [i]
+            partner = bisect_left(closes, gap - closed, x + 1)
+            for y in (partner - 1, partner):
+                if not x < y < len(items):
+                    continue
+                closed_y, j, area_y, size_y = items[y]
+                if size + size_y > budget.most or area + area_y > budget.area:
+                    continue
+                if closed + closed_y > room:
+                    lost = lost_by_overfull(size + size_y)
+                    if lost - area - area_y > spare:
+                        continue
+                else:
+                    lost = area + area_y + self._closing_loss(top, gap - closed - closed_y)
+                if lost < best:
+                    best, choice = lost, [i, j]
+        return choice
+
+    def _closing_loss(self, top: int, gap: float) -> float:
+        """Area that closing a gap costs, rows counted as area: own bottom or that of another component."""
+        if gap <= 0:
+            return 0.0
+        pool, count = self.pool, max(int(gap), 1)
+        loss = float(pool.bottom_area(top, count)) if count <= pool.size(top) else float("inf")
+        at = bisect_left(pool.by_size, (count, -1))
+        for _, i in pool.by_size[at : at + 3]:
+            if i != top:
+                rows = pool.bottom_need(i, count)
+                loss = min(loss, rows / self.area_price + pool.bottom_area(i, count))
+        return loss
+
+    def _close(self, top: int, gap: int) -> None:
+        """Reach the token count with the top and one bottom, its own or another; two if it must be."""
+        pool, budget = self.pool, self.budget
+        for _ in range(4):
+            for i in self._closers(top, gap):
+                count = self._top_beside(top, i)
+                if count is not None:
+                    rest = budget.least - count
+                    self._take_top(top, count)
+                    self._take_bottom(i, rest)
+                    return
+            # No single bottom is sparse enough: half of the gap from the cheapest, then again.
+            half = max(1, gap // 2)
+            others = [i for i in self._closers(top, half) if i != top]
+            if not others:
+                return
+            self._take_bottom(others[0], min(half, pool.size(others[0])))
+            gap = budget.least - pool.top_tokens(top, budget.area)
+            if gap <= 0:
+                self._take_top(top, budget.least)
+                return
+
+    def _closers(self, top: int, gap: int) -> list[int]:
+        """Components whose bottom could fill the gap, cheapest first."""
+        pool = self.pool
+        at = bisect_left(pool.by_size, (gap, -1))
+        near = [i for _, i in pool.by_size[at : at + NEAR]]
+        low = [i for _, size, i in pool.by_bottom[:SCAN] if size >= gap][:LOW]
+        costs = []
+        for i in dict.fromkeys([*near, *low, top, *(i for _, i in pool.by_need[-DEAR:])]):
+            count = min(gap, pool.size(i))
+            rows = 0 if i == top else pool.bottom_need(i, count)
+            short = (gap - count) * self.mean_density  # what is missing has to come from elsewhere
+            costs.append((pool.bottom_area(i, count) * self.area_price + rows + short, i))
+        return [i for _, i in sorted(costs)]
+
+    def _top_beside(self, top: int, bottom: int) -> int | None:
+        """Most tokens from `top` that leave room, in area, for the rest from the bottom of `bottom`."""
+        pool, tokens, limit = self.pool, self.budget.least, self.budget.area
+        if top == bottom:
+            least, most = 0, tokens
+            if tokens > pool.size(top):
+                return None
+        else:
+            least, most = max(0, tokens - pool.size(bottom)), min(tokens, pool.size(top))
+        if least > most:
+            return None
+
+        def excess(count: int) -> float:
+            return pool.top_area(top, count) + pool.bottom_area(bottom, tokens - count) - limit
+
+        low, high = excess(least), excess(most)
+        if high <= 0:
+            return most
+        if low > 0:
+            return None
+        while most - least > 1:  # false position, then a halving: the function is nearly straight
+            guess = least + int((most - least) * -low / (high - low))
+            for count in (guess, (least + most) // 2):
+                if least < count < most:
+                    value = excess(count)
+                    if value > 0:
+                        most, high = count, value
+                    else:
+                        least, low = count, value
+            if low > -1e-5 * limit:
+                break
+        return least
+
+    # Components that fit.
+
+    def _pack(self, first: int) -> None:
+        """Whole components until the tokens are reached, then a closing piece."""
+        budget = self.budget
+        self._give(*self.pool.take_all(first))
+        while budget.least > 0 and self.pool.by_density:
+            i = self._best_whole()
+            if i is None:
+                break
+            self._give(*self.pool.take_all(i))
+        if budget.least > 0 and self.pool.by_density:
+            self._close_pack()
+
+    def _best_whole(self) -> int | None:
+        """The component that fits and leaves the rank closest to the mean density, and nearly full."""
+        pool, budget = self.pool, self.budget
+        sparsest = pool.by_density[0][0]
+        wanted = max(budget.floor, 0.0) / budget.least
+        at = bisect_left(pool.by_density, (wanted, 0, 0))
+        best, choice = float("inf"), None
+        for _, size, i in pool.by_density[max(at - 16, 0) : at + 16]:
+            area_after = budget.area - pool.areas[i]
+            tokens_after = max(0, budget.least - size)
+            if size > budget.most or area_after < tokens_after * sparsest:
+                continue
+            short = abs(budget.floor - pool.areas[i] - self.mean_density * tokens_after)
+            score = short / max(self.mean_area, 1.0) + 0.3 * tokens_after * self.cp_size / self.total_seqlen
+            if score < best:
+                best, choice = score, i
+        return choice
+
+    def _close_pack(self) -> None:
+        """The cheapest single piece that reaches the token count within the area."""
+        pool, budget = self.pool, self.budget
+        tokens = budget.least
+        price = 2 * self.mean_density / max(self.mean_area, 1.0)
+        self.area_price = price
+        at = bisect_left(pool.by_size, (tokens, -1))
+        near = [i for _, i in pool.by_size[at : at + 2 * _NUM_CLOSERS]]
+        best: tuple[float, int, bool] | None = None
+        for i in dict.fromkeys([*near, *(i for _, i in pool.by_need[-8:])]):
+            if pool.size(i) < tokens:
+                continue
+            bottom, top = pool.bottom_area(i, tokens), pool.top_area(i, tokens)
+            if bottom <= budget.area:
+                cost = pool.bottom_need(i, tokens) + max(0.0, budget.floor - bottom) * price
+                best = min(best or (cost, i, False), (cost, i, False))
+            if top <= budget.area:
+                cost = pool.bottom_need(i, pool.size(i) - tokens + 1) + max(0.0, budget.floor - top) * price
+                best = min(best or (cost, i, True), (cost, i, True))
+        if best is None:
+            i = pool.by_need[min(bisect_left(pool.by_need, (budget.floor / tokens, 0)), len(pool.by_need) - 1)][1]
+            self._close(i, max(tokens - pool.top_tokens(i, budget.area), 1))
+        elif best[2]:
+            self._take_top(best[1], tokens)
+        else:
+            self._take_bottom(best[1], tokens)
