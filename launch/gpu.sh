@@ -48,6 +48,7 @@ failures=0
 part() { # name, limit in seconds, command...
     local name=$1 limit=$2 left=$((total_s - SECONDS)) start=$SECONDS status verdict
     shift 2
+    : >"$work/part.txt"
     if [ ${#chosen[@]} -gt 0 ] && [[ " ${chosen[*]} " != *" $name "* ]]; then
         return
     fi
@@ -56,7 +57,8 @@ part() { # name, limit in seconds, command...
         failures=$((failures + 1))
     else
         say "=== $name (at most $((limit < left ? limit : left)) s)"
-        (cd "$work/run" && timeout --kill-after=10 "$((limit < left ? limit : left))" "$@") 2>&1 | tee -a "$out/log.txt"
+        (cd "$work/run" && timeout --kill-after=10 "$((limit < left ? limit : left))" "$@") 2>&1 |
+            tee -a "$out/log.txt" "$work/part.txt"
         status=${PIPESTATUS[0]}
         case $status in
             0) verdict=passed ;;
@@ -65,7 +67,9 @@ part() { # name, limit in seconds, command...
             *) verdict="FAILED (exit status $status)" && failures=$((failures + 1)) ;;
         esac
     fi
-    printf '%-28s %s, %d s\n' "$name" "$verdict" "$((SECONDS - start))" | tee -a "$out/summary.txt" "$out/log.txt"
+    printf '%-28s %s, %d s   %s\n' "$name" "$verdict" "$((SECONDS - start))" \
+        "$(grep -E '^=+ .* in [0-9.]+s' "$work/part.txt" | tail -n 1 | tr -d =)" |
+        tee -a "$out/summary.txt" "$out/log.txt"
 }
 
 chosen=("$@")
@@ -86,7 +90,7 @@ print("Python", platform.python_version(), "torch", torch.__version__, "CUDA", t
 print("cpattn", cpattn.__version__, cpattn.__file__)'
 ) 2>&1 | tee -a "$out/log.txt"
 
-pytest=("$python" -m pytest -p no:cacheprovider -ra --durations=10 -m "gpu and not nightly")
+pytest=("$python" -m pytest -v -p no:cacheprovider --durations=10 -m "gpu and not nightly")
 part kernels 240 "${pytest[@]}" tests_dist/gpu
 part ranks 240 "${pytest[@]}" tests_dist --ignore=tests_dist/gpu
 for file in launch/benchmarks/gpu_*.py; do

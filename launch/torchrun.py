@@ -66,8 +66,20 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-if __name__ == "__main__":
-    from torch.distributed.run import main
+def main() -> None:
+    """torchrun's own command line, without its traceback where a rank has already printed its own."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
 
     die_with_parent(signal.SIGTERM)
+    try:
+        torchrun()
+    except ChildFailedError as error:
+        sys.exit(str(error))
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+
+
+if __name__ == "__main__":
     main()

@@ -156,9 +156,7 @@ def _drop_pool(world_size: int, backend: str) -> None:
         pool.kill()
 
 
-atexit.register(
-    shutdown_pools
-)  # registered after multiprocessing's own hook, hence run before it joins the ranks
+atexit.register(shutdown_pools)  # registered after multiprocessing's own hook, hence run before it joins the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +201,7 @@ class _Pool:
             name=f"rank-{rank}-of-{world_size}",
             daemon=False,
         )
-        with mock.patch.dict(
-            os.environ, _ONE_THREAD
-        ):  # the first start launches the server, which inherits it
+        with mock.patch.dict(os.environ, _ONE_THREAD):  # the first start launches the server, which inherits it
             process.start()
         theirs.close()
         self._conns.append(ours)
@@ -292,9 +288,7 @@ class _Pool:
         while time.monotonic() < give_up and not all(self._read_stack(rank) for rank in pending):
             time.sleep(0.02)
         time.sleep(0.05)  # the dump is written line by line
-        stacks = [
-            f"rank {rank} was at:\n{self._read_stack(rank) or '(no answer)'}" for rank in sorted(pending)
-        ]
+        stacks = [f"rank {rank} was at:\n{self._read_stack(rank) or '(no answer)'}" for rank in sorted(pending)]
         done = sorted(set(range(len(self._conns))) - pending)
         headline = f"{name}: no answer from ranks {sorted(pending)} within {timeout:g} s (finished: {done})"
         return RankError(min(pending), headline, "\n".join(stacks))

@@ -169,9 +169,7 @@ def test_a_failed_assert_shows_its_values() -> None:
 
 
 def test_a_lost_connection_never_outranks_its_cause() -> None:
-    early = harness._Failure(
-        0, 1.0, "RuntimeError", "[gloo/pair.cc:575] Connection closed by peer [127.0.0.1]:1"
-    )
+    early = harness._Failure(0, 1.0, "RuntimeError", "[gloo/pair.cc:575] Connection closed by peer [127.0.0.1]:1")
     late = harness._Failure(1, 2.0, "ValueError", "wrong")
     died = harness._Failure(2, 3.0, "died", "exit code -9 (SIGKILL)")
     assert sorted([died, early, late], key=harness._Failure.order) == [late, died, early]

@@ -1,0 +1,191 @@
+"""Solver layer, one process: every operation on banded rectangles against the matrix that it draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpattn.solver import (
+    UNBOUNDED,
+    MaskSlice,
+    SliceTable,
+    TokenRange,
+    disjoint_union,
+    expand_counts,
+    merge_neighbours,
+)
+from cpattn.solver.slices import pairs_in_rows
+from tests_dist.strategies import mask_slices, slice_tables
+
+LENGTH = 12
+many = settings(max_examples=300, deadline=None, derandomize=True)
+cuts = st.lists(st.integers(0, LENGTH), max_size=4).map(lambda c: np.array(sorted(c), dtype=np.int64))
+
+
+def defined(s: MaskSlice) -> np.ndarray:
+    """The pairs of a slice, one by one from the definition."""
+    dense = np.zeros((LENGTH, LENGTH), dtype=bool)
+    for i in range(s.q.start, s.q.end):
+        for j in range(s.k.start, s.k.end):
+            dense[i, j] = s.lo <= j - i <= s.hi
+    return dense
+
+
+def counts(table: SliceTable, shape: tuple[int, int] = (LENGTH, LENGTH)) -> np.ndarray:
+    """How many rows of the table hold each pair."""
+    total = np.zeros(shape, dtype=int)
+    for i in range(len(table)):
+        total += table.take(np.array([i])).to_dense(*shape)
+    return total
+
+
+@given(mask_slices(LENGTH))
+@many
+def test_canonical_form_keeps_the_pairs_and_is_tight(s):
+    table = SliceTable.from_slices([s])
+    dense = defined(s)
+    assert len(table) == dense.any()
+    np.testing.assert_array_equal(table.to_dense(LENGTH, LENGTH), dense)
+    for c in table:
+        rows, keys = np.flatnonzero(dense.any(1)), np.flatnonzero(dense.any(0))
+        assert (c.q.start, c.q.end) == (rows[0], rows[-1] + 1)
+        assert (c.k.start, c.k.end) == (keys[0], keys[-1] + 1)
+        ahead = [j - i for i, j in np.argwhere(dense)]
+        assert (c.lo, c.hi) == (max(s.lo, min(ahead)), min(s.hi, max(ahead)))
+        assert len(rows) == len(c.q), "a row of the slice sees nothing"
+        assert len(keys) == len(c.k), "a key of the slice is seen by no row"
+    np.testing.assert_array_equal(table.canonical().table.data, table.data)
+
+
+@given(slice_tables(LENGTH))
+@many
+def test_areas_and_full_rectangles(table):
+    expected = [t.sum() for t in map(defined, table)]
+    assert table.areas().tolist() == expected
+    assert table.area() == sum(expected)
+    full = [area == len(s.q) * len(s.k) for area, s in zip(expected, table, strict=True)]
+    assert table.is_full().tolist() == full
+
+
+def test_area_of_a_million_tokens_does_not_overflow():
+    n = 1_000_000
+    causal = SliceTable.from_columns(0, n, 0, n, -UNBOUNDED, 0)
+    assert causal.area() == n * (n + 1) // 2
+    window = SliceTable.from_columns(0, n, 0, n, -4095, 0)
+    assert window.area() == 4096 * n - 4096 * 4095 // 2
+
+
+@given(slice_tables(LENGTH), st.integers(-2, LENGTH + 2))
+@many
+def test_pairs_in_rows(table, end):
+    ends = np.full(len(table), end)
+    expected = [defined(s)[: max(end, 0)].sum() for s in table]
+    assert pairs_in_rows(table, ends).tolist() == expected
+
+
+@given(slice_tables(LENGTH), st.data())
+@many
+def test_crop_intersects(table, data):
+    box = [data.draw(st.integers(0, LENGTH)) for _ in range(4)]
+    q0, q1, k0, k1 = (np.full(len(table), b) for b in box)
+    cropped, parent = table.crop(np.arange(len(table)), q0, q1, k0, k1)
+    inside = np.zeros((LENGTH, LENGTH), dtype=bool)
+    inside[box[0] : box[1], box[2] : box[3]] = True
+    pieces = dict(zip(parent.tolist(), cropped, strict=True))
+    for i, s in enumerate(table):
+        piece = defined(pieces[i]) if i in pieces else np.zeros_like(inside)
+        np.testing.assert_array_equal(piece, defined(s) & inside)
+
+
+@pytest.mark.parametrize("axis", ["q", "k"])
+@given(slice_tables(LENGTH), cuts)
+@many
+def test_split_cuts_everywhere_and_loses_nothing(axis, table, at):
+    pieces, parent = table.split_q(at) if axis == "q" else table.split_k(at)
+    for i, s in enumerate(table):
+        mine = pieces.take(parent == i)
+        np.testing.assert_array_equal(counts(mine), defined(s).astype(int))
+    for piece in pieces:
+        side = piece.q if axis == "q" else piece.k
+        assert not ((at > side.start) & (at < side.end)).any()
+    if axis == "q":
+        assert (np.diff(parent) >= 0).all(), "pieces of a row stay together, in order"
+
+
+@given(slice_tables(LENGTH), st.integers(0, 5), st.integers(0, 5))
+@many
+def test_transpose_and_shift(table, dq, dk):
+    np.testing.assert_array_equal(
+        table.transpose().to_dense(LENGTH, LENGTH), table.to_dense(LENGTH, LENGTH).T
+    )
+    np.testing.assert_array_equal(table.transpose().transpose().data, table.data)
+    moved = table.shift(dq, dk).to_dense(LENGTH + 5, LENGTH + 5)
+    np.testing.assert_array_equal(
+        moved[dq : dq + LENGTH, dk : dk + LENGTH], table.to_dense(LENGTH, LENGTH)
+    )
+    assert moved.sum() == table.to_dense(LENGTH, LENGTH).sum()
+    np.testing.assert_array_equal(table.shift(dq, dk).areas(), table.areas())
+
+
+@given(slice_tables(LENGTH, max_size=6))
+@many
+def test_disjoint_union_holds_every_pair_once(table):
+    union = disjoint_union(table)
+    np.testing.assert_array_equal(counts(union), table.to_dense(LENGTH, LENGTH).astype(int))
+    np.testing.assert_array_equal(union.canonical().table.data, union.data)
+
+
+@given(mask_slices(LENGTH), mask_slices(LENGTH))
+@many
+def test_difference_of_two_is_at_most_six(a, b):
+    assert len(disjoint_union(SliceTable.from_slices([a, b]))) <= 7
+
+
+def test_disjoint_rows_pass_through_the_union_untouched():
+    table = SliceTable.from_columns([0, 4], [4, 9], [0, 4], [4, 9], -UNBOUNDED, 0)
+    np.testing.assert_array_equal(disjoint_union(table).data, table.data)
+
+
+@given(slice_tables(LENGTH, max_size=4), cuts, cuts)
+@many
+def test_merge_neighbours_keeps_the_pairs(table, q_cuts, k_cuts):
+    pieces = disjoint_union(table).split_q(q_cuts).table.split_k(k_cuts).table
+    merged = merge_neighbours(pieces)
+    assert len(merged) <= len(pieces)
+    np.testing.assert_array_equal(counts(merged), counts(pieces))
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        MaskSlice(TokenRange(0, 12), TokenRange(0, 12), -UNBOUNDED, 0),
+        MaskSlice(TokenRange(1, 11), TokenRange(2, 9)),
+        MaskSlice(TokenRange(0, 12), TokenRange(0, 12), -3, 2),
+    ],
+)
+def test_merge_neighbours_undoes_a_split_along_queries(whole):
+    table = SliceTable.from_slices([whole])
+    pieces = table.split_q(np.array([2, 3, 7])).table
+    np.testing.assert_array_equal(merge_neighbours(pieces).data, table.data)
+
+
+@given(st.lists(st.integers(-2, 4), max_size=6))
+def test_expand_counts(sizes):
+    owner, position = expand_counts(np.array(sizes, dtype=np.int64))
+    expected = [(i, p) for i, n in enumerate(sizes) for p in range(n)]
+    assert list(zip(owner.tolist(), position.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("bad", [(-1, 2), (3, 2)])
+def test_bad_token_range(bad):
+    with pytest.raises(ValueError, match=rf"token range \[{bad[0]}, {bad[1]}\) is not valid: a range needs"):
+        TokenRange(*bad)
+
+
+def test_empty_table():
+    empty = SliceTable.empty()
+    assert (len(empty), empty.area(), list(empty)) == (0, 0, [])
+    assert len(disjoint_union(empty)) == len(merge_neighbours(empty)) == len(SliceTable.concat([])) == 0
+    assert len(empty.split_q(np.array([1])).table) == len(empty.split_k(np.array([1])).table) == 0
