@@ -133,7 +133,7 @@ def _cast_hop(
     """Run the first of the hops; `sendable` is what its rows are chosen from."""
     hop, *later = hops
     shapes = [(t.shape[1:], t.dtype) for t in local]
-    send = _pack([t.index_select(0, hop.send_index) for t in sendable])
+    send = _gather_packed(sendable, hop.send_index)
     received = _empty_packed(hop.num_received, shapes, send.device) if later else delivered
     work = _all_to_all(received, send, hop.recv_splits, hop.send_splits, hop.active, group)
     if not later:
@@ -268,6 +268,15 @@ def _empty_packed(
         return torch.empty(num_rows, *shape, dtype=dtype, device=device)
     width = sum(_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes)
     return torch.empty(num_rows, width, dtype=torch.uint8, device=device)
+
+
+def _gather_packed(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
+    """The rows `index` of several tensors side by side in one buffer, each copied once."""
+    shapes = [(t.shape[1:], t.dtype) for t in tensors]
+    packed = _empty_packed(index.numel(), shapes, index.device)
+    for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
+        torch.index_select(tensor.detach(), 0, index, out=view)
+    return packed
 
 
 def _pack(tensors: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpattn.attention_op import attention
+    from cpattn.checkpointing import attention_checkpoint_contexts, attention_checkpoint_policy
     from cpattn.key import AttnKey, make_key
     from cpattn.layout import dispatch, position_ids, roll, undispatch
     from cpattn.mask_spec import AttnMaskSpec
@@ -19,6 +20,8 @@ __all__ = [
     "AttnMaskSpec",
     "__version__",
     "attention",
+    "attention_checkpoint_contexts",
+    "attention_checkpoint_policy",
     "dispatch",
     "make_key",
     "position_ids",
@@ -30,6 +33,8 @@ _MODULE_OF = {
     "AttnKey": "key",
     "AttnMaskSpec": "mask_spec",
     "attention": "attention_op",
+    "attention_checkpoint_contexts": "checkpointing",
+    "attention_checkpoint_policy": "checkpointing",
     "dispatch": "layout",
     "make_key": "key",
     "position_ids": "layout",

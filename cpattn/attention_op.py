@@ -1,10 +1,8 @@
 """`attention`: exact attention over the whole sequence, from each rank's rows.
 
-Executes a rank plan and decides nothing. Forward, stage by stage: fetch remote keys and values
-(the next stage's travel while this stage computes), run the local kernel on the stage's slices,
-merge by log-sum-exp in fp32. Backward takes the same routes turned round: the local kernel with the
-global out and lse, and a GroupReduce of the key and value gradients to their owners. Where the plan
-moves queries, they travel first and their partial results come home last.
+The public function, and the two custom ops behind it. Custom ops take tensors and numbers only, so
+a key travels as its handle in a tensor: `torch.compile` puts no guard on the value of a tensor, and
+one compiled graph serves every mask. Execution is in `execute.py`.
 
 Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k, E head dim of v.
 """
@@ -17,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.collectives import PendingRows, group_cast, group_reduce
-
-from .key import AttnKey, BoundPlan, key_of_handle
+from .execute import accumulator_dtype, row_delta, run_backward, run_forward
+from .key import AttnKey, key_of_handle
 
 
 def attention(
@@ -64,11 +61,9 @@ def attention(
     if torch.is_autocast_enabled(q_TND.device.type):
         dtype = torch.get_autocast_dtype(q_TND.device.type)
         q_TND, k_TGD, v_TGE = (t.to(dtype) for t in (q_TND, k_TGD, v_TGE))
-    scale = key.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    _check_call(q_TND, k_TGD, v_TGE, key, scale, softcap, sink)
-    out, lse = torch.ops.cpattn.attention_forward(
-        q_TND, k_TGD, v_TGE, sink, key.handle, scale, None if softcap is None else float(softcap)
-    )
+    scale = q_TND.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    softcap = None if softcap is None else float(softcap)
+    out, lse = torch.ops.cpattn.attention_forward(q_TND, k_TGD, v_TGE, sink, key.handle, scale, softcap)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -104,21 +99,22 @@ def _check_call(
 
 @torch.library.custom_op("cpattn::attention_forward", mutates_args=())
 def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, key_handle: int, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, key_handle: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     key = key_of_handle(key_handle)
+    _check_call(q, k, v, key, scale, softcap, sink)
     plan = key.bind(q.device, q.dtype, softcap is not None)
     key.agree(dtype=q.dtype, scale=scale, softcap=softcap, sink=sink is not None, device=q.device.type)
     q, k, v = (_dense_last_dim(t) for t in (q, k, v))
-    return _run_forward(key, plan, q, k, v, sink, {"scale": scale, "softcap": softcap})
+    return run_forward(key, plan, q, k, v, sink, {"scale": scale, "softcap": softcap})
 
 
 @_attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, key_handle: int, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, key_handle: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:2], v.shape[-1]))
-    return out, q.new_empty(q.shape[:2], dtype=_accumulator_dtype(q.dtype))
+    return out, q.new_empty(q.shape[:2], dtype=accumulator_dtype(q.dtype))
 
 
 @torch.library.custom_op("cpattn::attention_backward", mutates_args=())
@@ -130,14 +126,14 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
     sink: Tensor | None,
-    key_handle: int,
+    key_handle: Tensor,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
     plan = key.bind(q.device, q.dtype, softcap is not None)
     dout, q, k, v, out = (_dense_last_dim(t) for t in (dout, q, k, v, out))
-    dq, dk, dv = _run_backward(key, plan, dout, q, k, v, out, lse, {"scale": scale, "softcap": softcap})
+    dq, dk, dv = run_backward(key, plan, dout, q, k, v, out, lse, {"scale": scale, "softcap": softcap})
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, _sink_gradient(dout, out, lse, sink)
@@ -152,7 +148,7 @@ def _(
     out: Tensor,
     lse: Tensor,
     sink: Tensor | None,
-    key_handle: int,
+    key_handle: Tensor,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,17 +158,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, sink, key_handle, scale, softcap = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, sink)
-    ctx.arguments = key_handle, scale, softcap
-    if isinstance(key_handle, int):
-        ctx.key = key_of_handle(key_handle)  # alive until backward, even if the caller drops it
+    ctx.save_for_backward(q, k, v, *output, sink, key_handle)
+    ctx.scale, ctx.softcap = scale, softcap
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, sink = ctx.saved_tensors
+    q, k, v, out, lse, sink, key_handle = ctx.saved_tensors
     dq, dk, dv, dsink = torch.ops.cpattn.attention_backward(
-        dout, q, k, v, out, lse, sink, *ctx.arguments
+        dout, q, k, v, out, lse, sink, key_handle, ctx.scale, ctx.softcap
     )
     return dq, dk, dv, None if sink is None else dsink, None, None, None
 
@@ -180,131 +173,10 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _run_forward(
-    key: AttnKey, plan: BoundPlan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, numbers: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_partial(q, v)
-    guests: tuple[Tensor, ...] = ()
-    if plan.moves_queries:
-        (q_guest,), pending_queries = group_cast((q,), plan.queries, key.cp_group, async_op=True)
-        guests = (q_guest, *_empty_partial(q_guest, v))
-    pending = _fetch(key, plan, 1, k, v)
-    if guests:
-        pending_queries.wait()
-    keys, values = k, v
-    for number, stage in enumerate(plan.stages):
-        if number:
-            keys, values = pending.wait()
-            pending = _fetch(key, plan, number + 1, k, v)
-        plan.backend.forward(q, keys, values, stage.host_work, **numbers, out_QNE=out, lse_QN=lse)
-        if stage.has_guests:
-            q_guest, out_guest, lse_guest = guests
-            plan.backend.forward(
-                q_guest, keys, values, stage.guest_work, **numbers, out_QNE=out_guest, lse_QN=lse_guest
-            )
-    if guests:
-        results = (guests[1].to(q.dtype), guests[2])
-        group_reduce(results, (out, lse), plan.queries, key.cp_group, op="lse")
-    if sink is not None:
-        total = torch.logaddexp(lse, sink.to(lse.dtype))
-        out *= torch.exp(lse - total).unsqueeze(-1)
-        lse = total
-    return out.to(q.dtype), lse
-
-
-def _run_backward(
-    key: AttnKey,
-    plan: BoundPlan,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    numbers: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = lse.dtype
-    # exp(score - inf) = 0: rows that see nothing have no gradient, and no NaN.
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
-    host = (dout, q, out, lse, dq)
-    guest: tuple[Tensor, ...] = ()
-    if plan.moves_queries:
-        rows = (dout, q, lse, _delta(dout, out, dtype))
-        guests, pending_queries = group_cast(rows, plan.queries, key.cp_group, async_op=True)
-    pending = _fetch(key, plan, 1, k, v)
-    if plan.moves_queries:
-        pending_queries.wait()
-        dout_guest, q_guest, lse_guest, delta_guest = guests
-        out_guest = _out_of_delta(dout_guest, delta_guest)
-        dq_guest = torch.zeros(q_guest.shape, dtype=dtype, device=q.device)
-        guest = (dout_guest, q_guest, out_guest, lse_guest, dq_guest)
-    keys, values, dkeys, dvalues = k, v, dk, dv
-    reductions: list[PendingRows] = []
-    for number, stage in enumerate(plan.stages):
-        if number:
-            keys, values = pending.wait()
-            pending = _fetch(key, plan, number + 1, k, v)
-            dkeys, dvalues = (torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (keys, values))
-        for rows, work in ((host, stage.host_work), (guest, stage.guest_work)):
-            if rows is guest and not stage.has_guests:
-                continue
-            dout_, q_, out_, lse_, dq_ = rows
-            plan.backend.backward(
-                dout_, q_, keys, values, out_, lse_, work, **numbers, dq_QND=dq_, dk_KGD=dkeys, dv_KGE=dvalues
-            )
-        if number:
-            while reductions:  # at most one stage's gradients are in flight
-                reductions.pop().wait()
-            reductions.append(
-                group_reduce((dkeys, dvalues), (dk, dv), stage.kv, key.cp_group, async_op=True)
-            )
-    if guest:
-        group_reduce((guest[-1],), (dq,), plan.queries, key.cp_group)
-    for reduction in reductions:
-        reduction.wait()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _fetch(key: AttnKey, plan: BoundPlan, number: int, k: Tensor, v: Tensor) -> PendingRows:
-    """Start to fetch the keys and values of a stage; nothing after the last."""
-    if number >= len(plan.stages):
-        return PendingRows(None, tuple)
-    _, pending = group_cast((k, v), plan.stages[number].kv, key.cp_group, async_op=True)
-    return pending
-
-
-def _empty_partial(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Accumulators of rows that have seen no key yet."""
-    dtype = _accumulator_dtype(q.dtype)
-    out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=dtype, device=q.device)
-    return out, torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
-
-
-def _delta(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over head dim of dout * out, [T, N]: all that backward needs of out."""
-    return (dout.to(dtype) * out.to(dtype)).sum(-1)
-
-
-def _out_of_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """An out with the given delta, for kernels that ask for out: its projection on dout.
-
-    So delta travels in place of out, a head dim's worth of elements less. The projection is no
-    longer than out itself, so nothing overflows, and its rounding disturbs delta less than out's.
-    """
-    wide = dout.to(delta.dtype)
-    square = (wide * wide).sum(-1).clamp_min(torch.finfo(delta.dtype).tiny)
-    return (wide * (delta / square).unsqueeze(-1)).to(dout.dtype)
-
-
 def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """d/dsink of softmax with an extra logit: its probability is exp(sink - lse) and its value 0."""
     probability = torch.exp(sink.to(lse.dtype) - lse)
-    return -(probability * _delta(dout, out, lse.dtype)).sum(0).to(sink.dtype)
-
-
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return -(probability * row_delta(dout, out, lse.dtype)).sum(0).to(sink.dtype)
 
 
 def _dense_last_dim(x: Tensor) -> Tensor:

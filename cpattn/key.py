@@ -103,15 +103,18 @@ class AttnKey:
     num_heads_kv: int
     head_dim: int
     head_dim_v: int
-    handle: int = field(init=False)
+    handle: Tensor = field(init=False, repr=False)
     _bound: dict[Any, BoundPlan] = field(default_factory=dict, repr=False)
     _agreed: set[Any] = field(default_factory=set, repr=False)
     cached_tensors: dict[Any, Any] = field(default_factory=dict, repr=False)
     _by_heads: dict[Any, AttnKey] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.handle = next(_handles)
-        _keys_by_handle[self.handle] = self
+        number = next(_handles)
+        # The key hangs on the tensor, so that it lives as long as an autograd graph that saved it.
+        self.handle = torch.tensor(number)
+        self.handle.attn_key = self  # type: ignore[attr-defined]
+        _keys_by_handle[number] = self
 
     @property
     def num_tokens(self) -> int:
@@ -154,7 +157,7 @@ class AttnKey:
                 f"masks of one placement are over the same sequence"
             )
         options = replace(self.options, window=_normal_window(window, spec))
-        identity = ("with_mask", self.handle, spec.fingerprint(), options)
+        identity = ("with_mask", int(self.handle), spec.fingerprint(), options)
         return _cached(identity, lambda: self._plan_with_mask(spec, options))
 
     def with_heads(
@@ -296,12 +299,13 @@ def clear_key_cache() -> None:
         _cache.clear()
 
 
-def key_of_handle(handle: int) -> AttnKey:
+def key_of_handle(handle: Tensor) -> AttnKey:
     """The live key with this handle; custom ops carry the handle because they take no objects."""
-    key = _keys_by_handle.get(handle)
+    number = int(handle)
+    key = _keys_by_handle.get(number)
     if key is None:
         raise RuntimeError(
-            f"attention key {handle} no longer exists: keep a reference to the key until backward has run"
+            f"attention key {number} no longer exists: keep a reference to the key until backward has run"
         )
     return key
 

@@ -98,7 +98,7 @@ def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | s
         document = np.searchsorted(starts, tokens, side="right") - 1
         return torch.from_numpy(tokens - starts[document] + first[document]).to(device)
 
-    return _cached_tensor(key, ("positions", stream, device), make)
+    return _cached_tensor(key, ("positions", stream, device), make).clone()  # the caller may write to it
 
 
 def roll(
@@ -125,6 +125,8 @@ def roll(
     _check_rows(x_local, dim, key.num_tokens, "roll", f"rows of rank {key.cp_rank}")
     if fill_value is None:
         fill_value = 0 if x_local.dtype.is_floating_point or x_local.dtype == torch.bool else -100
+    if x_local.dtype == torch.uint8 and not 0 <= fill_value < 256:
+        raise ValueError(f"roll: fill_value is {fill_value}, which {x_local.dtype} cannot hold: pass another")
     plan = _roll_plan(key, int(shift), x_local.device)
     moved = x_local.movedim(dim, 0)
     received = _CastRows.apply(moved, plan.routes, key.cp_group)
@@ -227,10 +229,10 @@ class _GatherRows(torch.autograd.Function):
         send = grad.index_select(0, _tokens_by_rank(key, side, grad.device))
         parts = grad.new_empty((key.cp_size * mine, *grad.shape[1:]))
         dist.all_to_all_single(parts, send, [mine] * key.cp_size, counts, group=key.cp_group)
-        total = parts[:mine].clone()
+        total = parts[:mine].to(torch.promote_types(grad.dtype, torch.float32), copy=True)
         for rank in range(1, key.cp_size):  # rank order, so that the sum repeats bit for bit
             total += parts[rank * mine : (rank + 1) * mine]
-        return total, None, None
+        return total.to(grad.dtype), None, None
 
 
 def _placement(key: AttnKey, side: Side) -> Placement:
@@ -294,5 +296,6 @@ def _gathered_rows(key: AttnKey, side: Side, device: torch.device) -> Tensor:
 
 def _cached_tensor(key: AttnKey, name: Any, make: Any) -> Any:
     if name not in key.cached_tensors:
-        key.cached_tensors[name] = make()
+        with torch.inference_mode(False):  # an evaluation step may be first; training saves these tensors
+            key.cached_tensors[name] = make()
     return key.cached_tensors[name]

@@ -148,6 +148,8 @@ class AttnMaskSpec:
         positions = np.atleast_2d(_int_array(position_ids, "position_ids"))
         if positions.ndim != 2:
             raise ValueError(f"position_ids has shape {positions.shape}: expected [S] or [B, S]")
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"position_ids has {positions.min()}: positions are at least 0")
         starts = np.ones(positions.shape, dtype=bool)
         starts[:, 1:] = np.diff(positions, axis=1) != 1
         cuts = np.append(np.flatnonzero(starts.ravel()), positions.size)
@@ -167,8 +169,7 @@ class AttnMaskSpec:
             window: an int W: causal, each token sees W keys, itself included. A pair (left, right):
                 each token sees `left` keys before it, itself, and `right` keys after it.
         """
-        lengths = [seqlens] if isinstance(seqlens, int) else seqlens
-        spans = _spans(lengths, "seqlens")
+        spans = _spans(_one_or_more(seqlens), "seqlens")
         left, right = _window(window)
         rects = [rect for start, end in spans for rect in _window_rects(start, end, left, right)]
         return cls(
@@ -188,7 +189,7 @@ class AttnMaskSpec:
             block_size: tokens of a block (the last of a document may be shorter).
         """
         block_size = _count(block_size, "block_size", least=1)
-        spans = _spans([seqlens] if isinstance(seqlens, int) else seqlens, "seqlens")
+        spans = _spans(_one_or_more(seqlens), "seqlens")
         rects = [
             (start, at, min(at + block_size, end))
             for start, end in spans
@@ -473,7 +474,7 @@ def _tree_parents(sample_paths: Sequence[Sequence[int]], num_nodes: int) -> dict
         if len(set(path)) != len(path):
             raise ValueError(f"path {list(path)} repeats a node: a node is on a path once")
         for parent, node in zip([None, *path], path, strict=False):
-            if not 0 <= node < num_nodes:
+            if not isinstance(node, (int, np.integer)) or not 0 <= node < num_nodes:
                 raise ValueError(f"path {list(path)} names node {node}: nodes are 0 to {num_nodes - 1}")
             if parents.setdefault(node, parent) != parent:
                 raise ValueError(
@@ -501,6 +502,11 @@ def _count(value: Any, name: str, least: int = 0) -> int:
     if number < least:
         raise ValueError(f"{name} is {number}: it must be at least {least}")
     return number
+
+
+def _one_or_more(lengths: Any) -> Any:
+    """A list of lengths; one int (of Python or numpy) stands for a list of one."""
+    return [lengths] if isinstance(lengths, (int, np.integer)) else lengths
 
 
 def _int_array(values: Any, name: str) -> NDArray[np.int64]:
@@ -545,7 +551,12 @@ def _ranges(ranges: Iterable[Any], total: int, name: str) -> list[list[int]]:
 
 
 def _documents(documents: Iterable[Any], total: int) -> list[Document]:
-    checked = [Document(*map(operator.index, document)) for document in documents]
+    try:
+        checked = [Document(*map(operator.index, document)) for document in documents]
+    except TypeError:
+        raise ValueError(
+            f"documents are {documents!r}: documents are (start, end[, first_position]) tuples of ints"
+        ) from None
     at = 0
     for document in checked:
         if document.start != at or document.end < document.start or document.first_position < 0:

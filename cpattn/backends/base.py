@@ -36,6 +36,7 @@ class Backend(Protocol):
     """
 
     name: str
+    kernel: str  # what runs, in words
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot serve the problem, in words; None if it can."""
@@ -56,12 +57,19 @@ class Backend(Protocol):
         softcap: float | None,
         out_QNE: Tensor,
         lse_QN: Tensor,
+        fresh: bool = False,
     ) -> None:
         """Attention over the slices of `work`, merged into (out, lse) in place.
 
-        out_QNE: accumulator; 0 in rows that have seen no key yet.
+        out_QNE: accumulator; 0 in rows that have seen no key yet. In the dtype of q only where
+            `fresh` and `writes_once(work)`.
         lse_QN: accumulator, natural log; -inf in such rows.
+        fresh: no row has seen a key yet, so a row's first result can be stored instead of merged.
         """
+        ...
+
+    def writes_once(self, work: Any) -> bool:
+        """Whether `forward` writes each row of out once at most, so that nothing is merged."""
         ...
 
     def backward(
@@ -87,3 +95,20 @@ class Backend(Protocol):
             so that their probabilities are 0.
         """
         ...
+
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refuse_dtype(problem: Problem, accepted: tuple[torch.dtype, ...]) -> str | None:
+    """Words for a dtype that is not among the accepted ones."""
+    if problem.dtype in accepted:
+        return None
+    names = ", ".join(str(d).removeprefix("torch.") for d in accepted)
+    return f"dtype {str(problem.dtype).removeprefix('torch.')} is not one of {names}"
+
+
+def pad_head_dim(x: Tensor, head_dim: int) -> Tensor:
+    """x with zero columns up to head_dim: they add nothing to scores, and nothing to the result."""
+    return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x

@@ -12,7 +12,7 @@ from torch import Tensor
 from cpattn.collectives import merge_partials
 from cpattn.solver import MaskSlice, SliceTable
 
-from .base import Problem
+from .base import FLOAT_DTYPES, Problem, refuse_dtype
 
 # Scores of a block, over all heads, that are held in memory at a time.
 _BLOCK_SCORES = 1 << 24
@@ -22,16 +22,18 @@ class ReferenceBackend:
     """Dense attention slice by slice; slow, and right by being plain."""
 
     name = "reference"
+    kernel = "plain matrix products in fp32"
 
     def refusal(self, problem: Problem) -> str | None:
-        if not problem.dtype.is_floating_point or problem.dtype.itemsize < 2:
-            return f"dtype {problem.dtype} is not one of float64, float32, bfloat16, float16"
-        return None
+        return refuse_dtype(problem, FLOAT_DTYPES)
 
     def prepare(
         self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
     ) -> tuple[MaskSlice, ...]:
         return tuple(slices)
+
+    def writes_once(self, work: tuple[MaskSlice, ...]) -> bool:
+        return False
 
     def forward(
         self,
@@ -44,6 +46,7 @@ class ReferenceBackend:
         softcap: float | None,
         out_QNE: Tensor,
         lse_QN: Tensor,
+        fresh: bool = False,
     ) -> None:
         groups = q_QND.shape[1] // k_KGD.shape[1]
         for rows, keys, masked in _blocks(work, q_QND):

@@ -1,68 +1,123 @@
-"""`sdpa` on CPU: torch's own flash kernel with log-sum-exp, one call per kernel tile.
+"""`sdpa` on CPU: torch's own flash kernel with log-sum-exp, few large calls.
 
 The kernel (`aten::_scaled_dot_product_flash_attention_for_cpu`) knows full and top-left causal
 masks and additive float masks. What it gets wrong is handled here: it crashes on empty inputs and
 returns lse = 0 for rows that see nothing (no tile has either), reads garbage where the last
-dimension is strided, and refuses values whose head dim differs from that of the keys.
-Shape legend as in `base.py`.
+dimension is strided, and refuses values whose head dim differs from that of the keys. It computes
+what a mask hides, so masks are left to the edges of bands; and small tiles of one shape at equal
+distances, such as equal documents or the blocks of a window, go into one call as a batch of
+(overlapping) views.
+
+Shape legend as in `base.py`; B tiles of a call.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.collectives import merge_partials
 from cpattn.solver import BANDED, CAUSAL, INV_CAUSAL, KernelTile, SliceTable, kernel_tiles
 
-from .base import Problem
+from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .rows import merge_rows
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Tiles with more pairs than this are called one by one: a call costs nothing beside them.
+_MAX_BATCHED_PAIRS = 1 << 20
+# Rows of queries and keys in one call, which bounds the memory of its results.
+_MAX_BATCHED_ROWS = 1 << 14
+# Windows from this width on are cut into triangles, by whether the dtype is half. Half-precision
+# products are slow on few rows, so triangles pay earlier (measured, launch/benchmarks/sdpa_cpu.py).
+_MASK_BELOW = {True: 768, False: 1536}
+
+
+class _Call(NamedTuple):
+    """Tiles of one shape at equal distances: tile b lies q_step * b rows and k_step * b keys on.
+
+    first: no earlier call of the work writes these query rows.
+    """
+
+    tile: KernelTile
+    count: int
+    q_step: int
+    k_step: int
+    first: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.tile.q1 - self.tile.q0
+
+    @property
+    def num_keys(self) -> int:
+        return self.tile.k1 - self.tile.k0
+
+
+@dataclass(slots=True)
+class _Work:
+    """A slice table and its calls, made at first use for each width of dtype."""
+
+    slices: SliceTable
+    num_queries: int
+    planned: dict[bool, tuple[_Call, ...]] = field(default_factory=dict)
+
+    def calls(self, dtype: torch.dtype) -> tuple[_Call, ...]:
+        half = dtype in HALF_DTYPES
+        if half not in self.planned:
+            tiles = kernel_tiles(self.slices, mask_below=_MASK_BELOW[half])
+            self.planned[half] = _batch_tiles(tiles, self.num_queries)
+        return self.planned[half]
 
 
 class CpuSdpaBackend:
     """torch's CPU flash attention over kernel tiles."""
 
     name = "sdpa"
+    kernel = "torch's CPU flash attention"
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"this kernel runs on cpu, the tensors are on {problem.device_type}"
-        if problem.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            return f"dtype {problem.dtype} is not one of float32, float64, bfloat16, float16"
         if problem.softcap:
             return "torch's CPU flash kernel has no softcap"
-        return None
+        return refuse_dtype(problem, FLOAT_DTYPES)
 
-    def prepare(
-        self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
-    ) -> tuple[KernelTile, ...]:
-        return tuple(kernel_tiles(slices))
+    def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
+        return _Work(slices, num_queries)
+
+    def writes_once(self, work: _Work) -> bool:
+        return all(c.first for half in (False, True) for c in work.calls(HALF_DTYPES[0] if half else torch.float32))
 
     def forward(
         self,
         q_QND: Tensor,
         k_KGD: Tensor,
         v_KGE: Tensor,
-        work: tuple[KernelTile, ...],
+        work: _Work,
         *,
         scale: float,
         softcap: float | None,
         out_QNE: Tensor,
         lse_QN: Tensor,
+        fresh: bool = False,
     ) -> None:
-        if not work:
+        if not len(work.slices):
             return
         head_dim_v = v_KGE.shape[-1]
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
-        for tile in work:
-            rows, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            out, lse = _tile_forward(tile, _heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]), scale)
-            out_tile = out[0].transpose(0, 1)[..., :head_dim_v]
-            merge_partials(out_QNE[rows], lse_QN[rows], out_tile, lse[0].T)
+        for call in work.calls(q.dtype):
+            out, lse = _call_forward(call, _queries(q, call), _keys(k, call), _keys(v, call), scale)
+            out, lse = out.transpose(1, 2)[..., :head_dim_v], lse.transpose(1, 2)
+            for b in range(call.count):
+                start = call.tile.q0 + b * call.q_step
+                rows = slice(start, start + call.num_rows)
+                merge_rows(out_QNE, lse_QN, rows, out[b], lse[b], first=fresh and call.first)
 
     def backward(
         self,
@@ -72,7 +127,7 @@ class CpuSdpaBackend:
         v_KGE: Tensor,
         out_QNE: Tensor,
         lse_QN: Tensor,
-        work: tuple[KernelTile, ...],
+        work: _Work,
         *,
         scale: float,
         softcap: float | None,
@@ -80,27 +135,26 @@ class CpuSdpaBackend:
         dk_KGD: Tensor,
         dv_KGE: Tensor,
     ) -> None:
-        if not work:
+        if not len(work.slices):
             return
         head_dim, head_dim_v = k_KGD.shape[-1], v_KGE.shape[-1]
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
-        dout, out = _pad_head_dim(dout_QNE, q.shape[-1]), _pad_head_dim(out_QNE, q.shape[-1])
-        for tile in work:
-            rows, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            dq, dk, dv = _tile_backward(
-                tile,
-                *(_heads_first(t) for t in (dout[rows], q[rows], k[keys], v[keys], out[rows])),
-                lse_QN[rows].T[None],
-                scale,
-            )
-            dq_QND[rows] += dq[0].transpose(0, 1)[..., :head_dim]
-            dk_KGD[keys] += dk[0].transpose(0, 1)[..., :head_dim]
-            dv_KGE[keys] += dv[0].transpose(0, 1)[..., :head_dim_v]
+        dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
+        for call in work.calls(q.dtype):
+            rows = (_queries(t, call) for t in (dout, q, out))
+            dout_, q_, out_ = rows
+            lse = _queries(lse_QN.unsqueeze(-1), call).squeeze(-1)
+            dq, dk, dv = _call_backward(call, dout_, q_, _keys(k, call), _keys(v, call), out_, lse, scale)
+            dq, dk, dv = (t.transpose(1, 2) for t in (dq, dk, dv))
+            for b in range(call.count):
+                start, keys_from = call.tile.q0 + b * call.q_step, call.tile.k0 + b * call.k_step
+                dq_QND[start : start + call.num_rows] += dq[b, ..., :head_dim]
+                dk_KGD[keys_from : keys_from + call.num_keys] += dk[b, ..., :head_dim]
+                dv_KGE[keys_from : keys_from + call.num_keys] += dv[b, ..., :head_dim_v]
 
 
-def _tile_forward(
-    tile: KernelTile, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _call_forward(call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    tile = call.tile
     if tile.kind == INV_CAUSAL:
         # Turned by 180 degrees, an inverse-causal square is a causal one.
         out, lse = _forward(q.flip(2), k.flip(2), v.flip(2), 0.0, True, scale=scale)
@@ -110,16 +164,10 @@ def _tile_forward(
     return out, lse
 
 
-def _tile_backward(
-    tile: KernelTile,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+def _call_backward(
+    call: _Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tile = call.tile
     if tile.kind == INV_CAUSAL:
         turned = (t.flip(2) for t in (dout, q, k, v, out, lse))
         dq, dk, dv = _backward(*turned, 0.0, True, scale=scale)
@@ -131,18 +179,65 @@ def _tile_backward(
     return dq, dk, dv
 
 
-def _heads_first(x_TND: Tensor) -> Tensor:
-    return x_TND.transpose(0, 1).unsqueeze(0)
+def _queries(x_QND: Tensor, call: _Call) -> Tensor:
+    return _stacked(x_QND, call.tile.q0, call.num_rows, call.count, call.q_step)
 
 
-def _pad_head_dim(x: Tensor, head_dim: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x
+def _keys(x_KGD: Tensor, call: _Call) -> Tensor:
+    return _stacked(x_KGD, call.tile.k0, call.num_keys, call.count, call.k_step)
+
+
+def _stacked(x_TND: Tensor, start: int, length: int, count: int, step: int) -> Tensor:
+    """[B, N, length, D] view of `count` runs of rows, `step` rows apart; runs may overlap."""
+    row, head, dim = x_TND.stride()
+    shape = (count, x_TND.shape[1], length, x_TND.shape[2])
+    return x_TND[start:].as_strided(shape, (step * row, head, row, dim))
+
+
+def _batch_tiles(tiles: list[KernelTile], num_queries: int) -> tuple[_Call, ...]:
+    """Tiles as calls: small neighbours of one shape at equal distances share one."""
+    calls: list[_Call] = []
+    covered = np.zeros(num_queries, dtype=bool)
+    for run in _equal_steps(tiles):
+        first, count = run[0], len(run)
+        fresh = not any(covered[t.q0 : t.q1].any() for t in run)
+        for t in run:
+            covered[t.q0 : t.q1] = True
+        q_step, k_step = (run[1].q0 - first.q0, run[1].k0 - first.k0) if count > 1 else (0, 0)
+        # Tiles of a run that share rows must be merged with each other.
+        fresh = fresh and (count == 1 or abs(q_step) >= first.q1 - first.q0)
+        calls.append(_Call(first, count, q_step, k_step, fresh))
+    return tuple(calls)
+
+
+def _equal_steps(tiles: list[KernelTile]) -> list[list[KernelTile]]:
+    runs: list[list[KernelTile]] = []
+    for tile in tiles:
+        if runs and _continues(runs[-1], tile):
+            runs[-1].append(tile)
+        else:
+            runs.append([tile])
+    return runs
+
+
+def _continues(run: list[KernelTile], tile: KernelTile) -> bool:
+    first, last = run[0], run[-1]
+    rows, keys = tile.q1 - tile.q0, tile.k1 - tile.k0
+    q_step, k_step = tile.q0 - last.q0, tile.k0 - last.k0
+    return (
+        (rows, keys) == (first.q1 - first.q0, first.k1 - first.k0)
+        and (tile.kind, tile.lo, tile.hi) == (first.kind, first.lo, first.hi)
+        and rows * keys <= _MAX_BATCHED_PAIRS
+        and (rows + keys) * (len(run) + 1) <= _MAX_BATCHED_ROWS
+        and q_step >= 0
+        and k_step >= 0
+        and (len(run) == 1 or (q_step, k_step) == (run[1].q0 - first.q0, run[1].k0 - first.k0))
+    )
 
 
 def _same_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero columns for the narrower side: they add nothing to scores, and nothing to the result."""
     head_dim = max(k.shape[-1], v.shape[-1])
-    return _pad_head_dim(q, head_dim), _pad_head_dim(k, head_dim), _pad_head_dim(v, head_dim)
+    return pad_head_dim(q, head_dim), pad_head_dim(k, head_dim), pad_head_dim(v, head_dim)
 
 
 def _band_mask(tile: KernelTile, dtype: torch.dtype) -> Tensor:
@@ -155,5 +250,3 @@ def _additive_band(rows: int, keys: int, lo: int, hi: int, dtype: torch.dtype) -
     diff = torch.arange(keys) - torch.arange(rows)[:, None]
     mask = torch.zeros(rows, keys, dtype=dtype)
     return mask.masked_fill_((diff < lo) | (diff > hi), -torch.inf)
-
-

@@ -6,6 +6,7 @@ each row (or each packed document of a row) a *text* that sees only itself. Rank
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,6 +76,12 @@ class BatchLayout:
         """Real tokens."""
         return len(self.index)
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text, holes included."""
+        spans = [self.index[end - 1] - self.index[start] + 1 for start, end in self.texts if end > start]
+        return int(max(spans, default=0))
+
     def index_on(self, device: torch.device) -> Tensor:
         """`index` as a tensor."""
         if device not in self._on_device:
@@ -102,7 +109,7 @@ class BatchLayout:
                 f"the layer's mask is a union of terms with different windows "
                 f"({[_brief_term(t) for t in terms]}): a window must hold for all of a layer's mask"
             )
-        if list(terms) == [MaskTerm(causal=True, left=terms[0].left, right=terms[0].right)]:
+        if len(terms) == 1 and terms[0].causal and terms[0].chunk is None and terms[0].blocks is None:
             return MaskPlan(self.spec, windows.pop())
         rects = [rect for term in terms for rect in self._rects(term)]
         spec = AttnMaskSpec(
@@ -232,18 +239,17 @@ def layout_of_spec(rows: int, columns: int, spec: AttnMaskSpec) -> BatchLayout:
 def shifted_labels(labels: Tensor, layout: BatchLayout) -> Tensor:
     """Next-token targets of a batch: [B, S] labels moved left by one within each text, -100 elsewhere.
 
-    The last token of a text and padding have no target. With holes in a text, a token's target is the
-    label of the next column, as in transformers.
+    The last token of a text and padding have no target, nor has a token whose next column is padding.
     """
     if tuple(labels.shape) != (layout.rows, layout.columns):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, input_ids {(layout.rows, layout.columns)}: they must agree"
         )
     index = layout.index
+    goes_on = np.diff(index) == 1
+    goes_on[[start - 1 for start, _ in layout.texts if 0 < start < len(index)]] = False
     follows = np.zeros(layout.rows * layout.columns, dtype=bool)
-    for start, end in layout.texts:
-        inside = index[start:end]
-        follows[inside[:-1]] = np.isin(inside[:-1] + 1, inside, assume_unique=True)
+    follows[index[:-1][goes_on]] = True
     targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
     keep = torch.from_numpy(follows.reshape(layout.rows, layout.columns)).to(labels.device)
@@ -327,8 +333,7 @@ def _expand(values: Tensor, rows: int, columns: int, name: str) -> NDArray[np.in
 
 
 def _spans(starts: NDArray[Any], end: int) -> list[tuple[int, int]]:
-    edges = [*starts.tolist(), end]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise([*starts.tolist(), end]))
 
 
 def _brief_term(term: MaskTerm) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .layouts import sequence_lengths
+from .te_import import call_extension, qkv_format_enum
 
 
 def copy_to_kv_cache(
@@ -23,6 +24,8 @@ def copy_to_kv_cache(
     max_seq_len: int,
     max_pages_per_seq: int,
     is_non_paged: bool,
+    *,
+    impl: str = "portable",
 ) -> None:
     """Append each sequence's new tokens behind those it has, in place.
 
@@ -60,6 +63,11 @@ def copy_to_kv_cache(
             raise ValueError(
                 f"a cache has shape {tuple(cache.shape)}: expected contiguous [pages, {page_size}, heads, dim]"
             )
+    if impl == "te":
+        tensors = (new_k, new_v, k_cache, v_cache, page_table, cu_new_lens, cu_cached_lens)
+        numbers = (b, max_ctx_len, max_seq_len, max_pages_per_seq, is_non_paged)
+        call_extension("copy_to_kv_cache", *tensors, qkv_format_enum(qkv_format), *numbers)
+        return
     table = page_table.detach().cpu().numpy().astype(np.int64)
     if is_non_paged:
         _reindex(table.reshape(-1), (k_cache, v_cache), cached - new)

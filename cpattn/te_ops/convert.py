@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .layouts import sequence_lengths
+from .te_import import call_extension
 
 
 def mha_fill(tensor: Tensor, start_index: Tensor | int, value: float = 0.0) -> Tensor:
@@ -33,7 +34,9 @@ def mha_fill(tensor: Tensor, start_index: Tensor | int, value: float = 0.0) -> T
     return tensor.masked_fill_(tail.view(-1, *[1] * (tensor.ndim - 1)), value)
 
 
-def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len: int) -> Tensor:
+def convert_thd_to_bshd(
+    tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len: int, *, impl: str = "portable"
+) -> Tensor:
     """Packed tokens as a padded batch, padding 0.
 
     Args:
@@ -41,6 +44,7 @@ def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len:
         cu_seqlens: int32 [b + 1].
         b: number of sequences.
         max_seq_len: rows of each sequence in the result.
+        impl: "te" calls TransformerEngine (without gradient), after the same checks.
 
     Returns:
         [b, max_seq_len, h, d]. Gradient: `convert_bshd_to_thd`.
@@ -50,10 +54,12 @@ def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len:
             is not int32 [b + 1], or reaches beyond t.
     """
     index = _padded_index(tensor.shape[0], cu_seqlens, b, max_seq_len, tensor.device)
+    if impl == "te":
+        return call_extension("convert_thd_to_bshd", tensor, cu_seqlens, b, max_seq_len)  # type: ignore[no-any-return]
     return _ThdToBshd.apply(tensor, index, b, max_seq_len)  # type: ignore[no-any-return]
 
 
-def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: int) -> Tensor:
+def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: int, *, impl: str = "portable") -> Tensor:
     """A padded batch as packed tokens; the inverse of `convert_thd_to_bshd`.
 
     Args:
@@ -69,6 +75,8 @@ def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: int) -> Tensor:
     """
     b, s = tensor.shape[:2]
     index = _padded_index(t, cu_seqlens, b, s, tensor.device)
+    if impl == "te":
+        return call_extension("convert_bshd_to_thd", tensor, cu_seqlens, t)  # type: ignore[no-any-return]
     return _BshdToThd.apply(tensor, index, t)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,298 @@
+"""`cudnn`: cuDNN's attention through nvidia-cudnn-frontend's Python graphs, the kernels TE calls.
+
+A graph is built once for its sizes and mask and executed with tensors. Sequences are ragged: their
+first elements in `ragged_offset`, their lengths in `seq_len_q/kv`; so slices are sequences over the
+buffers as they lie. Sizes are rounded up to powers of two, the rest of the batch has length 0.
+What no sequence covers is not written. Statistics are the log-sum-exp, natural log, fp32, at the
+offsets of their rows; backward takes them and out as inputs, so those of the whole attention go in.
+A left bound of L + 1 lets a row see L keys back from its diagonal.
+Source: nvidia-cudnn-frontend 1.18.0, `pygraph.sdpa`, `pygraph.sdpa_backward`.
+
+Shape legend as in `base.py`; B sequences.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpattn.solver import SliceTable
+from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
+
+from .base import Problem, pad_head_dim
+from .installed import missing_package
+from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, within, writes_once
+from .rows import add_rows, merge_rows, take_rows
+from .sdpa_cuda import kernel_head_dim
+from .te import refuse_cudnn
+
+_MIN_BATCH, _MIN_SEQLEN = 8, 128
+
+
+class _GraphKey(NamedTuple):
+    """Everything that a graph is built for."""
+
+    backward: bool
+    dtype: torch.dtype
+    batch: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    mask: Mask
+    scale: float
+    device: int
+
+
+class _Graph(NamedTuple):
+    """A built graph and its tensors by name."""
+
+    graph: Any
+    tensors: dict[str, Any]
+    workspace_bytes: int
+
+
+@dataclass(slots=True)
+class CudnnBackend:
+    """cuDNN's packed attention, without TransformerEngine."""
+
+    device_type: str = "cuda"
+    name: str = "cudnn"
+    kernel: str = "cuDNN attention (nvidia-cudnn-frontend)"
+    _graphs: dict[_GraphKey, _Graph] = field(default_factory=dict, repr=False)
+    # cuDNN handles are not to be shared between threads (autograd has its own).
+    _local: threading.local = field(default_factory=threading.local, repr=False)
+
+    def refusal(self, problem: Problem) -> str | None:
+        if missing := missing_package("cudnn", "nvidia-cudnn-frontend"):
+            return missing
+        if problem.device_type != self.device_type:
+            return f"this kernel runs on {self.device_type}, the tensors are on {problem.device_type}"
+        return refuse_cudnn(problem, self.device_type)
+
+    def prepare(
+        self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
+    ) -> OffsetWork:
+        return plan_offsets(slices, device)
+
+    def writes_once(self, work: OffsetWork) -> bool:
+        return writes_once(work)
+
+    def forward(
+        self,
+        q_QND: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        work: OffsetWork,
+        *,
+        scale: float,
+        softcap: float | None,
+        out_QNE: Tensor,
+        lse_QN: Tensor,
+        fresh: bool = False,
+    ) -> None:
+        head_dim, head_dim_v = kernel_head_dim(k_KGD, v_KGE), v_KGE.shape[-1]
+        q, k, v = (pad_head_dim(t, head_dim).contiguous() for t in (q_QND, k_KGD, v_KGE))
+        for call in work.forward:
+            q_, k_, v_ = q[call.q_span], k[call.k_span], v[call.k_span]
+            out = torch.empty_like(q_)
+            stats = torch.empty(q_.shape[:2], dtype=torch.float32, device=q.device)
+            self._execute(
+                _graph_key(call, q_, k_, scale, backward=False),
+                call,
+                {"q": q_, "k": k_, "v": v_, "out": out, "stats": stats},
+            )
+            rows = within(call.rows, call.q_span)
+            part = take_rows(out, rows)[..., :head_dim_v], take_rows(stats, rows)
+            merge_rows(out_QNE, lse_QN, call.rows, *part, first=fresh and call.first)
+
+    def backward(
+        self,
+        dout_QNE: Tensor,
+        q_QND: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        out_QNE: Tensor,
+        lse_QN: Tensor,
+        work: OffsetWork,
+        *,
+        scale: float,
+        softcap: float | None,
+        dq_QND: Tensor,
+        dk_KGD: Tensor,
+        dv_KGE: Tensor,
+    ) -> None:
+        head_dim, d, e = kernel_head_dim(k_KGD, v_KGE), k_KGD.shape[-1], v_KGE.shape[-1]
+        q, k, v, dout, out = (
+            pad_head_dim(t.to(q_QND.dtype), head_dim).contiguous()
+            for t in (q_QND, k_KGD, v_KGE, dout_QNE, out_QNE)
+        )
+        for call in work.backward:
+            q_, k_, v_ = q[call.q_span], k[call.k_span], v[call.k_span]
+            dq, dk, dv = torch.empty_like(q_), torch.empty_like(k_), torch.empty_like(v_)
+            self._execute(
+                _graph_key(call, q_, k_, scale, backward=True),
+                call,
+                {
+                    "q": q_,
+                    "k": k_,
+                    "v": v_,
+                    "out": out[call.q_span],
+                    "dout": dout[call.q_span],
+                    "stats": lse_QN[call.q_span].contiguous(),
+                    "dq": dq,
+                    "dk": dk,
+                    "dv": dv,
+                },
+            )
+            rows, keys = within(call.rows, call.q_span), within(call.keys, call.k_span)
+            add_rows(dq_QND, call.rows, take_rows(dq, rows)[..., :d])
+            add_rows(dk_KGD, call.keys, take_rows(dk, keys)[..., :d])
+            add_rows(dv_KGE, call.keys, take_rows(dv, keys)[..., :e])
+
+    def _execute(self, key: _GraphKey, call: OffsetCall, rows: dict[str, Tensor]) -> None:
+        cudnn = importlib.import_module("cudnn")
+        handle = self._handle(cudnn, rows["q"].device)
+        if key not in self._graphs:
+            self._graphs[key] = _build(cudnn, handle, key)
+        graph, tensors, workspace_bytes = self._graphs[key]
+        buffers = {tensors[name]: tensor for name, tensor in {**rows, **_ragged(key, call)}.items()}
+        workspace = torch.empty(max(workspace_bytes, 1), dtype=torch.uint8, device=rows["q"].device)
+        graph.execute(buffers, workspace, handle=handle)
+
+    def _handle(self, cudnn: Any, device: torch.device) -> Any:
+        handles = self._local.__dict__.setdefault("handles", {})
+        if device not in handles:
+            handles[device] = cudnn.create_handle()
+        if device.type == "cuda":
+            cudnn.set_stream(handles[device], torch.cuda.current_stream(device).cuda_stream)
+        return handles[device]
+
+
+def _graph_key(call: OffsetCall, q: Tensor, k: Tensor, scale: float, *, backward: bool) -> _GraphKey:
+    return _GraphKey(
+        backward,
+        q.dtype,
+        _power_of_two(len(call.lengths_q), _MIN_BATCH),
+        _power_of_two(call.max_seqlen_q, _MIN_SEQLEN),
+        _power_of_two(max(call.max_seqlen_k, call.max_seqlen_q), _MIN_SEQLEN),
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        call.mask,
+        scale,
+        q.device.index or 0,
+    )
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+# What each tensor's rows are made of: offsets are counted in elements.
+_PER_QUERY, _PER_KEY, _PER_STATISTIC = "offset_q", "offset_k", "offset_stats"
+
+
+def _ragged(key: _GraphKey, call: OffsetCall) -> dict[str, Tensor]:
+    """Lengths int32 [B, 1, 1, 1] and offsets int64 [B + 1, 1, 1, 1], filled up with empty sequences."""
+    starts_q = _filled(call.starts_q, key.batch + 1, call.q_span.stop - call.q_span.start)
+    starts_k = _filled(call.starts_k, key.batch + 1, call.k_span.stop - call.k_span.start)
+    return {
+        "seqlen_q": _filled(call.lengths_q, key.batch, 0).to(torch.int32),
+        "seqlen_k": _filled(call.lengths_k, key.batch, 0).to(torch.int32),
+        _PER_QUERY: starts_q * (key.num_heads_q * key.head_dim),
+        _PER_KEY: starts_k * (key.num_heads_kv * key.head_dim),
+        _PER_STATISTIC: starts_q * key.num_heads_q,
+    }
+
+
+def _filled(x: Tensor, length: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - len(x)), value=value).view(-1, 1, 1, 1)
+
+
+def _build(cudnn: Any, handle: Any, key: _GraphKey) -> _Graph:
+    """Describe the operation, let cuDNN choose an engine, compile it."""
+    kind = cudnn.data_type
+    io = kind.BFLOAT16 if key.dtype == torch.bfloat16 else kind.HALF
+    graph = cudnn.pygraph(
+        io_data_type=io, intermediate_data_type=kind.FLOAT, compute_data_type=kind.FLOAT, handle=handle
+    )
+    tensors: dict[str, Any] = {}
+    for name, length, data_type in (
+        ("seqlen_q", key.batch, kind.INT32),
+        ("seqlen_k", key.batch, kind.INT32),
+        (_PER_QUERY, key.batch + 1, kind.INT64),
+        (_PER_KEY, key.batch + 1, kind.INT64),
+        (_PER_STATISTIC, key.batch + 1, kind.INT64),
+    ):
+        tensors[name] = graph.tensor(
+            name=name, dim=[length, 1, 1, 1], stride=[1, 1, 1, 1], data_type=data_type
+        )
+
+    def sized(tensor: Any, role: str) -> Any:
+        """Dims [B, heads, max_seqlen, head_dim] over rows [tokens, heads, head_dim]."""
+        heads = key.num_heads_kv if role == _PER_KEY else key.num_heads_q
+        seqlen = key.max_seqlen_k if role == _PER_KEY else key.max_seqlen_q
+        dim = 1 if role == _PER_STATISTIC else key.head_dim
+        tensor.set_dim([key.batch, heads, seqlen, dim])
+        tensor.set_stride([seqlen * heads * dim, dim, heads * dim, 1])
+        tensor.set_ragged_offset(tensors[role])
+        return tensor
+
+    def given(name: str, role: str, data_type: Any) -> Any:
+        tensors[name] = sized(
+            graph.tensor(name=name, dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=data_type), role
+        )
+        return tensors[name]
+
+    def asked(name: str, tensor: Any, role: str, data_type: Any) -> None:
+        tensors[name] = sized(tensor.set_output(True).set_data_type(data_type), role)
+
+    inputs = {"q": given("q", _PER_QUERY, io), "k": given("k", _PER_KEY, io), "v": given("v", _PER_KEY, io)}
+    options = {
+        "attn_scale": key.scale,
+        "use_padding_mask": True,
+        "seq_len_q": tensors["seqlen_q"],
+        "seq_len_kv": tensors["seqlen_k"],
+        **_band(cudnn, key.mask),
+    }
+    if key.backward:
+        grads = graph.sdpa_backward(
+            name="attention_backward",
+            **inputs,
+            o=given("out", _PER_QUERY, io),
+            dO=given("dout", _PER_QUERY, io),
+            stats=given("stats", _PER_STATISTIC, kind.FLOAT),
+            max_total_seq_len_q=key.batch * key.max_seqlen_q,
+            max_total_seq_len_kv=key.batch * key.max_seqlen_k,
+            use_deterministic_algorithm=False,
+            **options,
+        )
+        for name, grad, role in zip(("dq", "dk", "dv"), grads, (_PER_QUERY, _PER_KEY, _PER_KEY), strict=True):
+            asked(name, grad, role, io)
+    else:
+        out, stats = graph.sdpa(name="attention", **inputs, generate_stats=True, **options)
+        asked("out", out, _PER_QUERY, io)
+        asked("stats", stats, _PER_STATISTIC, kind.FLOAT)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    return _Graph(graph, tensors, graph.get_workspace_size())
+
+
+def _band(cudnn: Any, mask: Mask) -> dict[str, Any]:
+    corner = cudnn.diagonal_alignment
+    if mask.kind == CAUSAL_PIECE:
+        left = {} if mask.left < 0 else {"diagonal_band_left_bound": mask.left + 1}
+        return {"diagonal_alignment": corner.BOTTOM_RIGHT, "diagonal_band_right_bound": 0, **left}
+    if mask.kind == INV_PIECE:
+        return {"diagonal_alignment": corner.TOP_LEFT, "diagonal_band_left_bound": 1}
+    return {}

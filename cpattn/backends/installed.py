@@ -1,0 +1,44 @@
+"""What is installed and on which GPU: asked once, answered in words."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from functools import lru_cache
+
+import torch
+
+
+def missing_package(module: str, package: str) -> str | None:
+    """Words that name the package if its module cannot be found; nothing is imported for it."""
+    if module in sys.modules:
+        return None
+    if _spec_exists(module):
+        return None
+    return f"the package {package} is not installed (pip install {package})"
+
+
+@lru_cache(maxsize=64)
+def _spec_exists(module: str) -> bool:
+    # find_spec imports parents, which for these packages load shared libraries and may fail loudly.
+    parts = module.split(".")
+    try:
+        spec = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        return False
+    for part in parts[1:]:
+        finder = importlib.machinery.PathFinder
+        spec = finder.find_spec(part, list(spec.submodule_search_locations or ()))
+        if spec is None:
+            return False
+    return True
+
+
+def device_capability(device_type: str) -> tuple[int, int] | None:
+    """Compute capability of the current GPU; None without one (fakes run on the CPU)."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()

@@ -1,0 +1,252 @@
+"""`sdpa` on CUDA: the kernels inside torch, with their log-sum-exp; nothing to install.
+
+* fp16 and bf16: `aten::_flash_attention_forward/backward` (FlashAttention 2, variable length).
+  Windows are bottom-right aligned; lse is [N, T] fp32; backward takes out and lse, so those of the
+  whole attention go in. Head dims are multiples of 8 up to 256, values as wide as keys.
+* fp32: `aten::_efficient_attention_forward/backward`, which knows full and causal masks, no grouped
+  heads, and pads lse to 32 rows. One call per piece: exact, not fast.
+
+Shape legend as in `base.py`; T, S packed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpattn.solver import SliceTable
+from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE, square_pieces
+
+from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .rows import merge_rows
+from .varlen import VarlenCall, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
+
+# custom_mask_type of the efficient kernels.
+_NO_MASK, _CAUSAL_BOTTOM_RIGHT = 0, 2
+_LSE_ALIGN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class AtenFlashKernel:
+    """torch's FlashAttention 2 as a packed kernel; see `VarlenKernel`."""
+
+    ops: Any
+
+    def forward(
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = self.ops._flash_attention_forward(
+            q_TND, k_SGD, v_SGE, *_lengths(call), 0.0, False, False, scale=scale, **_window(call)
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout_TNE: Tensor,
+        q_TND: Tensor,
+        k_SGD: Tensor,
+        v_SGE: Tensor,
+        out_TNE: Tensor,
+        lse_NT: Tensor,
+        call: VarlenCall,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed = torch.zeros(2, dtype=torch.uint64, device=q_TND.device)  # read only with dropout
+        dq, dk, dv = self.ops._flash_attention_backward(
+            dout_TNE.contiguous(),
+            q_TND,
+            k_SGD,
+            v_SGE,
+            out_TNE.contiguous(),
+            lse_NT,
+            *_lengths(call),
+            0.0,
+            False,
+            seed,
+            seed[0],
+            scale=scale,
+            **_window(call),
+        )
+        return dq, dk, dv
+
+
+def _lengths(call: VarlenCall) -> tuple[Tensor, Tensor, int, int]:
+    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
+
+
+def _window(call: VarlenCall) -> dict[str, int]:
+    return {"window_size_left": call.left, "window_size_right": call.right}
+
+
+class _Piece(NamedTuple):
+    kind: int
+    rows: slice
+    keys: slice
+
+
+class _Work(NamedTuple):
+    flash: VarlenWork
+    pieces: tuple[_Piece, ...]  # for fp32
+
+
+@dataclass(frozen=True, slots=True)
+class CudaSdpaBackend:
+    """torch's own fused kernels on CUDA: FlashAttention 2 for fp16 and bf16, CUTLASS for fp32."""
+
+    device_type: str = "cuda"
+    ops: Any = field(default_factory=lambda: torch.ops.aten)
+    name: str = "sdpa"
+    kernel: str = "torch's FlashAttention 2 (fp16, bf16) or efficient attention (fp32)"
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.device_type != self.device_type:
+            return f"this kernel runs on {self.device_type}, the tensors are on {problem.device_type}"
+        if problem.softcap:
+            return "torch's CUDA kernels have no softcap"
+        widest = max(problem.head_dim, problem.head_dim_v)
+        if problem.dtype in HALF_DTYPES and widest > 256:
+            return f"head_dim {widest} is more than FlashAttention 2 takes (256)"
+        return refuse_dtype(problem, (*HALF_DTYPES, torch.float32))
+
+    def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
+        pieces, kinds = square_pieces(slices)
+        rows = zip(pieces.data.tolist(), kinds.tolist(), strict=True)
+        listed = tuple(_Piece(kind, slice(r[0], r[1]), slice(r[2], r[3])) for r, kind in rows)
+        return _Work(plan_varlen(slices, device), listed)
+
+    def writes_once(self, work: _Work) -> bool:
+        return writes_once(work.flash) and len(work.pieces) <= 1
+
+    def forward(
+        self,
+        q_QND: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        work: _Work,
+        *,
+        scale: float,
+        softcap: float | None,
+        out_QNE: Tensor,
+        lse_QN: Tensor,
+        fresh: bool = False,
+    ) -> None:
+        if q_QND.dtype in HALF_DTYPES:
+            run_varlen_forward(
+                AtenFlashKernel(self.ops),
+                q_QND,
+                k_KGD,
+                v_KGE,
+                work.flash.forward,
+                scale=scale,
+                softcap=softcap,
+                out_QNE=out_QNE,
+                lse_QN=lse_QN,
+                fresh=fresh,
+                head_dim=kernel_head_dim(k_KGD, v_KGE),
+            )
+            return
+        head_dim_v = v_KGE.shape[-1]
+        q, k, v = _ungrouped(q_QND, k_KGD, v_KGE)
+        for piece in work.pieces:
+            q_, k_, v_ = (_turned(t, piece) for t in (q[piece.rows], k[piece.keys], v[piece.keys]))
+            out, lse, *_ = self.ops._efficient_attention_forward(
+                q_, k_, v_, None, None, None, None, None, 0.0, _mask_type(piece), True, scale=scale
+            )
+            lse = lse[0, :, : q_.shape[1]].T
+            if piece.kind == INV_PIECE:
+                out, lse = out.flip(1), lse.flip(0)
+            merge_rows(out_QNE, lse_QN, piece.rows, out[0, ..., :head_dim_v], lse, first=False)
+
+    def backward(
+        self,
+        dout_QNE: Tensor,
+        q_QND: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        out_QNE: Tensor,
+        lse_QN: Tensor,
+        work: _Work,
+        *,
+        scale: float,
+        softcap: float | None,
+        dq_QND: Tensor,
+        dk_KGD: Tensor,
+        dv_KGE: Tensor,
+    ) -> None:
+        if q_QND.dtype in HALF_DTYPES:
+            run_varlen_backward(
+                AtenFlashKernel(self.ops),
+                dout_QNE,
+                q_QND,
+                k_KGD,
+                v_KGE,
+                out_QNE,
+                lse_QN,
+                work.flash.backward,
+                scale=scale,
+                softcap=softcap,
+                dq_QND=dq_QND,
+                dk_KGD=dk_KGD,
+                dv_KGE=dv_KGE,
+                head_dim=kernel_head_dim(k_KGD, v_KGE),
+            )
+            return
+        d, e, groups = k_KGD.shape[-1], v_KGE.shape[-1], q_QND.shape[1] // k_KGD.shape[1]
+        q, k, v = _ungrouped(q_QND, k_KGD, v_KGE)
+        dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # read only with dropout
+        for piece in work.pieces:
+            rows = (t[piece.rows] for t in (dout, q, out))
+            dout_, q_, out_ = (_turned(t, piece) for t in rows)
+            k_, v_ = _turned(k[piece.keys], piece), _turned(v[piece.keys], piece)
+            lse = _turned(lse_QN[piece.rows], piece).transpose(1, 2)
+            lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGN), value=torch.inf)
+            dq, dk, dv, _ = self.ops._efficient_attention_backward(
+                dout_,
+                q_,
+                k_,
+                v_,
+                None,
+                out_,
+                None,
+                None,
+                q_.shape[1],
+                k_.shape[1],
+                lse.contiguous(),
+                0.0,
+                seed,
+                seed,
+                _mask_type(piece),
+                False,
+                scale=scale,
+            )
+            if piece.kind == INV_PIECE:
+                dq, dk, dv = (t.flip(1) for t in (dq, dk, dv))
+            dq_QND[piece.rows] += dq[0, ..., :d]
+            dk_KGD[piece.keys] += dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d]
+            dv_KGE[piece.keys] += dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e]
+
+
+def kernel_head_dim(k: Tensor, v: Tensor) -> int:
+    """The head dim that q, k and v are padded to: one for all, a multiple of 8."""
+    return -(-max(k.shape[-1], v.shape[-1]) // 8) * 8
+
+
+def _ungrouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As many key heads as query heads, and one head dim."""
+    groups, head_dim = q.shape[1] // k.shape[1], kernel_head_dim(k, v)
+    q, k, v = (pad_head_dim(t, head_dim) for t in (q, k, v))
+    return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
+def _turned(x: Tensor, piece: _Piece) -> Tensor:
+    """[1, rows, ...]; upside down where that makes an inverse-causal square a causal one."""
+    return (x.flip(0) if piece.kind == INV_PIECE else x)[None]
+
+
+def _mask_type(piece: _Piece) -> int:
+    return _CAUSAL_BOTTOM_RIGHT if piece.kind in (CAUSAL_PIECE, INV_PIECE) else _NO_MASK

@@ -1,0 +1,193 @@
+"""Slices as calls of a packed variable-length kernel, the interface of the flash-attention family.
+
+Such a kernel takes packed rows with `cu_seqlens` and a bottom-right aligned window for the whole
+call; a canonical slice is such a window as it is (`window_params`), so it needs no decomposition.
+Slices whose rows already follow on each other in the buffers form one call on views; short ones
+of the same window are gathered into one call. Source of the window identity: solver/kernel_tiles.py.
+
+Shape legend as in `base.py`; T packed query rows, S packed key rows, B sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.solver import SliceTable, window_params
+from cpattn.solver.rounds import colour_rounds, square_pieces
+
+from .base import pad_head_dim
+from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_rows
+
+# Runs of slices with fewer rows than this are gathered with others of their window: a launch costs
+# about as much time as copying some thousand rows.
+GATHER_BELOW_ROWS = 8192
+# Most rows that one call gathers, which bounds the memory of the copies.
+MAX_GATHERED_ROWS = 1 << 16
+# With more windows than this, slices are brought to three masks first.
+MAX_WINDOWS = 6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VarlenCall:
+    """One call: sequences packed from the rows of the buffers, under one window.
+
+    left, right: extent of the bottom-right aligned window, -1 unbounded.
+    cu_seqlens_q, cu_seqlens_k: int32 [B + 1] on the device.
+    first: in forward, no earlier call of the work writes these query rows.
+    """
+
+    left: int
+    right: int
+    q_rows: Rows
+    k_rows: Rows
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    first: bool
+
+
+class VarlenWork(NamedTuple):
+    """The calls of forward and those of backward."""
+
+    forward: tuple[VarlenCall, ...]
+    backward: tuple[VarlenCall, ...]
+
+
+class VarlenKernel(Protocol):
+    """A packed kernel. lse is [N, T], natural log, fp32; grads have the dtype of q."""
+
+    def forward(
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        dout_TNE: Tensor,
+        q_TND: Tensor,
+        k_SGD: Tensor,
+        v_SGE: Tensor,
+        out_TNE: Tensor,
+        lse_NT: Tensor,
+        call: VarlenCall,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def plan_varlen(slices: SliceTable, device: torch.device) -> VarlenWork:
+    """The calls that compute a canonical slice table."""
+    left, right = window_params(slices)
+    if len(np.unique(np.stack([left, right]), axis=1).T) > MAX_WINDOWS:
+        slices = square_pieces(slices).table
+    rounds = [r for run in _runs(slices) for r in _query_rounds(run)]
+    flags = first_writers(rounds)
+    forward = tuple(_call(r, device, first) for r, first in zip(rounds, flags, strict=True))
+    backward = tuple(_call(run, device, False) for run in _runs(slices))
+    return VarlenWork(forward, backward)
+
+
+def _runs(slices: SliceTable) -> list[SliceTable]:
+    """Slices that share a call: of one window, and either neighbours in the buffers or short."""
+    left, right = window_params(slices)
+    runs: list[SliceTable] = []
+    for pair in np.unique(np.stack([left, right]), axis=1).T:
+        group = slices.take((left == pair[0]) & (right == pair[1]))
+        group = group.take(np.lexsort((group.k0, group.q0)))
+        joins = (group.q0[1:] == group.q1[:-1]) & (group.k0[1:] == group.k1[:-1])
+        chain = np.concatenate([[0], np.cumsum(~joins)])
+        lengths = (group.q1 - group.q0) + (group.k1 - group.k0)
+        short = np.bincount(chain, lengths)[chain] < GATHER_BELOW_ROWS
+        runs.extend(group.take(chain == c) for c in np.unique(chain[~short]))
+        batch = np.cumsum(np.where(short, lengths, 0)) // MAX_GATHERED_ROWS
+        runs.extend(group.take(short & (batch == b)) for b in np.unique(batch[short]))
+    return runs
+
+
+def _query_rounds(run: SliceTable) -> list[SliceTable]:
+    return [run.take(members) for members in colour_rounds(run, disjoint_keys=False)]
+
+
+def _call(run: SliceTable, device: torch.device, first: bool) -> VarlenCall:
+    left, right = window_params(run)
+    return VarlenCall(
+        int(left[0]),
+        int(right[0]),
+        as_rows(run.q0, run.q1, device),
+        as_rows(run.k0, run.k1, device),
+        _cu_seqlens(run.q1 - run.q0, device),
+        _cu_seqlens(run.k1 - run.k0, device),
+        int((run.q1 - run.q0).max()),
+        int((run.k1 - run.k0).max()),
+        first,
+    )
+
+
+def _cu_seqlens(lengths: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+
+
+def run_varlen_forward(
+    kernel: VarlenKernel,
+    q_QND: Tensor,
+    k_KGD: Tensor,
+    v_KGE: Tensor,
+    calls: tuple[VarlenCall, ...],
+    *,
+    scale: float,
+    softcap: float | None,
+    out_QNE: Tensor,
+    lse_QN: Tensor,
+    fresh: bool,
+    head_dim: int,
+) -> None:
+    """All forward calls, merged into the accumulators. head_dim: what the kernel's rows are padded to."""
+    head_dim_v = v_KGE.shape[-1]
+    q, k, v = (pad_head_dim(t, head_dim) for t in (q_QND, k_KGD, v_KGE))
+    for call in calls:
+        rows = (take_rows(q, call.q_rows), take_rows(k, call.k_rows), take_rows(v, call.k_rows))
+        out, lse = kernel.forward(*rows, call, scale, softcap or 0.0)
+        merge_rows(
+            out_QNE, lse_QN, call.q_rows, out[..., :head_dim_v], lse.T, first=fresh and call.first
+        )
+
+
+def run_varlen_backward(
+    kernel: VarlenKernel,
+    dout_QNE: Tensor,
+    q_QND: Tensor,
+    k_KGD: Tensor,
+    v_KGE: Tensor,
+    out_QNE: Tensor,
+    lse_QN: Tensor,
+    calls: tuple[VarlenCall, ...],
+    *,
+    scale: float,
+    softcap: float | None,
+    dq_QND: Tensor,
+    dk_KGD: Tensor,
+    dv_KGE: Tensor,
+    head_dim: int,
+) -> None:
+    """All backward calls, added to the accumulators."""
+    d, e = k_KGD.shape[-1], v_KGE.shape[-1]
+    q, k, v = (pad_head_dim(t, head_dim) for t in (q_QND, k_KGD, v_KGE))
+    dout, out = (pad_head_dim(t.to(q.dtype), head_dim) for t in (dout_QNE, out_QNE))
+    for call in calls:
+        dout_, q_, out_, lse_ = (take_rows(t, call.q_rows) for t in (dout, q, out, lse_QN))
+        k_, v_ = take_rows(k, call.k_rows), take_rows(v, call.k_rows)
+        lse_ = lse_.T.contiguous()
+        dq, dk, dv = kernel.backward(dout_, q_, k_, v_, out_, lse_, call, scale, softcap or 0.0)
+        add_rows(dq_QND, call.q_rows, dq[..., :d])
+        add_rows(dk_KGD, call.k_rows, dk[..., :d])
+        add_rows(dv_KGE, call.k_rows, dv[..., :e])
+
+
+def writes_once(work: VarlenWork) -> bool:
+    """Whether forward writes each query row once at most."""
+    return all(call.first for call in work.forward)
