@@ -27,8 +27,10 @@ from .placement import Placement
 # Fillers looked at for one gap. More find better fits and cost time; results hardly change past 48.
 _LOOKAHEAD = 64
 # Candidates for the piece that closes a rank's token count.
-_NUM_CLOSERS = 20
-NEAR,SCAN,LOW,DEAR=8,200,16,4
+_NUM_CLOSERS = 16
+# Ranks that need this share of what the dearest one needs set the time of the exchange: they take
+# their component's own bottom, which they would receive otherwise, even where it is less sparse.
+_DEAREST = 0.985
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class _Peeler:
         self.most = self.least + chunk_size
         self.rank = 0
         self.budget = _Budget(0, 0, 0.0, 0.0)
+        self.dearest_need = pool.by_need[-1][0] if pool.by_need else 0
         self.area_price = 0.0  # rows that one pair of area is worth on this rank
         self.starts: list[int] = []
         self.ends: list[int] = []
@@ -190,10 +193,12 @@ class _Peeler:
         density, size, i = by_density[first]
         if gap >= self.options.run_ahead * size and density < need and pool.areas[i] <= budget.area:
             bias = self.options.own_bias if pool.size(top) >= gap else 0.0
+            if need > _DEAREST * self.dearest_need and 8 * pool.bottom_need(top, size) < need:
+                bias = 16 * max(bias, 1.0)
             if pool.bottom_area(top, size) <= bias * pool.areas[i]:
                 self._take_bottom(top, size)
                 return []
-            return [i]
+            return self._run_ahead(top, gap, first)
         items = []
         for density, size, i in by_density[first : first + _LOOKAHEAD]:
             if density >= need:
@@ -204,9 +209,20 @@ class _Peeler:
         items.sort()
         return self._best_fillers(top, gap, items)
 
-    def _best_fillers(
-        self, top: int, gap: int, items: list[tuple[float, int, int, int]]
-    ) -> list[int] | None:
+    def _run_ahead(self, top: int, gap: int, first: int) -> list[int]:
+        """The next fillers in order: one, or as many small ones as a quarter of the gap holds."""
+        pool = self.pool
+        chosen = [pool.by_density[first][2]]
+        size, area = pool.size(chosen[0]), pool.areas[chosen[0]]
+        for _, more, i in pool.by_density[first + 1 :]:
+            size, area = size + more, area + pool.areas[i]
+            if 4 * size > gap or area > self.budget.area:
+                break
+            if i != top:
+                chosen.append(i)
+        return chosen
+
+    def _best_fillers(self, top: int, gap: int, items: list[tuple[float, int, int, int]]) -> list[int] | None:
         """One or two of `items`, or none, so that the least area is lost to the top.
 
         Fillers that close more than the gap leave area unused; that counts as lost, and is allowed
@@ -214,7 +230,9 @@ class _Peeler:
         """
         pool, budget = self.pool, self.budget
         room = gap + budget.most - budget.least
-        spare = budget.area - max(budget.floor, 0)
+        # What may stay unused: the ranks after this one should be left with 2% less than the mean.
+        rest = self.cp_size - self.rank - 1
+        spare = budget.area - max(0.0, self.area_left - rest * 0.98 * self.mean_area)
         size_of_top = pool.size(top)
 
         def lost_by_overfull(size: int) -> float:
@@ -256,12 +274,19 @@ class _Peeler:
         if gap <= 0:
             return 0.0
         pool, count = self.pool, max(int(gap), 1)
-        loss = float(pool.bottom_area(top, count)) if count <= pool.size(top) else float("inf")
+        full = max(pool.top_need(top) * count, 1)  # area of the gap if the top filled it
+        loss = float("inf")
+        if count <= pool.size(top):
+            area = pool.bottom_area(top, count)
+            # What the bottom takes from the top must be filled as well, and so on.
+            if area < 0.9 * full:
+                loss = area / (1 - area / full)
         at = bisect_left(pool.by_size, (count, -1))
         for _, i in pool.by_size[at : at + 3]:
             if i != top:
-                rows = pool.bottom_need(i, count)
-                loss = min(loss, rows / self.area_price + pool.bottom_area(i, count))
+                area, rows = pool.bottom_area(i, count), pool.bottom_need(i, count)
+                if area < 0.9 * full:
+                    loss = min(loss, (rows / self.area_price + area) / (1 - area / full))
         return loss
 
     def _close(self, top: int, gap: int) -> None:
@@ -290,10 +315,11 @@ class _Peeler:
         """Components whose bottom could fill the gap, cheapest first."""
         pool = self.pool
         at = bisect_left(pool.by_size, (gap, -1))
-        near = [i for _, i in pool.by_size[at : at + NEAR]]
-        low = [i for _, size, i in pool.by_bottom[:SCAN] if size >= gap][:LOW]
+        # Masks differ in what makes a bottom cheap: a small component, or few keys seen at its end.
+        near = [i for _, i in pool.by_size[at : at + _NUM_CLOSERS // 2]]
+        low = [i for _, size, i in pool.by_bottom[: 12 * _NUM_CLOSERS] if size >= gap][:_NUM_CLOSERS]
         costs = []
-        for i in dict.fromkeys([*near, *low, top, *(i for _, i in pool.by_need[-DEAR:])]):
+        for i in dict.fromkeys([*near, *low, top, *(i for _, i in pool.by_need[-4:])]):
             count = min(gap, pool.size(i))
             rows = 0 if i == top else pool.bottom_need(i, count)
             short = (gap - count) * self.mean_density  # what is missing has to come from elsewhere
@@ -372,9 +398,9 @@ class _Peeler:
         price = 2 * self.mean_density / max(self.mean_area, 1.0)
         self.area_price = price
         at = bisect_left(pool.by_size, (tokens, -1))
-        near = [i for _, i in pool.by_size[at : at + 2 * _NUM_CLOSERS]]
+        near = [i for _, i in pool.by_size[at : at + 4 * _NUM_CLOSERS]]
         best: tuple[float, int, bool] | None = None
-        for i in dict.fromkeys([*near, *(i for _, i in pool.by_need[-8:])]):
+        for i in dict.fromkeys([*near, *(i for _, i in pool.by_need[-12:])]):
             if pool.size(i) < tokens:
                 continue
             bottom, top = pool.bottom_area(i, tokens), pool.top_area(i, tokens)
@@ -385,7 +411,9 @@ class _Peeler:
                 cost = pool.bottom_need(i, pool.size(i) - tokens + 1) + max(0.0, budget.floor - top) * price
                 best = min(best or (cost, i, True), (cost, i, True))
         if best is None:
-            i = pool.by_need[min(bisect_left(pool.by_need, (budget.floor / tokens, 0)), len(pool.by_need) - 1)][1]
+            i = pool.by_need[
+                min(bisect_left(pool.by_need, (budget.floor / tokens, 0)), len(pool.by_need) - 1)
+            ][1]
             self._close(i, max(tokens - pool.top_tokens(i, budget.area), 1))
         elif best[2]:
             self._take_top(best[1], tokens)

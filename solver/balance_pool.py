@@ -16,6 +16,9 @@ import numpy as np
 from .balance_profile import AreaRamp, DensityProfile
 from .slices import IntArray, SliceTable
 
+# How one component is listed in by_need, by_density, by_size and by_bottom.
+_Key = tuple[tuple[int, int], tuple[float, int, int], tuple[int, int], tuple[int, int, int]]
+
 
 def find_components(table: SliceTable, total_seqlen: int) -> tuple[IntArray, IntArray]:
     """Starts and ends of the components, in order; they cover [0, total_seqlen).
@@ -39,7 +42,7 @@ def find_components(table: SliceTable, total_seqlen: int) -> tuple[IntArray, Int
 
 
 class TokenPool:
-    """Components with tokens left, sorted by need, by density and by size.
+    """Components with tokens left, sorted by top need, density, size and bottom need.
 
     Mutable on purpose: it is the working state of one placement and never leaves it.
     """
@@ -58,12 +61,12 @@ class TokenPool:
             2 * (below((a + b) // 2) - below(a)) > 1.02 * area
             for a, b, area in zip(self.lo, self.hi, self.areas, strict=True)
         ]
-        self.by_need: list[tuple[int, int]] = []
-        self.by_density: list[tuple[float, int, int]] = []
-        self.by_size: list[tuple[int, int]] = []
-        self.by_bottom: list[tuple[int, int, int]] = []
-        for i in range(len(self.lo)):
-            self._insert(i)
+        self._keys = [self._key(i) for i in range(len(self.lo))]
+        # Each list holds its sort key first and the component last.
+        self.by_need: list[tuple[int, int]] = sorted(key[0] for key in self._keys)
+        self.by_density: list[tuple[float, int, int]] = sorted(key[1] for key in self._keys)
+        self.by_size: list[tuple[int, int]] = sorted(key[2] for key in self._keys)
+        self.by_bottom: list[tuple[int, int, int]] = sorted(key[3] for key in self._keys)
 
     def size(self, i: int) -> int:
         """Tokens left of component i."""
@@ -137,16 +140,21 @@ class TokenPool:
             self._insert(i)
         return start, end, area
 
-    def _insert(self, i: int) -> None:
+    def _key(self, i: int) -> _Key:
         size = self.size(i)
-        insort(self.by_need, (self.top_need(i), i))
-        insort(self.by_density, (self.areas[i] / size, size, i))
-        insort(self.by_size, (size, i))
-        insort(self.by_bottom, (self.bottom_need(i, 1), size, i))
+        density = self.areas[i] / size
+        return (self.top_need(i), i), (density, size, i), (size, i), (self.bottom_need(i, 1), size, i)
+
+    def _insert(self, i: int) -> None:
+        self._keys[i] = need, density, size, bottom = self._key(i)
+        insort(self.by_need, need)
+        insort(self.by_density, density)
+        insort(self.by_size, size)
+        insort(self.by_bottom, bottom)
 
     def _remove(self, i: int) -> None:
-        size = self.size(i)
-        del self.by_need[bisect_left(self.by_need, (self.top_need(i), i))]
-        del self.by_density[bisect_left(self.by_density, (self.areas[i] / size, size, i))]
-        del self.by_size[bisect_left(self.by_size, (size, i))]
-        del self.by_bottom[bisect_left(self.by_bottom, (self.bottom_need(i, 1), size, i))]
+        need, density, size, bottom = self._keys[i]
+        del self.by_need[bisect_left(self.by_need, need)]
+        del self.by_density[bisect_left(self.by_density, density)]
+        del self.by_size[bisect_left(self.by_size, size)]
+        del self.by_bottom[bisect_left(self.by_bottom, bottom)]

@@ -77,9 +77,9 @@ class DensityProfile:
         """The same profile with its pieces also cut at the token indices `cuts`."""
         total = int(self.ends[-1]) if len(self) else 0
         inner = cuts[(cuts > 0) & (cuts < total)]
-        starts = np.unique(np.concatenate([self.starts, inner]))
+        starts = np.unique(np.concatenate([self.starts, inner])).astype(np.int64)
         piece = np.searchsorted(self.starts, starts, side="right") - 1
-        ends = np.append(starts[1:], total)[: len(starts)]
+        ends = np.append(starts[1:], total)[: len(starts)].astype(np.int64)
         first = self.first[piece] + self.slopes[piece] * (starts - self.starts[piece])
         slopes, lengths = self.slopes[piece], ends - starts
         areas = first * lengths + slopes * (lengths * (lengths - 1) // 2)

@@ -19,14 +19,15 @@ class _Queue:
         last = profile.first[order] + profile.slopes[order] * (lengths - 1)
         # Backwards through the sequence, or (ascending) each piece from its sparser end.
         reverse = profile.slopes[order] < 0 if ascending else np.ones(len(order), dtype=bool)
-        self._starts = profile.starts[order].tolist()
-        self._ends = profile.ends[order].tolist()
+        self._starts: list[int] = profile.starts[order].tolist()
+        self._ends: list[int] = profile.ends[order].tolist()
         self._reverse = reverse.tolist()
-        self._first = np.where(reverse, last, profile.first[order]).tolist()
-        self._slopes = np.where(reverse, -profile.slopes[order], profile.slopes[order]).tolist()
+        self._first: list[int] = np.where(reverse, last, profile.first[order]).tolist()
+        self._slopes: list[int] = np.where(reverse, -profile.slopes[order], profile.slopes[order]).tolist()
         self.cuts: list[int] = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-        self._areas = np.concatenate([[0], np.cumsum(profile.areas[order])]).tolist()
-        self.head, self.tail = 0, self.cuts[-1]
+        self._areas: list[int] = np.concatenate([[0], np.cumsum(profile.areas[order])]).tolist()
+        self.head: int = 0
+        self.tail: int = self.cuts[-1]
 
     def __len__(self) -> int:
         return self.tail - self.head
@@ -38,8 +39,7 @@ class _Queue:
     def _below(self, position: int) -> int:
         i = min(bisect_right(self.cuts, position) - 1, len(self._starts) - 1)
         t = position - self.cuts[i]
-        result: int = self._areas[i] + self._first[i] * t + self._slopes[i] * (t * (t - 1) // 2)
-        return result
+        return self._areas[i] + self._first[i] * t + self._slopes[i] * (t * (t - 1) // 2)
 
     def pop_head(self, count: int) -> list[tuple[int, int]]:
         """Token runs of the next `count` positions."""
@@ -95,7 +95,9 @@ def _mix(heavy: _Queue, light: _Queue, tokens: int, target: float) -> tuple[int,
     """Of `tokens`, the largest number to take from `heavy` with an area of at most `target`; that area."""
 
     def area(count: int) -> int:
-        return heavy.area(heavy.head, heavy.head + count) + light.area(light.head, light.head + tokens - count)
+        return heavy.area(heavy.head, heavy.head + count) + light.area(
+            light.head, light.head + tokens - count
+        )
 
     least, most = max(0, tokens - len(light)), min(tokens, len(heavy))
     while least < most:

@@ -1,15 +1,82 @@
-"""What rows cost to move: bytes of a forward and backward pass.
+"""What moving and computing cost: bytes of a row, seconds of a transfer, seconds of a kernel.
 
-Counted for both passes of one attention call: keys and values go out twice (they are fetched again
-in backward) and their gradients come back in fp32; queries that are computed elsewhere go out
-twice, with dO, lse and delta in backward, and bring back a partial out and lse, and dQ in fp32.
+Bytes are counted for both passes of one attention call: keys and values go out twice (they are
+fetched again in backward) and their gradients come back in fp32; queries that are computed elsewhere
+go out twice, with dO, lse and delta in backward, and bring back a partial out and lse, and dQ in fp32.
+
+Seconds follow the alpha-beta model (Hockney 1994): a transfer takes `latency_s` plus bytes over
+`bytes_per_s`, with one such pair for links within a node and one for links between nodes. A kernel
+call takes `launch_s`, plus `slice_s` for each slice, plus its FLOP over the device's rate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .slices import IntArray
+
+FloatArray = NDArray[np.float64]
 
 _FP32 = 4
+
+# A stage whose number could be one less at a loss of this share of the time is not worth its buffers.
+_STAGE_GAIN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Heads of one attention call; itemsize: bytes of an element of q, k, v and out."""
+
+    num_q: int = 32
+    num_kv: int = 8
+    head_dim: int = 128
+    head_dim_v: int = 128
+    itemsize: int = 2
+
+    def row_bytes(self) -> RowBytes:
+        """What a row weighs in each exchange of the two passes, in bytes."""
+        q_row, out_row = self.num_q * self.head_dim, self.num_q * self.head_dim_v
+        kv_row = self.num_kv * (self.head_dim + self.head_dim_v)
+        statistic = _FP32 * self.num_q  # lse, or delta
+        return RowBytes(
+            q=self.itemsize * q_row,
+            partial=self.itemsize * out_row + statistic,
+            kv=self.itemsize * kv_row,
+            q_again=self.itemsize * (q_row + out_row) + 2 * statistic,
+            dq=_FP32 * q_row,
+            dkv=_FP32 * kv_row,
+        )
+
+    @property
+    def forward_flop(self) -> int:
+        """FLOP of one visible pair over all heads: q.k and p.v, two each for a multiply and an add."""
+        return 2 * self.num_q * (self.head_dim + self.head_dim_v)
+
+    @property
+    def backward_flop(self) -> int:
+        """FLOP of one visible pair: q.k again, dq and dk over head_dim; dp and dv over head_dim_v."""
+        return self.num_q * (6 * self.head_dim + 4 * self.head_dim_v)
+
+
+class RowBytes(NamedTuple):
+    """Bytes of one row on the wire.
+
+    Forward: q out, partial (out, lse) home, kv out. Backward: q_again (q, dout, lse, delta) out, dq
+    home, kv out again, dkv home.
+    """
+
+    q: int
+    partial: int
+    kv: int
+    q_again: int
+    dq: int
+    dkv: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +85,195 @@ class RowCosts:
 
     q: int
     kv: int
+    heads: Heads = Heads()
 
 
 def row_costs(
     num_heads_q: int, num_heads_kv: int, head_dim: int, head_dim_v: int, itemsize: int = 2
 ) -> RowCosts:
     """Row costs for heads and head dims; itemsize: bytes of an element of q, k, v and out."""
-    q_row, out_row = num_heads_q * head_dim, num_heads_q * head_dim_v
-    forward = itemsize * q_row + itemsize * out_row + _FP32 * num_heads_q
-    backward = itemsize * (q_row + out_row) + 2 * _FP32 * num_heads_q + _FP32 * q_row
-    kv_row = num_heads_kv * (head_dim + head_dim_v)
-    return RowCosts(q=forward + backward, kv=2 * itemsize * kv_row + _FP32 * kv_row)
+    heads = Heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, itemsize)
+    row = heads.row_bytes()
+    return RowCosts(q=row.q + row.partial + row.q_again + row.dq, kv=2 * row.kv + row.dkv, heads=heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One direction of a rank's connection: seconds before the first byte, then bytes per second."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: FloatArray) -> FloatArray:
+        """Time to move each number of bytes; 0 where there is nothing to move."""
+        return np.where(num_bytes > 0, self.latency_s + num_bytes / self.bytes_per_s, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Speeds of a cluster of equal devices.
+
+    forward_flops, backward_flops: FLOP/s of the local kernel on long slices, one device; masked
+        pairs are not counted as work.
+    slice_s: seconds that each slice adds; launch_s: seconds of a stage without any work.
+    copy_bytes_per_s: packing rows to send and adding or merging rows received.
+    within, across: links inside a node and between nodes, for one rank.
+    ranks_per_node: ranks that share a node.
+    source: where the numbers come from.
+    """
+
+    name: str
+    forward_flops: float
+    backward_flops: float
+    slice_s: float
+    launch_s: float
+    copy_bytes_per_s: float
+    within: Link
+    across: Link
+    ranks_per_node: int
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        rates = (self.forward_flops, self.backward_flops, self.copy_bytes_per_s)
+        rates += (self.within.bytes_per_s, self.across.bytes_per_s)
+        times = (self.slice_s, self.launch_s, self.within.latency_s, self.across.latency_s)
+        if not all(math.isfinite(x) and x > 0 for x in rates) or not all(math.isfinite(x) and x >= 0 for x in times):
+            raise ValueError(
+                f"hardware {self.name!r}: rates must be finite and above 0, times finite and at least 0; got {self}"
+            )
+        if self.ranks_per_node < 1:
+            raise ValueError(f"hardware {self.name!r}: ranks_per_node is {self.ranks_per_node}: at least 1")
+
+    def to_json(self) -> str:
+        """As text that `from_json` reads."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Hardware:
+        """Read what `to_json` wrote (`cpattn calibrate` does).
+
+        Raises:
+            ValueError: not JSON, a field is missing or unknown, or a number is out of range.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            links = {name: Link(**values.pop(name)) for name in ("within", "across")}
+            return cls(**values, **links)
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            expected = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"not a hardware description ({error}): expected a JSON object with {expected}") from error
+
+    def kernel_seconds(
+        self, areas: FloatArray, num_slices: FloatArray, heads: Heads, *, backward: bool = False
+    ) -> FloatArray:
+        """Time of the local kernel on `areas` visible pairs in `num_slices` slices; 0 without slices."""
+        flop = heads.backward_flop if backward else heads.forward_flop
+        rate = self.backward_flops if backward else self.forward_flops
+        busy = self.launch_s + num_slices * self.slice_s + areas * (flop / rate)
+        return np.where(num_slices > 0, busy, 0.0)
+
+
+# Attention rates: FA3 on H100, causal, 32K tokens: 679 forward and 586 backward TFLOP/s, as published
+# by MagiAttention (anchors.md), taken at about 0.95 of that. Links: 0.8 of the data sheet's figure for
+# one direction, what NCCL's alltoall_perf commonly reports as bus bandwidth. Latencies and the cost of
+# a slice and of a launch are assumptions of the right order; `cpattn calibrate` measures them.
+_ASSUMED = "latencies, slice and launch costs assumed; run `cpattn calibrate` to measure"
+
+HARDWARE: dict[str, Hardware] = {
+    "h100": Hardware(
+        name="h100",
+        forward_flops=645e12,
+        backward_flops=555e12,
+        slice_s=0.5e-6,
+        launch_s=15e-6,
+        copy_bytes_per_s=1.5e12,
+        within=Link(12e-6, 360e9),
+        across=Link(25e-6, 40e9),
+        ranks_per_node=8,
+        source="DGX H100: FA3 causal (arXiv:2407.08608), NVLink 4 450 GB/s and one 400 Gbit/s NIC per GPU, at 0.8; "
+        + _ASSUMED,
+    ),
+    "h200": Hardware(
+        name="h200",
+        forward_flops=645e12,
+        backward_flops=555e12,
+        slice_s=0.5e-6,
+        launch_s=15e-6,
+        copy_bytes_per_s=2.2e12,
+        within=Link(12e-6, 360e9),
+        across=Link(25e-6, 40e9),
+        ranks_per_node=8,
+        source="DGX H200: H100's compute and links, HBM3e at 4.8 TB/s; " + _ASSUMED,
+    ),
+    "b200": Hardware(
+        name="b200",
+        forward_flops=1400e12,
+        backward_flops=1000e12,
+        slice_s=0.5e-6,
+        launch_s=15e-6,
+        copy_bytes_per_s=3.5e12,
+        within=Link(12e-6, 720e9),
+        across=Link(25e-6, 40e9),
+        ranks_per_node=8,
+        source="DGX B200: FA4 (up to 1.6 PFLOP/s forward published, taken at 0.87; backward assumed), NVLink 5 "
+        "900 GB/s and one 400 Gbit/s NIC per GPU, at 0.8; " + _ASSUMED,
+    ),
+}
+
+DEFAULT_HARDWARE = HARDWARE["h100"]
+
+
+def hardware_named(name: str) -> Hardware:
+    """The preset of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in HARDWARE:
+        raise ValueError(f"hardware {name!r} is unknown: use one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]
+
+
+def choose_num_stages(
+    areas: IntArray,
+    kv_rows: IntArray,
+    own_rows: IntArray,
+    *,
+    heads: Heads,
+    hardware: Hardware,
+    ranks_per_node: int,
+    most: int,
+) -> int:
+    """How many stages the remote keys travel in, from the forward pass's predicted time.
+
+    Stage s + 1 travels while stage s computes, so two stages' buffers are alive at most and the time is
+
+        max(host, move) + (n - 1) max(work, move) + work,    move = latency + bytes / (n rate)
+
+    with `host` the work on own keys and `work` that on one stage's. More stages hide more of the first
+    transfer and hold smaller buffers, and pay more latencies and launches. The fewest stages within
+    2 % of the best time of the slowest rank are taken.
+
+    Args:
+        areas: visible pairs of each rank, [cp_size].
+        kv_rows: key rows that each rank receives, [cp_size].
+        own_rows: key rows that each rank owns, [cp_size]; its area on them is taken to be in
+            proportion to their share of the keys it needs.
+        ranks_per_node: ranks in one node as the plan groups them; with more ranks than that, rows
+            are priced at the slow link.
+        most: the largest number considered, at least 1.
+    """
+    if not kv_rows.any():
+        return 1
+    slow = hardware.across if len(areas) > min(ranks_per_node, hardware.ranks_per_node) else hardware.within
+    pair_s = heads.forward_flop / hardware.forward_flops
+    share = own_rows / np.maximum(own_rows + kv_rows, 1)
+    host = areas * share * pair_s + hardware.launch_s
+    remote = areas * (1 - share) * pair_s
+    moved = kv_rows * float(heads.row_bytes().kv)
+    times = []
+    for n in range(1, most + 1):
+        work, move = remote / n + hardware.launch_s, slow.seconds(moved / n)
+        times.append(float((np.maximum(host, move) + (n - 1) * np.maximum(work, move) + work).max()))
+    enough = min(times) * (1 + _STAGE_GAIN)
+    return next(n for n, time in enumerate(times, 1) if time <= enough)

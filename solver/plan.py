@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .balance import place_balanced
-from .cost import RowCosts, row_costs
+from .cost import DEFAULT_HARDWARE, Hardware, RowCosts, choose_num_stages, row_costs
 from .placement import Placement, place_contiguous, place_zigzag
-from .routes import RouteTable, make_routes, rows_missing, split_stages, tokens_needed, two_level_routes
+from .routes import RouteTable, make_routes, rows_missing, tokens_needed, two_level_routes
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
 
@@ -182,6 +182,7 @@ def make_dispatch_plan(
     costs: RowCosts = DEFAULT_COSTS,
     ranks_per_node: int | None = None,
     search_effort: int = 0,
+    hardware: Hardware = DEFAULT_HARDWARE,
 ) -> Plan:
     """Plan attention under a mask for every rank of a group.
 
@@ -199,6 +200,7 @@ def make_dispatch_plan(
         costs: what a query row and a key row cost to move.
         ranks_per_node: ranks that share a node, in a two-level network; None: one level.
         search_effort: iterations of extra placement search; 0 is the fast default.
+        hardware: speeds by which num_stages is chosen.
 
     Raises:
         ValueError: a size is out of range or the layout is unknown.
@@ -226,7 +228,12 @@ def make_dispatch_plan(
     ]
     best = 0 if moved[0] * TILES_GAIN <= moved[-1] else len(moved) - 1
     return assemble_plan(
-        *schedules[best], *placements[best], num_stages=num_stages, ranks_per_node=ranks_per_node
+        *schedules[best],
+        *placements[best],
+        num_stages=num_stages,
+        ranks_per_node=ranks_per_node,
+        costs=costs,
+        hardware=hardware,
     )
 
 
@@ -252,20 +259,31 @@ def assemble_plan(
     *,
     num_stages: int | None = None,
     ranks_per_node: int | None = None,
+    costs: RowCosts = DEFAULT_COSTS,
+    hardware: Hardware = DEFAULT_HARDWARE,
 ) -> Plan:
     """The plan in which rank task_ranks[i] computes tasks[i] (disjoint) and tokens lie as placed.
 
-    A task may be computed by a rank that owns neither its queries nor its keys.
+    A task may be computed by a rank that owns neither its queries nor its keys. Without num_stages
+    the number is chosen for the heads of `costs` on `hardware`.
     """
     cp_size = q_placement.cp_size
     queries, keys = tokens_needed(tasks, task_ranks)
     q_routes = make_routes(queries, q_placement)
-    kv_routes = make_routes(keys, k_placement)
+    kv_rows = rows_missing(keys, k_placement)
     if num_stages is None:
-        num_stages = _choose_num_stages(kv_routes, k_placement)
-    if not len(kv_routes):
+        num_stages = choose_num_stages(
+            np.bincount(task_ranks, tasks.areas(), cp_size),
+            kv_rows,
+            k_placement.num_tokens,
+            heads=costs.heads,
+            hardware=hardware,
+            ranks_per_node=cp_size if ranks_per_node is None else ranks_per_node,
+            most=MAX_STAGES,
+        )
+    if not kv_rows.any():
         num_stages = 0
-    kv_routes = split_stages(kv_routes, num_stages, cp_size)
+    kv_routes = make_routes(keys, k_placement, max(num_stages, 1))
     ranks_per_node = cp_size if ranks_per_node is None else ranks_per_node
     if ranks_per_node < 1 or cp_size % ranks_per_node:
         raise ValueError(
@@ -363,13 +381,6 @@ def place_cross(
     return q_placement, place_contiguous(seqlen_k, cp_size)
 
 
-def _choose_num_stages(kv_routes: RouteTable, k_placement: Placement) -> int:
-    """One stage for about every local shard's worth of remote rows, at most four."""
-    most = int(kv_routes.rows_received(k_placement.cp_size).max(initial=0))
-    shard = max(1, k_placement.total_seqlen // k_placement.cp_size)
-    return max(1, min(4, -(-most // shard)))
-
-
 class Runs(NamedTuple):
     """Tokens [starts, ends) that lie in a buffer from row `offsets` on; sorted by token."""
 
@@ -441,13 +452,20 @@ def _to_buffer_rows(table: SliceTable, runs: Runs) -> tuple[SliceTable, IntArray
     return cut, runs.offsets[run] - runs.starts[run]
 
 
+# Odd, about 2**61 over the golden ratio: weights of neighbouring rows differ in all bits (int64 wraps round).
+_MIX = 0x13C6EF372FE94F83
+
+
 def _fingerprint(*parts: SliceTable | IntArray | Placement | RouteTable | int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Placement):
             arrays = [np.array([part.cp_size, part.total_seqlen]), part.ends, part.owners]
         elif isinstance(part, RouteTable):
-            arrays = [part.dsts, part.srcs, part.starts, part.ends, part.stages]
+            # They follow from the rest, and at a thousand ranks there are millions: a weighted sum will do.
+            columns = (part.dsts, part.srcs, part.starts, part.ends, part.stages)
+            position = np.arange(1, len(part) + 1) * _MIX
+            arrays = [np.array([len(part), *(int(column @ position) for column in columns)])]
         else:
             arrays = [part.data if isinstance(part, SliceTable) else np.asarray(part)]
         for array in arrays:

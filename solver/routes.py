@@ -6,6 +6,7 @@ tokens is a table of a few thousand numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -111,52 +112,103 @@ def rows_missing(needed: Intervals, placement: Placement) -> IntArray:
     return missing.astype(np.int64)
 
 
-def make_routes(needed: Intervals, placement: Placement) -> RouteTable:
-    """Routes that bring each rank the tokens it needs and does not own, all in stage 0."""
+# Routes handled together: at a thousand ranks there are millions, and whole columns of them would spill
+# out of the caches and take several times the memory of the result.
+_BLOCK = 1 << 16
+
+
+def make_routes(needed: Intervals, placement: Placement, num_stages: int = 1) -> RouteTable:
+    """Routes that bring each rank the tokens it needs and does not own, in `num_stages` stages."""
     first = np.searchsorted(placement.ends, needed.starts, side="right")
-    last = np.searchsorted(placement.starts, needed.ends, side="left")
-    need, nth = expand_counts(last - first)
-    run = first[need] + nth
-    starts = np.maximum(needed.starts[need], placement.starts[run])
-    ends = np.minimum(needed.ends[need], placement.ends[run])
-    dsts, srcs = needed.ranks[need], placement.owners[run]
-    remote = dsts != srcs
-    dsts, srcs, starts, ends = (a[remote] for a in (dsts, srcs, starts, ends))
-    # Sorted by (receiver, start) already; a stable sort by (receiver, sender) keeps starts ascending.
-    order = np.argsort(dsts * placement.cp_size + srcs, kind="stable")
-    return RouteTable(
-        dsts[order], srcs[order], starts[order], ends[order], np.zeros(len(order), dtype=np.int64)
-    )
+    counts = np.searchsorted(placement.starts, needed.ends, side="left") - first
+    blocks = []
+    for a, b in _rank_blocks(needed.ranks, counts):
+        need, nth = expand_counts(counts[a:b])
+        need += a
+        run = first[need] + nth
+        dsts, srcs = needed.ranks[need], placement.owners[run]
+        # Sorted by (receiver, start) already; a stable sort by (receiver, sender) keeps starts ascending.
+        order = np.argsort(dsts * placement.cp_size + srcs, kind="stable")
+        order = order[dsts[order] != srcs[order]]
+        need, run = need[order], run[order]
+        starts = np.maximum(needed.starts[need], placement.starts[run])
+        ends = np.minimum(needed.ends[need], placement.ends[run])
+        block = RouteTable(dsts[order], srcs[order], starts, ends, np.zeros(len(order), dtype=np.int64))
+        blocks.append(_split_block(block, num_stages, placement.cp_size))
+    return _by_stage(blocks, num_stages)
 
 
 def split_stages(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTable:
-    """The same rows in num_stages parts; each receiver's rows are divided evenly, in token order.
+    """The same rows (all of stage 0) in num_stages parts; each receiver's rows are divided evenly.
 
-    Token order keeps a stage's keys together, so that its tiles stay large.
+    In token order, which keeps a stage's keys together, so that its tiles stay large.
     """
+    columns = (routes.dsts, routes.srcs, routes.starts, routes.ends, routes.stages)
+    blocks = [
+        _split_block(RouteTable(*(column[a:b] for column in columns)), num_stages, cp_size)
+        for a, b in _rank_blocks(routes.dsts, np.ones(len(routes), dtype=np.int64))
+    ]
+    return _by_stage(blocks, num_stages)
+
+
+def _by_stage(blocks: list[RouteTable], num_stages: int) -> RouteTable:
+    """One table of blocks that lie in the order of receivers, each in the order of a table."""
+    if not blocks:
+        return RouteTable.empty()
+    cuts = [np.searchsorted(block.stages, np.arange(num_stages + 1)) for block in blocks]
+
+    def joined(name: str) -> IntArray:
+        parts = [
+            getattr(block, name)[cut[stage] : cut[stage + 1]]
+            for stage in range(num_stages)
+            for block, cut in zip(blocks, cuts, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    return RouteTable(*(joined(name) for name in ("dsts", "srcs", "starts", "ends", "stages")))
+
+
+def _split_block(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTable:
+    """All routes of some receivers in stages."""
     if num_stages <= 1 or not len(routes):
         return routes
     order = np.lexsort((routes.starts, routes.dsts))
-    dsts, srcs, starts, ends = (
-        a[order] for a in (routes.dsts, routes.srcs, routes.starts, routes.ends)
-    )
+    dsts, srcs, starts, ends = (a[order] for a in (routes.dsts, routes.srcs, routes.starts, routes.ends))
     lengths = ends - starts
-    totals = routes.rows_received(cp_size)
     before = np.cumsum(lengths) - lengths
-    before -= (np.cumsum(totals) - totals)[dsts]
-    # Stage s of a receiver with n rows holds its rows [s * n // num_stages, (s + 1) * n // num_stages).
-    n = totals[dsts]
-    bounds = np.arange(num_stages + 1)[None, :] * n[:, None] // num_stages
-    lo = np.maximum(bounds[:, :-1], before[:, None])
-    hi = np.minimum(bounds[:, 1:], (before + lengths)[:, None])
-    row, stage = np.nonzero(hi > lo)
-    shift = starts[row] - before[row]
-    new_starts, new_ends = lo[row, stage] + shift, hi[row, stage] + shift
-    new_dsts, new_srcs = dsts[row], srcs[row]
-    order = np.lexsort((new_starts, new_srcs, new_dsts, stage))
-    return RouteTable(
-        new_dsts[order], new_srcs[order], new_starts[order], new_ends[order], stage[order].astype(np.int64)
-    )
+    own = np.searchsorted(dsts, dsts)
+    before -= before[own]
+    # Stage s of a receiver with n rows holds its rows [s * n // num_stages, (s + 1) * n // num_stages):
+    # row b is in the last stage s with s * n // num_stages <= b.
+    n = np.bincount(own, lengths)[own].astype(np.int64)
+    first = ((before + 1) * num_stages - 1) // n
+    last = ((before + lengths) * num_stages - 1) // n
+    row, stage = expand_counts(last - first + 1)
+    stage += first[row]
+    shift = (starts - before)[row]
+    new_starts = np.maximum(starts[row], stage * n[row] // num_stages + shift)
+    new_ends = np.minimum(ends[row], (stage + 1) * n[row] // num_stages + shift)
+    # With fewer rows than stages some stages are empty. Rows are in the order of (receiver, start), which
+    # a stable sort keeps.
+    order = np.argsort((stage * cp_size + dsts[row]) * cp_size + srcs[row], kind="stable")
+    order = order[new_ends[order] > new_starts[order]]
+    row = row[order]
+    return RouteTable(dsts[row], srcs[row], new_starts[order], new_ends[order], stage[order])
+
+
+def _rank_blocks(ranks: IntArray, weights: IntArray) -> Iterator[tuple[int, int]]:
+    """Cuts of a column of sorted ranks into stretches of about _BLOCK weight, none inside a rank."""
+    total = np.cumsum(weights)
+    start = 0
+    while start < len(ranks):
+        done = int(total[start - 1]) if start else 0
+        end = int(np.searchsorted(total, done + _BLOCK, side="right"))
+        # At least one whole rank, and no more than fits.
+        end = int(np.searchsorted(ranks, ranks[end], side="left")) if end < len(ranks) else end
+        if end <= start:
+            end = int(np.searchsorted(ranks, ranks[start], side="right"))
+        yield start, end
+        start = end
 
 
 class TwoLevelRoutes(NamedTuple):

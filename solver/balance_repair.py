@@ -1,0 +1,99 @@
+"""Bring a placement's areas under a limit by exchanging dense tokens for sparse ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .balance_profile import AreaRamp, DensityProfile
+from .placement import Placement
+
+# Partners considered for a rank that is too heavy: those with the least area.
+_NUM_PARTNERS = 8
+
+
+def even_out(placement: Placement, profile: DensityProfile, *, limit: float, max_exchanges: int) -> Placement:
+    """The placement with as many tokens for each rank and areas of at most `limit`, where that works.
+
+    A rank above the limit gives tokens from its densest run end and gets as many from the sparsest
+    run end of a rank with room. Each exchange settles a rank or uses up a run, so a few per rank are
+    enough. Rows moved may grow by the keys that the tokens given away see.
+    """
+    ramp = profile.ramp()
+    ranks = [_Holding(ramp, placement.runs_of(r).tolist()) for r in range(placement.cp_size)]
+    for _ in range(max_exchanges):
+        heavy = max(range(len(ranks)), key=lambda r: ranks[r].area)
+        excess = ranks[heavy].area - int(limit)
+        if excess <= 0 or not _exchange(ranks, heavy, excess, int(limit)):
+            break
+    ends = [(end, r) for r, holding in enumerate(ranks) for _, end in holding.runs]
+    table = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2)
+    return Placement.from_runs(table[:, 0], table[:, 1], cp_size=placement.cp_size)
+
+
+class _Holding:
+    """Runs of one rank and their area; runs are cut only at their ends."""
+
+    def __init__(self, ramp: AreaRamp, runs: list[list[int]]) -> None:
+        self.ramp, self.runs = ramp, runs
+        self.area = sum(ramp.below(end) - ramp.below(start) for start, end in runs)
+
+    def edge(self, *, dense: bool) -> tuple[int, int, bool]:
+        """Density, index and side (at the end?) of the densest or the sparsest run end."""
+        density = self.ramp.density
+        edges = [
+            (density(end - 1 if at_end else start), i, at_end)
+            for i, (start, end) in enumerate(self.runs)
+            for at_end in (True, False)
+        ]
+        return max(edges) if dense else min(edges)
+
+    def piece(self, i: int, at_end: bool, count: int) -> list[int]:
+        """The `count` tokens at one end of run i."""
+        start, end = self.runs[i]
+        return [end - count, end] if at_end else [start, start + count]
+
+    def piece_area(self, i: int, at_end: bool, count: int) -> int:
+        """Area of that piece."""
+        start, end = self.piece(i, at_end, count)
+        return self.ramp.below(end) - self.ramp.below(start)
+
+    def swap(self, i: int, at_end: bool, count: int, received: list[int]) -> None:
+        """Give the piece away and take `received` instead."""
+        start, end = self.runs[i]
+        self.area -= self.piece_area(i, at_end, count)
+        self.area += self.ramp.below(received[1]) - self.ramp.below(received[0])
+        self.runs[i] = [start, end - count] if at_end else [start + count, end]
+        if end - start == count:
+            del self.runs[i]
+        self.runs.append(received)
+
+
+def _exchange(ranks: list[_Holding], heavy: int, excess: int, limit: int) -> bool:
+    """Move `excess` area, or what one pair of runs allows, off a rank; False when no rank can help."""
+    giver = ranks[heavy]
+    dense, i, at_end = giver.edge(dense=True)
+    order = sorted((r for r in range(len(ranks)) if ranks[r].runs), key=lambda r: ranks[r].area)
+    edges = [(*ranks[r].edge(dense=False), r) for r in order[:_NUM_PARTNERS] if ranks[r].area < limit]
+    if not edges:
+        return False
+    sparse, j, other_end, light = min(edges)
+    taker = ranks[light]
+    if sparse >= dense or light == heavy:
+        return False
+    wanted = min(excess, limit - taker.area)
+    start, end = giver.runs[i]
+    other_start, other_stop = taker.runs[j]
+    least, most = 0, min(end - start, other_stop - other_start)
+    while least < most:  # the fewest tokens whose exchange moves the wanted area
+        middle = (least + most) // 2
+        if giver.piece_area(i, at_end, middle) - taker.piece_area(j, other_end, middle) >= wanted:
+            most = middle
+        else:
+            least = middle + 1
+    moved = giver.piece_area(i, at_end, least) - taker.piece_area(j, other_end, least)
+    if moved <= 0 or taker.area + moved > limit + dense:
+        return False
+    given, taken = giver.piece(i, at_end, least), taker.piece(j, other_end, least)
+    giver.swap(i, at_end, least, taken)
+    taker.swap(j, other_end, least, given)
+    return True
