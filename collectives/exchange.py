@@ -194,6 +194,15 @@ def group_reduce(
     return pending
 
 
+def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Equally many rows [n, ...] of every rank of the group, as [group size * n, ...]."""
+    everyone = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
+    # torch 2.13 renamed the call and warns about the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, rows.contiguous(), group=group)
+    return everyone
+
+
 def _as_hops(hops: RowRoutes | Sequence[RowRoutes]) -> Sequence[RowRoutes]:
     return (hops,) if isinstance(hops, RowRoutes) else hops
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpattn.attention_op import attention
     from cpattn.checkpointing import attention_checkpoint_contexts, attention_checkpoint_policy
+    from cpattn.generation import ModelShape, generate
     from cpattn.key import AttnKey, make_key
+    from cpattn.kv_cache import PagedKVCache
     from cpattn.layout import dispatch, position_ids, roll, undispatch
     from cpattn.mask_spec import AttnMaskSpec
 
@@ -18,11 +20,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AttnKey",
     "AttnMaskSpec",
+    "ModelShape",
+    "PagedKVCache",
     "__version__",
     "attention",
     "attention_checkpoint_contexts",
     "attention_checkpoint_policy",
     "dispatch",
+    "generate",
     "make_key",
     "position_ids",
     "roll",
@@ -32,10 +37,13 @@ __all__ = [
 _MODULE_OF = {
     "AttnKey": "key",
     "AttnMaskSpec": "mask_spec",
+    "ModelShape": "generation",
+    "PagedKVCache": "kv_cache",
     "attention": "attention_op",
     "attention_checkpoint_contexts": "checkpointing",
     "attention_checkpoint_policy": "checkpointing",
     "dispatch": "layout",
+    "generate": "generation",
     "make_key": "key",
     "position_ids": "layout",
     "roll": "layout",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cpattn.collectives import all_gather
+
 
 def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
     """Raise on every rank of the group if any field differs between ranks; one small all-gather.
@@ -25,8 +27,7 @@ def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessG
     if group is None or dist.get_world_size(group) == 1:
         return
     mine = torch.tensor([_digest(value) for value in fields.values()], dtype=torch.int64, device=_device(group))
-    everyone = mine.new_empty(dist.get_world_size(group) * len(fields))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    everyone = all_gather(mine, group)
     differs = (everyone.view(-1, len(fields)) != everyone[: len(fields)]).cpu()
     for column, (name, value) in enumerate(fields.items()):
         ranks = differs[:, column].nonzero().flatten().tolist()

@@ -58,13 +58,29 @@ def attention(
     Raises:
         ValueError: a shape, dtype, device or number does not fit the key; before any collective.
     """
-    if torch.is_autocast_enabled(q_TND.device.type):
-        dtype = torch.get_autocast_dtype(q_TND.device.type)
+    device_type = q_TND.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         q_TND, k_TGD, v_TGE = (t.to(dtype) for t in (q_TND, k_TGD, v_TGE))
+    # Here and not in the op: of tensors on two devices the dispatcher would choose one.
+    _check_tensors(q_TND, k_TGD, v_TGE, sink)
     scale = q_TND.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     softcap = None if softcap is None else float(softcap)
+    if scale <= 0:  # fused kernels scale masked scores of -inf too, and make them inf or NaN
+        q_TND, scale = (-q_TND, -scale) if scale < 0 else (q_TND * 0, 1.0)
     out, lse = torch.ops.cpattn.attention_forward(q_TND, k_TGD, v_TGE, sink, key.handle, scale, softcap)
     return (out, lse.detach()) if return_lse else out
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device} and q is {q.dtype} on {q.device}: "
+                f"q, k and v must agree"
+            )
+    if sink is not None and sink.device != q.device:
+        raise ValueError(f"sink is on {sink.device} and q on {q.device}: move the sink to {q.device}")
 
 
 def _check_call(
@@ -81,15 +97,9 @@ def _check_call(
                 f"{name} has shape {tuple(tensor.shape)}: the key expects {shape} (rows of rank "
                 f"{key.cp_rank}, heads, head dim); did you dispatch with this key?"
             )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and q is {q.dtype} on {q.device}: "
-                f"q, k and v must agree"
-            )
-    if sink is not None and (tuple(sink.shape) != (key.num_heads_q,) or sink.device != q.device):
+    if sink is not None and tuple(sink.shape) != (key.num_heads_q,):
         raise ValueError(
-            f"sink has shape {tuple(sink.shape)} on {sink.device}: expected ({key.num_heads_q},), one "
-            f"logit per query head, on {q.device}"
+            f"sink has shape {tuple(sink.shape)}: expected ({key.num_heads_q},), one logit per query head"
         )
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale is {scale}: it must be a finite number")
@@ -175,7 +185,8 @@ _attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """d/dsink of softmax with an extra logit: its probability is exp(sink - lse) and its value 0."""
-    probability = torch.exp(sink.to(lse.dtype) - lse)
+    # Where both are -inf, the row sees nothing and the sink takes no part.
+    probability = torch.exp(sink.to(lse.dtype) - lse).masked_fill(lse == -torch.inf, 0)
     return -(probability * row_delta(dout, out, lse.dtype)).sum(0).to(sink.dtype)
 
 

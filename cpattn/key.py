@@ -7,10 +7,11 @@ all layers; keys are cached, so asking for the same one again costs microseconds
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpattn.backends import Backend, Problem, choose_backend
-from cpattn.collectives import RowRoutes
+from cpattn.backends import Backend, Problem, backend_names, choose_backend, explain_choice
+from cpattn.collectives import Fp8Rows, RowCodec, RowRoutes
 from cpattn.solver import (
     Exchange,
     Layout,
@@ -52,6 +53,7 @@ class KeyOptions:
     ranks_per_node: ranks that share a node in a two-level network; None: one level.
     window: (left, right) limit on the distance in positions; None on a side is no limit.
     search_effort: extra placement search, in iterations.
+    wire: 8-bit format in which rows travel; None: as they are.
     """
 
     chunk_size: int
@@ -62,6 +64,7 @@ class KeyOptions:
     ranks_per_node: int | None
     window: tuple[int | None, int | None] | None
     search_effort: int
+    wire: str | None = None
 
 
 class BoundStage(NamedTuple):
@@ -71,7 +74,6 @@ class BoundStage(NamedTuple):
     num_keys: int
     host_work: Any
     guest_work: Any
-    has_guests: bool
 
 
 class BoundPlan(NamedTuple):
@@ -84,37 +86,50 @@ class BoundPlan(NamedTuple):
     stages: tuple[BoundStage, ...]
 
 
-@dataclass(eq=False)
 class AttnKey:
     """A mask planned for a group, and this rank's share of the plan.
 
     Made by `make_key`. Attributes of interest: `spec`, `plan` (all ranks), `rank_plan` (this rank),
     `cp_group`, `cp_size`, `cp_rank`, `num_tokens` (local query rows), `num_keys` (local key rows).
+
+    Not a dataclass: FSDP2 takes dataclasses among a module's arguments apart to cast what is in them.
     """
 
-    spec: AttnMaskSpec
-    options: KeyOptions
-    plan: Plan
-    rank_plan: RankPlan
-    cp_group: dist.ProcessGroup | None
-    cp_size: int
-    cp_rank: int
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    handle: Tensor = field(init=False, repr=False)
-    _bound: dict[Any, BoundPlan] = field(default_factory=dict, repr=False)
-    _agreed: set[Any] = field(default_factory=set, repr=False)
-    cached_tensors: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _by_heads: dict[Any, AttnKey] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        spec: AttnMaskSpec,
+        options: KeyOptions,
+        plan: Plan,
+        rank_plan: RankPlan,
+        cp_group: dist.ProcessGroup | None,
+        cp_size: int,
+        cp_rank: int,
+        num_heads_q: int,
+        num_heads_kv: int,
+        head_dim: int,
+        head_dim_v: int,
+    ) -> None:
+        self.spec, self.options = spec, options
+        self.plan, self.rank_plan = plan, rank_plan
+        self.cp_group, self.cp_size, self.cp_rank = cp_group, cp_size, cp_rank
+        self.num_heads_q, self.num_heads_kv = num_heads_q, num_heads_kv
+        self.head_dim, self.head_dim_v = head_dim, head_dim_v
+        self.cached_tensors: dict[Any, Any] = {}
+        self._bound: dict[Any, BoundPlan] = {}
+        self._agreed: set[Any] = set()
+        self._by_heads: dict[Any, AttnKey] = {}
         number = next(_handles)
         # The key hangs on the tensor, so that it lives as long as an autograd graph that saved it.
-        self.handle = torch.tensor(number)
+        with torch.inference_mode(False):  # autograd saves it; the key may be made while evaluating
+            self.handle = torch.tensor(number, device="cpu")
         self.handle.attn_key = self  # type: ignore[attr-defined]
         _keys_by_handle[number] = self
+
+    def __repr__(self) -> str:
+        return (
+            f"<AttnKey of {self.spec.total_seqlen} x {self.spec.seqlen_k} tokens, heads {self.num_heads_q}:"
+            f"{self.num_heads_kv} of {self.head_dim} and {self.head_dim_v}, rank {self.cp_rank} of {self.cp_size}>"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +140,11 @@ class AttnKey:
     def num_keys(self) -> int:
         """Key and value rows of this rank (the same as `num_tokens` in self-attention)."""
         return self.rank_plan.num_keys
+
+    @property
+    def codec(self) -> RowCodec | None:
+        """How rows travel between ranks, if not as they are."""
+        return None if self.options.wire is None else Fp8Rows(self.options.wire)
 
     def bind(self, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> BoundPlan:
         """This rank's plan on a device, for the backend that serves it; made once."""
@@ -158,7 +178,7 @@ class AttnKey:
             )
         options = replace(self.options, window=_normal_window(window, spec))
         identity = ("with_mask", int(self.handle), spec.fingerprint(), options)
-        return _cached(identity, lambda: self._plan_with_mask(spec, options))
+        return _cached(self.cp_group, identity, lambda: self._plan_with_mask(spec, options))
 
     def with_heads(
         self, num_heads_q: int, num_heads_kv: int, head_dim: int, head_dim_v: int | None = None
@@ -171,7 +191,9 @@ class AttnKey:
         if heads == (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v):
             return self
         if heads not in self._by_heads:
-            if num_heads_kv < 1 or num_heads_q % num_heads_kv:
+            for name, value in zip(("num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"), heads, strict=True):
+                _check_positive(name, value)
+            if num_heads_q % num_heads_kv:
                 raise ValueError(
                     f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
                     f"multiple of key heads; did they swap places?"
@@ -201,7 +223,7 @@ class AttnKey:
             device: device type for the backend's choice; None is CUDA where there is one.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        backend = choose_backend(self._problem(device, dtype, False), self.options.backend).name
+        backend = explain_choice(self._problem(device, dtype, False), self.options.backend)
         plan = self.plan
         row = self.num_heads_kv * (self.head_dim + self.head_dim_v) * dtype.itemsize
         received = plan.kv_routes.rows_received(self.cp_size)
@@ -216,7 +238,8 @@ class AttnKey:
                 f"work max/mean {plan.imbalance():.3f}, tokens {tokens.min()} to {tokens.max()}",
                 f"keys and values received, forward: {received.sum() * row:,} bytes over all ranks "
                 f"({share}), {received.max(initial=0) * row:,} on the busiest",
-                f"stages: {plan.num_stages} remote, backend {backend} ({dtype}, {device})",
+                f"stages: {plan.num_stages} remote",
+                f"backend ({str(dtype).removeprefix('torch.')} on {device}): {backend}",
             ]
         )
 
@@ -248,6 +271,7 @@ def make_key(
     ranks_per_node: int | None = None,
     window: int | Sequence[int | None] | None = None,
     search_effort: int = 0,
+    wire: str | None = None,
 ) -> AttnKey:
     """Plan attention under a mask for a context-parallel group.
 
@@ -271,32 +295,49 @@ def make_key(
             keys fewer than W positions back (what lies ahead stays as the mask has it); a pair
             (left, right) limits both sides, None on a side not at all.
         search_effort: iterations of extra placement search (0: the fast default).
+        wire: "e4m3" or "e5m2": k and v, and q and the gradient of out where they move, travel as
+            8-bit floats with a scale for each row and head; half the bytes of bf16, and its error
+            (docs/te_ops.md has figures; prefer e4m3). None: as they are.
 
     Raises:
         ValueError: a value is out of range, this rank is not in the group, or ranks differ.
     """
-    for name, value in (("num_heads_q", num_heads_q), ("num_heads_kv", num_heads_kv), ("head_dim", head_dim)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+    if not isinstance(spec, AttnMaskSpec):
+        raise ValueError(f"spec is {spec!r}: expected an AttnMaskSpec, for example AttnMaskSpec.varlen(seqlens)")
+    heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
+    for name, value in zip(("num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"), heads, strict=True):
+        _check_positive(name, value)
+    _check_positive("chunk_size", chunk_size)
+    if backend != "auto" and backend not in backend_names():
+        raise ValueError(f"backend {backend!r} is unknown: use auto, {', '.join(backend_names())}")
     if num_heads_q % num_heads_kv:
         raise ValueError(
             f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
             f"multiple of key heads; did they swap places?"
         )
+    if wire not in (None, "e4m3", "e5m2"):
+        raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
     group = _resolve_group(cp_group)
     options = KeyOptions(
-        chunk_size, layout, schedule, backend, num_stages, ranks_per_node, _normal_window(window, spec), search_effort
+        int(chunk_size),
+        layout,
+        schedule,
+        backend,
+        num_stages,
+        ranks_per_node,
+        _normal_window(window, spec),
+        search_effort,
+        wire,
     )
-    heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
-    # The key holds its group, so the id cannot be reused while the entry lives.
-    identity = (spec.fingerprint(), heads, id(group), options)
-    return _cached(identity, lambda: _make_key(spec, options, group, heads))
+    heads = (int(heads[0]), int(heads[1]), int(heads[2]), int(heads[3]))  # numpy's too: ranks compare by repr
+    identity = (spec.fingerprint(), heads, options)
+    return _cached(group, identity, lambda: _make_key(spec, options, group, heads))
 
 
 def clear_key_cache() -> None:
     """Forget all cached keys (those still referenced go on working)."""
     with _cache_lock:
-        _cache.clear()
+        _caches.clear()
 
 
 def key_of_handle(handle: Tensor) -> AttnKey:
@@ -312,22 +353,27 @@ def key_of_handle(handle: Tensor) -> AttnKey:
 
 _handles = itertools.count(1)
 _keys_by_handle: WeakValueDictionary[int, AttnKey] = WeakValueDictionary()
-_cache: OrderedDict[Any, AttnKey] = OrderedDict()
+# One for each group, by its id (its keys hold the group, so the id is not reused while they live). In a common
+# one, keys of a group that only some ranks belong to would push out others on those ranks alone; a hit there and
+# a miss here would leave ranks waiting in the comparison of a new key.
+_caches: dict[int, OrderedDict[Any, AttnKey]] = {}
 _cache_lock = threading.Lock()
 
 
-def _cached(identity: Any, make: Any) -> AttnKey:
+def _cached(group: dist.ProcessGroup | None, identity: Any, make: Callable[[], AttnKey]) -> AttnKey:
     with _cache_lock:
-        key = _cache.get(identity)
+        cache = _caches.setdefault(id(group), OrderedDict())
+        key = cache.get(identity)
         if key is not None:
-            _cache.move_to_end(identity)
+            cache.move_to_end(identity)
             return key
     key = make()
     with _cache_lock:
-        _cache[identity] = key
-        while len(_cache) > MAX_CACHED_KEYS:
-            _cache.popitem(last=False)
-    return key  # type: ignore[no-any-return]
+        cache = _caches.setdefault(id(group), OrderedDict())
+        cache[identity] = key
+        while len(cache) > MAX_CACHED_KEYS:
+            cache.popitem(last=False)
+    return key
 
 
 def _make_key(
@@ -387,7 +433,8 @@ def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
                 f"cp_group is a mesh with axes {names}: pass a 1-D mesh, or name the context-parallel "
                 f"axis 'cp'"
             )
-        cp_group = cp_group.get_group()
+        # A mesh without this rank is refused below, as it is.
+        cp_group = cp_group if cp_group.get_coordinate() is None else cp_group.get_group()
     if not isinstance(cp_group, dist.ProcessGroup) or dist.get_rank(cp_group) < 0:
         raise ValueError(
             f"cp_group is {cp_group!r}: this rank ({dist.get_rank() if dist.is_initialized() else 0}) is "
@@ -401,15 +448,30 @@ def _normal_window(
 ) -> tuple[int | None, int | None] | None:
     if window is None:
         return None
-    left, right = (window - 1, None) if isinstance(window, int) else tuple(window)
     if spec.is_cross:
-        raise ValueError("window with a cross-attention mask: queries and keys share no positions")
-    for side in (left, right):
-        if side is not None and side < 0:
-            raise ValueError(
-                f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
-            )
+        raise ValueError(
+            f"window is {window!r} and the mask is cross-attention: queries and keys share no positions; "
+            f"pass window=None"
+        )
+    left: int | None
+    right: int | None
+    try:
+        if isinstance(window, Sequence):
+            left, right = (None if side is None else operator.index(side) for side in window)
+        else:
+            left, right = operator.index(window) - 1, None
+    except (TypeError, ValueError):
+        left = right = -1
+    if any(side is not None and side < 0 for side in (left, right)):
+        raise ValueError(
+            f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
+        )
     return (left, right)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be an int of at least 1")
 
 
 def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device) -> BoundPlan:
@@ -426,7 +488,6 @@ def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device) -> BoundP
             num_keys=stage.num_keys,
             host_work=prepare(stage.host, rank_plan.num_queries, stage.num_keys),
             guest_work=prepare(stage.guest, num_guests, stage.num_keys),
-            has_guests=len(stage.guest) > 0,
         )
         for stage in rank_plan.stages
     )

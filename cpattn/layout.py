@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpattn.collectives import RowRoutes, group_cast, group_reduce
+from cpattn.collectives import RowRoutes, all_gather, group_cast, group_reduce
 from cpattn.solver import (
     Intervals,
     Placement,
@@ -215,8 +215,7 @@ class _GatherRows(torch.autograd.Function):
         most = int(counts.max())
         padded = x.new_zeros((most, *x.shape[1:]))
         padded[: x.shape[0]] = x
-        gathered = x.new_empty((most * key.cp_size, *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, padded, group=key.cp_group)
+        gathered = all_gather(padded, key.cp_group)
         return gathered.index_select(0, _gathered_rows(key, side, x.device))
 
     @staticmethod

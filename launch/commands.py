@@ -9,6 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .calibrate import calibrate_command
+from .cli_doctor import doctor
+from .plan_command import plan_command
+
 app = typer.Typer(
     name="cpattn",
     help="Exact context-parallel attention for PyTorch.",
@@ -34,6 +38,11 @@ def _root() -> None:
     """Exact context-parallel attention for PyTorch."""
 
 
+app.command("doctor")(doctor)
+app.command("plan")(plan_command)
+app.command("calibrate")(calibrate_command)
+
+
 @app.command("version")
 def show_version() -> None:
     """Print the versions of cpattn, Python and the packages it can use."""
@@ -45,3 +54,4 @@ def show_version() -> None:
         except PackageNotFoundError:
             table.add_row(package, "-")
     Console().print(table)
+

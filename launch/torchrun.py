@@ -23,23 +23,29 @@ def num_cores() -> int:
 def run_on_ranks(module: str, args: Sequence[str], *, num_ranks: int) -> None:
     """Run `python -m module args` as ranks 0 to num_ranks - 1 and wait for them.
 
-    Each rank gets its share of the cores as OMP_NUM_THREADS, unless that is set already. If a rank
-    fails, torchrun stops the others; so does a signal to this process (Ctrl-C included) and its death.
+    Each rank gets its share of the cores. If a rank fails, torchrun stops the others; so does a signal to
+    this process (Ctrl-C included) and its death.
 
     Raises:
         subprocess.CalledProcessError: a rank failed.
     """
-    env = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)), **os.environ}
     torchrun = ["--standalone", "--nnodes=1", f"--nproc-per-node={num_ranks}", "-m", module, *args]
-    run([sys.executable, "-m", "cpattn.launch.torchrun", *torchrun], env)
+    run([sys.executable, "-m", "cpattn.launch.torchrun", *torchrun], num_processes=num_ranks)
 
 
-def run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
+def run(command: Sequence[str], *, num_processes: int = 1) -> None:
     """Run a command to its end; if this process is interrupted, stop the command first.
+
+    Args:
+        num_processes: the processes that will share the cores; OMP_NUM_THREADS follows from it, unless
+            that is set already. Threads wait asleep: where others use the cores too, spinning would
+            slow them and this several times over.
 
     Raises:
         subprocess.CalledProcessError: the command failed.
     """
+    threads = str(max(1, num_cores() // num_processes))
+    env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     process = subprocess.Popen(command, env=env)
     try:
         code = process.wait()

@@ -1,6 +1,18 @@
 """Pure planning on ints and numpy arrays: no torch, no process group, no device."""
 
-from .cost import RowCosts, row_costs
+from .bounds import BytesBound, Limits, RowsBound, bytes_bound, kv_rows_bound, step_time_bound
+from .cost import (
+    DEFAULT_HARDWARE,
+    HARDWARE,
+    Hardware,
+    Heads,
+    Link,
+    RowBytes,
+    RowCosts,
+    choose_num_stages,
+    hardware_named,
+    row_costs,
+)
 from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices, window_params
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import (
@@ -19,6 +31,7 @@ from .plan import (
     make_dispatch_plan,
     received_runs,
 )
+from .report import PlanReport, Rival, plan_report
 from .routes import (
     Intervals,
     RouteTable,
@@ -30,6 +43,7 @@ from .routes import (
     two_level_routes,
 )
 from .schedule import Schedule, bisect_tasks, place_for_schedule
+from .simulate import PassTimeline, Span, StepTimeline, simulate, traffic_matrix
 from .slices import (
     UNBOUNDED,
     Cropped,
@@ -45,36 +59,54 @@ from .slices import (
 __all__ = [
     "BANDED",
     "CAUSAL",
+    "DEFAULT_HARDWARE",
     "FULL",
+    "HARDWARE",
     "INV_CAUSAL",
     "LAYOUTS",
     "SCHEDULES",
     "UNBOUNDED",
+    "BytesBound",
     "Cropped",
     "Exchange",
+    "Hardware",
+    "Heads",
     "IntArray",
     "Intervals",
     "KernelTile",
     "Layout",
+    "Limits",
+    "Link",
     "MaskSlice",
+    "PassTimeline",
     "Placement",
     "Plan",
+    "PlanReport",
     "RankPlan",
     "RankStage",
+    "Rival",
     "RouteTable",
+    "RowBytes",
     "RowCosts",
+    "RowsBound",
     "Runs",
     "Schedule",
     "ScheduleKind",
     "SliceTable",
+    "Span",
+    "StepTimeline",
     "TokenRange",
     "assemble_plan",
     "bisect_tasks",
+    "bytes_bound",
+    "choose_num_stages",
     "disjoint_union",
     "exchange_of",
     "expand_counts",
+    "hardware_named",
     "kernel_tiles",
     "keys_schedule",
+    "kv_rows_bound",
     "make_dispatch_plan",
     "make_routes",
     "merge_intervals",
@@ -82,12 +114,16 @@ __all__ = [
     "place_contiguous",
     "place_for_schedule",
     "place_zigzag",
+    "plan_report",
     "received_runs",
     "row_costs",
     "rows_missing",
+    "simulate",
     "split_stages",
+    "step_time_bound",
     "tiles_to_slices",
     "tokens_needed",
+    "traffic_matrix",
     "two_level_routes",
     "window_params",
 ]

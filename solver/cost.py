@@ -134,8 +134,8 @@ class Hardware:
     source: str = ""
 
     def __post_init__(self) -> None:
-        rates = (self.forward_flops, self.backward_flops, self.copy_bytes_per_s)
-        rates += (self.within.bytes_per_s, self.across.bytes_per_s)
+        links = (self.within.bytes_per_s, self.across.bytes_per_s)
+        rates = (self.forward_flops, self.backward_flops, self.copy_bytes_per_s, *links)
         times = (self.slice_s, self.launch_s, self.within.latency_s, self.across.latency_s)
         if not all(math.isfinite(x) and x > 0 for x in rates) or not all(math.isfinite(x) and x >= 0 for x in times):
             raise ValueError(
@@ -157,8 +157,8 @@ class Hardware:
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            links = {name: Link(**values.pop(name)) for name in ("within", "across")}
-            return cls(**values, **links)
+            within, across = Link(**values.pop("within")), Link(**values.pop("across"))
+            return cls(**values, within=within, across=across)
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             expected = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"not a hardware description ({error}): expected a JSON object with {expected}") from error

@@ -88,7 +88,7 @@ def dense_attention(
 
 def oracle(spec: AttnMaskSpec, inputs: Inputs, *, scale: float | None = None, **options: object) -> Results:
     """Results in fp64."""
-    leaves = [t.double().requires_grad_() for t in inputs[:3]]
+    leaves = [t.detach().double().clone().requires_grad_() for t in inputs[:3]]
     scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = dense_attention(*leaves, spec.to_dense(), scale=scale, **options)  # type: ignore[arg-type]
     grads = torch.autograd.grad(out, leaves, inputs.dout.double())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,10 +65,10 @@ _DOCUMENT_NAMES = (
 )
 # Arguments that change the numbers, and who serves them (windows and documents: everyone).
 _SERVED_BY = {
-    "softcap": ("flex", "cpattn"),
-    "sink_weights": ("flex", "cpattn"),
-    "sinks": ("flex", "cpattn"),
-    "s_aux": (),
+    "softcap": ("flex", "magi", "cpattn"),
+    "sink_weights": ("flex", "magi", "cpattn"),
+    "sinks": ("flex", "magi", "cpattn"),
+    "s_aux": ("magi",),
     "key": ("cpattn",),
     "mask": ("flex", "cpattn"),
     "magi_attn_spec": ("magi",),
@@ -157,14 +157,10 @@ def initialize_attn_module_and_func(
     _refuse_unknown(attn_impl, kwargs, ())
     if attn_impl == "cpattn":
         return None, _CpattnFunc(causal, softmax_scale)
-    if not causal:
-        raise ValueError(
-            f"attn_mask_type is {attn_mask_type!r} and attn_impl 'magi': without a mask it is causal; use "
-            f"attn_impl='cpattn', or give a mask (magi_attn_spec) and attn_mask_type='causal'"
-        )
-    from .magi_attn_utils import make_magi_attn_func  # on use: it starts from this package too
+    from .magi_attn_utils import make_magi_attn_func
 
-    return None, make_magi_attn_func(softmax_scale=softmax_scale)
+    func = make_magi_attn_func(softmax_scale=softmax_scale)
+    return None, func if causal else partial(func, is_causal=False)
 
 
 def preprocess_args_and_kwargs_for_attn(
@@ -175,14 +171,15 @@ def preprocess_args_and_kwargs_for_attn(
     Args:
         q, k, v: [B, S, heads, dim], or [T, heads, dim] for packed tokens. Positions are applied.
         attention_mask: None; [B, S], 1 for tokens and 0 for padding (or the number of the document,
-            from 1, that a token belongs to); or a matrix [B, 1, S_q, S_k], bool (True for visible) or
-            additive, which then says all there is to say, causality included.
+            from 1, that a token belongs to), also as [B, 1, 1, S], bool or additive; or a matrix
+            [B, 1, S_q, S_k], bool (True for visible) or additive, which then says all there is to say,
+            causality included.
         attn_impl: as in `initialize_attn_module_and_func`.
         kwargs: `window_size`, `sliding_window`: see the module. `cu_seqlens` (or `cu_seqlens_q` and
             `_kv`), `cu_seqlens_padded` (`_q_padded`, `_kv_padded`), `max_seqlen`: packed documents,
             int32 prefix sums; the padded ones are where documents start. `attn_mask_type`: as given
-            to the layer, if that was not "causal". `sink_weights` [heads], `softcap`: "flex" and
-            "cpattn". `key`: "cpattn", the `AttnKey` that the batch was dispatched with, which is its
+            to the layer, if that was not "causal". `sink_weights` [heads], `softcap`: "flex", "magi"
+            and "cpattn". `key`: "cpattn", the `AttnKey` that the batch was dispatched with, which is its
             mask. `mask`: "flex" and "cpattn", an `AttnMaskSpec`. `magi_attn_spec`: "magi".
             Other facts of the batch are dropped.
 
@@ -207,6 +204,8 @@ def preprocess_args_and_kwargs_for_attn(
             f"{', '.join(documents) or 'packed tokens [T, heads, dim]'}: packed documents are said by "
             f"cu_seqlens alone; pass attention_mask=None"
         )
+    if attention_mask is not None:
+        attention_mask = _padding_or_matrix(attention_mask, q.shape[1])
     if attn_impl == "te":
         return q, k, v, _te_arguments(q, k, attention_mask, documents, kwargs)
     if attn_impl == "magi":
@@ -234,6 +233,20 @@ def postprocess_output_for_attn(x: Tensor, attn_impl: str) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------
 # Arguments.
+
+
+def _padding_or_matrix(attention_mask: Tensor, num_q: int) -> Tensor:
+    """A mask as [B, S] or as [B, heads, S_q, S_k]; one tensor for all layers.
+
+    Raises:
+        ValueError: another shape. Three dims could be [B, S_q, S_k] or [heads, S_q, S_k].
+    """
+    shape = tuple(attention_mask.shape)
+    if len(shape) not in (2, 4):
+        raise ValueError(f"attention_mask has shape {shape}: expected [B, S], [B, 1, 1, S] or [B, 1, S_q, S_k]")
+    if len(shape) == 2 or shape[1:3] != (1, 1) or num_q == 1:
+        return attention_mask
+    return _memo.get(attention_mask, "padding", lambda: visible_pairs(attention_mask)[:, 0, 0])
 
 
 def _is_causal(attn_mask_type: str) -> bool:
@@ -275,7 +288,7 @@ def _without_neutral(impl: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if softmax_type != "vanilla":
         raise ValueError(
             f"softmax_type is {softmax_type!r} and attn_impl {impl!r}: sinks are given at the call, as "
-            f"sink_weights=, to attn_impl 'flex' or 'cpattn'"
+            f"sink_weights=, to attn_impl 'flex', 'magi' or 'cpattn'"
         )
     for name in ("attention_dropout", "dropout_p"):
         dropout = kwargs.pop(name, 0.0)
@@ -310,8 +323,8 @@ def _te_arguments(
 ) -> dict[str, Any]:
     causal = _is_causal(kwargs.get("attn_mask_type", "causal"))
     padding_type = "padding_causal" if causal else "padding"
-    window_size = _te_window(kwargs)
-    if attention_mask is not None and attention_mask.dim() > 2 and attention_mask.shape[-2] == q.shape[1]:
+    window_size = _te_window(kwargs, causal)
+    if attention_mask is not None and attention_mask.dim() == 4:
         return _te_matrix(q, k, attention_mask, window_size)
     if attention_mask is not None:
         return {
@@ -335,22 +348,15 @@ def _te_arguments(
     return arguments
 
 
-def _te_window(kwargs: dict[str, Any]) -> tuple[int, int]:
+def _te_window(kwargs: dict[str, Any], causal: bool) -> tuple[int, int]:
     left, right = join_windows(kwargs.get("window_size"), kwargs.get("sliding_window"))
     if (left, right) == NO_WINDOW:
-        return (-1, 0)
+        return (-1, 0 if causal else -1)
     return (-1 if left is None else left, -1 if right is None else right)
 
 
 def _te_padding(attention_mask: Tensor) -> Tensor:
     """TransformerEngine's padding mask [B, 1, 1, S], True for padding; one tensor for all layers."""
-    if attention_mask.dim() != 2:
-        if attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: expected [B, S], [B, 1, 1, S] or "
-                f"[B, 1, S_q, S_k]"
-            )
-        return _memo.get(attention_mask, "te", lambda: visible_pairs(attention_mask).logical_not())
     if (
         attention_mask.dtype != torch.bool
         and not torch.compiler.is_compiling()
@@ -411,7 +417,8 @@ def _segments_of(documents: dict[str, Any], num_tokens_q: int, num_tokens_kv: in
 def _magi_arguments(
     q: Tensor, k: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    names = ("magi_attn_spec", *_DOCUMENT_NAMES)
+    causal = _is_causal(kwargs.get("attn_mask_type", "causal"))
+    names = ("magi_attn_spec", "softcap", "s_aux", *_SINK_NAMES, *_DOCUMENT_NAMES)
     arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     window = join_windows(kwargs.get("window_size"), kwargs.get("sliding_window"))
     if window != NO_WINDOW:
@@ -423,7 +430,11 @@ def _magi_arguments(
     if "magi_attn_spec" in arguments:
         raise ValueError("attention_mask and magi_attn_spec are two masks: pass one")
     spec = _local_spec(
-        (*q.shape[:2], k.shape[1]), causal=True, window=NO_WINDOW, attention_mask=attention_mask, documents={}
+        (q.shape[0], q.shape[1], k.shape[1]),
+        causal=causal,
+        window=NO_WINDOW,
+        attention_mask=attention_mask,
+        documents={},
     )
     return {**arguments, "magi_attn_spec": spec}
 
@@ -513,9 +524,17 @@ def _sdpa_arguments(
     return arguments if mask is None else {**arguments, "attn_mask": mask, "is_causal": False}
 
 
-@lru_cache(maxsize=8)
 def _window_mask(num_q: int, num_k: int, causal: bool, window: Window, device: torch.device) -> Tensor:
     """The window as bool [num_q, num_k]; layers of one shape share it."""
+    if torch.compiler.is_compiling():
+        mask = band_matrix(num_q, num_k, causal, window, device)
+        assert mask is not None
+        return mask
+    return _kept_window_mask(num_q, num_k, causal, window, device)
+
+
+@lru_cache(maxsize=8)
+def _kept_window_mask(num_q: int, num_k: int, causal: bool, window: Window, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it is kept, and may meet autograd later
         mask = band_matrix(num_q, num_k, causal, window, device)
     assert mask is not None
@@ -637,8 +656,8 @@ def _packed_sdpa(q: Tensor, k: Tensor, v: Tensor, documents: _Packed, options: d
     if options["attn_mask"] is not None:
         raise ValueError("attn_mask with packed documents: cu_seqlens is the mask")
     if q.dim() == 4:
-        flat = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
-        out = _packed_sdpa(*flat, documents, options)
+        q_flat, k_flat, v_flat = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+        out = _packed_sdpa(q_flat, k_flat, v_flat, documents, options)
         return out.unflatten(1, (q.shape[0], q.shape[2])).transpose(0, 1)
     causal = options["is_causal"]
     parts, at = [], 0
@@ -779,19 +798,20 @@ class _CpattnFunc:
             "softcap": softcap,
             "sink": sinks if sink_weights is None else sink_weights,
         }
-        flat = [x if x.dim() == 3 else x.flatten(0, 1) for x in (q, k, v)]
+        q_TND, k_TGD, v_TGE = (x if x.dim() == 3 else x.flatten(0, 1) for x in (q, k, v))
         # On top of a given mask, a window says nothing of causality: right 0 is how callers write "causal".
         limit = None if window == NO_WINDOW else (window[0], window[1] or None)
         if key is not None:
-            out = attention(*flat, key if limit is None else _limited_key(key, limit), **numbers)
+            key = key if limit is None else _limited_key(key, limit)
+            out = attention(q_TND, k_TGD, v_TGE, key, **numbers)
         elif mask is not None:
-            out = attend(*flat, mask, window=limit, **numbers)
+            out = attend(q_TND, k_TGD, v_TGE, mask, window=limit, **numbers)
         else:
             shape = (1, len(q), len(k)) if q.dim() == 3 else (q.shape[0], q.shape[1], k.shape[1])
             spec = _local_spec(
                 shape, causal=causal, window=window, attention_mask=attention_mask, documents=documents
             )
-            out = attend(*flat, spec, **numbers)
+            out = attend(q_TND, k_TGD, v_TGE, spec, **numbers)
         assert isinstance(out, Tensor)
         return out if q.dim() == 3 else out.unflatten(0, q.shape[:2])
 
@@ -799,4 +819,5 @@ class _CpattnFunc:
 @torch.compiler.disable
 def _limited_key(key: AttnKey, window: Window) -> AttnKey:
     """A key with a window on top, over the same placement."""
-    return key.with_mask(key.spec, window=window)
+    limited: AttnKey = key.with_mask(key.spec, window=window)
+    return limited

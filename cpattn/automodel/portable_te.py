@@ -93,12 +93,12 @@ class PortableDotProductAttention(nn.Module):
         self.window_size = window_size
         self.softmax_scale = softmax_scale
         self.softmax_type = softmax_type
-        self.softmax_offset: Tensor | None = None
+        self.softmax_offset: Tensor | None
+        offset = torch.zeros(self.num_heads_q, dtype=torch.float32)
         if softmax_type == "learnable":
-            self.softmax_offset = nn.Parameter(torch.zeros(self.num_heads_q, dtype=torch.float32))
-        elif softmax_type == "off-by-one":
-            offset = torch.zeros(self.num_heads_q, dtype=torch.float32)
-            self.register_buffer("softmax_offset", offset, persistent=False)
+            self.softmax_offset = nn.Parameter(offset)
+        else:
+            self.register_buffer("softmax_offset", None if softmax_type == "vanilla" else offset, persistent=False)
 
     def forward(
         self,

@@ -242,7 +242,8 @@ class _TeSdpa:
     ) -> Tensor:
         if attn_mask is None:
             key, value = self._window_of_last_query(query, key, value, is_causal)
-            attn_mask, is_causal = self._window_as_mask(query, key, is_causal)
+            if not (is_causal and query.shape[-2] == key.shape[-2]):
+                attn_mask, is_causal = self._window_as_mask(query, key, is_causal)
         options = {
             "attn_mask": attn_mask,
             "dropout_p": dropout_p,
@@ -254,6 +255,8 @@ class _TeSdpa:
         refusal, mask = self._refusal(query, key, value, options)
         if refusal is not None:
             _count(refusal)
+            if attn_mask is None:
+                options["attn_mask"], options["is_causal"] = self._window_as_mask(query, key, is_causal)
             return self.original_sdpa(query, key, value, **options)
         groups = key.shape[1]
         if query.shape[1] == self.num_heads == groups and self.num_kv_heads < self.num_heads:
@@ -316,17 +319,17 @@ class _TeSdpa:
 
     def _same_scale(self, scale: float | None, head_dim: int) -> bool:
         global _SCALE_MISMATCH_WARNED
-        if self.softmax_scale is None:
-            return True
-        scale = head_dim**-0.5 if scale is None else float(scale)
-        if math.isclose(scale, self.softmax_scale, rel_tol=1e-6):
+        default = head_dim**-0.5
+        scale = default if scale is None else float(scale)
+        own = default if self.softmax_scale is None else self.softmax_scale
+        if math.isclose(scale, own, rel_tol=1e-6):
             return True
         if not _SCALE_MISMATCH_WARNED:
             _SCALE_MISMATCH_WARNED = True
             logger.warning(
                 "attention is called with scale %g and its TE module was made with %g: such calls go to SDPA",
                 scale,
-                self.softmax_scale,
+                own,
             )
         return False
 
@@ -363,9 +366,9 @@ class _TeSdpa:
         return key[..., -(left + 1) :, :], value[..., -(left + 1) :, :]
 
     def _window_as_mask(self, query: Tensor, key: Tensor, is_causal: bool) -> tuple[Tensor | None, bool]:
-        """The layer's window as a mask where neither SDPA's flag nor TE's causal type would apply it."""
+        """The layer's window as a mask for SDPA, which knows no window; None where it hides nothing."""
         left, num_q, num_k = self.window_size[0], query.shape[-2], key.shape[-2]
-        if left < 0 or num_k <= left + 1 or (is_causal and num_q == num_k):
+        if left < 0 or num_k <= left + 1:
             return None, is_causal
         # As SDPA aligns: causal at the first key, and decoding chunks at the last.
         shift = 0 if is_causal else max(num_k - num_q, 0)
@@ -395,7 +398,7 @@ def _make_te_sdpa(
         te_module: made for num_heads, num_kv_heads and softmax_scale.
         window_size: the layer's window (left, 0), for calls without a mask; -1 for none. A query that
             is not causal sees `left` keys back and all ahead.
-        softmax_scale: the module's; None: not compared.
+        softmax_scale: the module's; None: head dim ** -0.5.
         make_module: makes a module for other head counts (heads, key heads), met under tensor
             parallelism; None sends such calls to `original_sdpa`.
     """
@@ -432,11 +435,11 @@ def _patch_module_forward(module: nn.Module, te_sdpa: Callable[..., Tensor]) -> 
 
     @functools.wraps(type(module).forward if inner is None else inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        te_sdpa = self._te_sdpa
-        own = self.__dict__.get("_te_inner_forward")
+        te_sdpa, own = self.__dict__["_te_sdpa"], self.__dict__["_te_inner_forward"]
         if isinstance(te_sdpa, _TeSdpa):
             te_sdpa.train(self.training)
-        with _DivertSdpa(te_sdpa) as divert:
+        divert = _DivertSdpa(te_sdpa)
+        with divert:  # not "as": dynamo's version of it gives None
             out = type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         if not divert.calls:
             _warn_unused(self)
@@ -497,7 +500,8 @@ def inject_te_attention_into_module(module: nn.Module, *, portable: bool = False
 
 
 def _create(portable: bool, **params: Any) -> nn.Module:
-    return _create_te_dot_product_attention(**params, **({"portable": True} if portable else {}))
+    options: dict[str, Any] = {"portable": True} if portable else {}
+    return _create_te_dot_product_attention(**params, **options)
 
 
 def _create_for_heads(portable: bool, params: dict[str, Any], num_heads: int, num_kv_heads: int) -> nn.Module:

@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from .base import Backend, Problem
+from .cudnn import CudnnBackend
+from .ffa import FfaBackend
+from .flash_attn import FlashAttnBackend
+from .flex import FlexBackend
+from .installed import device_capability
 from .reference import ReferenceBackend
 from .sdpa_cpu import CpuSdpaBackend
+from .sdpa_cuda import CudaSdpaBackend
+from .te import TeBackend
 
-__all__ = ["Backend", "Problem", "backend_names", "choose_backend", "explain_backends"]
+__all__ = [
+    "Backend",
+    "FlexBackend",
+    "Problem",
+    "backend_names",
+    "choose_backend",
+    "device_kind",
+    "explain_backends",
+    "explain_choice",
+    "register_backend",
+]
 
-# In order of preference for backend="auto". A name may stand for several kernels (one a device).
-_BACKENDS: tuple[Backend, ...] = (CpuSdpaBackend(), ReferenceBackend())
+# A name may stand for several kernels; those that come first are preferred among them.
+_backends: list[Backend] = [
+    CpuSdpaBackend(),
+    CudaSdpaBackend(),
+    FlashAttnBackend(3),
+    FlashAttnBackend(4),
+    FlashAttnBackend(2),
+    CudnnBackend(),
+    TeBackend(),
+    FfaBackend(),
+    FlexBackend(),
+    ReferenceBackend(),
+]
+
+# What backend="auto" tries, by kind of device. Order by speed where launch/benchmarks/kernels.py has
+# measured it on such a device; until then torch's own kernels come first, and then the published order.
+# Not listed: never chosen unless named.
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("sdpa", "reference", "flex"),  # measured
+    "sm80": ("sdpa", "flash_attn", "flex", "reference"),
+    "sm90": ("sdpa", "flash_attn", "cudnn", "te", "ffa", "flex", "reference"),
+    "sm100": ("sdpa", "cudnn", "te", "flash_attn", "flex", "reference"),
+}
+_PREFERENCE_ELSEWHERE = ("sdpa", "flex", "reference")
+
+
+def register_backend(backend: Backend) -> None:
+    """Make a kernel of one's own available under its name; "auto" does not choose it.
+
+    Raises:
+        ValueError: the name is taken, or is "auto".
+    """
+    if backend.name in ("auto", *backend_names()):
+        raise ValueError(f"backend name {backend.name!r} is taken: choose another")
+    _backends.append(backend)
 
 
 def backend_names() -> tuple[str, ...]:
     """Names that `backend=` takes, besides "auto"."""
-    return tuple(dict.fromkeys(b.name for b in _BACKENDS))
+    return tuple(dict.fromkeys(b.name for b in _backends))
+
+
+def device_kind(device_type: str) -> str:
+    """The row of the preference table: "cpu", or the GPU's generation such as "sm90"."""
+    capability = device_capability(device_type)
+    return device_type if capability is None else f"sm{capability[0]}0"
 
 
 def explain_backends(problem: Problem, name: str = "auto") -> list[tuple[Backend, str | None]]:
-    """Every backend of that name (all for "auto"), in order of preference, and why it refuses."""
-    if name != "auto" and name not in backend_names():
-        raise ValueError(f"backend {name!r} is unknown: use auto, {', '.join(backend_names())}")
-    return [(b, b.refusal(problem)) for b in _BACKENDS if name in ("auto", b.name)]
+    """Every backend of that name (all for "auto"), in order of preference, and why it refuses.
+
+    For "auto", a backend outside the preference of the device comes last, with that as its reason.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name != "auto":
+        if name not in backend_names():
+            raise ValueError(f"backend {name!r} is unknown: use auto, {', '.join(backend_names())}")
+        return [(b, b.refusal(problem)) for b in _backends if b.name == name]
+    kind = device_kind(problem.device_type)
+    order = _PREFERENCE.get(kind, _PREFERENCE_ELSEWHERE)
+    listed = sorted((b for b in _backends if b.name in order), key=lambda b: order.index(b.name))
+    others = [b for b in _backends if b.name not in order]
+    explained = [(b, b.refusal(problem)) for b in listed]
+    return explained + [(b, b.refusal(problem) or f"auto does not use it on {kind}: name it") for b in others]
 
 
-@lru_cache(maxsize=256)
 def choose_backend(problem: Problem, name: str = "auto") -> Backend:
     """The backend of that name, or for "auto" the first that accepts the problem.
 
@@ -37,5 +103,25 @@ def choose_backend(problem: Problem, name: str = "auto") -> Backend:
     for backend, refusal in explained:
         if refusal is None:
             return backend
-    reasons = "; ".join(f"{b.name}: {refusal}" for b, refusal in explained)
+    reasons = "; ".join(f"{b.name} ({b.kernel}): {refusal}" for b, refusal in explained)
     raise ValueError(f"no backend {name!r} serves {problem}: {reasons}")
+
+
+def explain_choice(problem: Problem, name: str = "auto") -> str:
+    """The choice and its reason in a line.
+
+    Raises:
+        ValueError: as `choose_backend`.
+    """
+    chosen = choose_backend(problem, name)
+    said = f"{chosen.name} ({chosen.kernel})"
+    if name != "auto":
+        return f"{said}, as named"
+    before = []
+    for backend, refusal in explain_backends(problem):
+        if backend is chosen:
+            break
+        if backend.name != chosen.name:  # its like for another device needs no mention
+            before.append(f"{backend.name}: {refusal}")
+    kind = device_kind(problem.device_type)
+    return f"{said}, first that serves in the order for {kind}" + (f"; not {'; '.join(before)}" if before else "")

@@ -35,8 +35,15 @@ class Backend(Protocol):
     inputs. Slices are disjoint, canonical, and in buffer row numbers.
     """
 
-    name: str
-    kernel: str  # what runs, in words
+    @property
+    def name(self) -> str:
+        """What `backend=` calls it."""
+        ...
+
+    @property
+    def kernel(self) -> str:
+        """What runs, in words."""
+        ...
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot serve the problem, in words; None if it can."""

@@ -200,6 +200,14 @@ _PER_QUERY, _PER_KEY, _PER_STATISTIC = "offset_q", "offset_k", "offset_stats"
 
 
 def _ragged(key: _GraphKey, call: OffsetCall) -> dict[str, Tensor]:
+    sizes = ("cudnn", key.batch, key.num_heads_q, key.num_heads_kv, key.head_dim)
+    if sizes not in call.cached:
+        call.cached[sizes] = _make_ragged(key, call)
+    ragged: dict[str, Tensor] = call.cached[sizes]
+    return ragged
+
+
+def _make_ragged(key: _GraphKey, call: OffsetCall) -> dict[str, Tensor]:
     """Lengths int32 [B, 1, 1, 1] and offsets int64 [B + 1, 1, 1, 1], filled up with empty sequences."""
     starts_q = _filled(call.starts_q, key.batch + 1, call.q_span.stop - call.q_span.start)
     starts_k = _filled(call.starts_k, key.batch + 1, call.k_span.stop - call.k_span.start)

@@ -27,6 +27,7 @@ from .installed import device_capability, missing_package
 from .rows import merge_rows
 
 _MODULE = "magi_attention.functional.flex_flash_attn"
+_INSTALL = "built from github.com/SandAI-org/MagiAttention"
 _HEAD_DIMS = (64, 128)
 
 
@@ -49,7 +50,7 @@ class FfaBackend:
     kernel: str = "MagiAttention's flexible flash attention"
 
     def refusal(self, problem: Problem) -> str | None:
-        if missing := missing_package(_MODULE, "magi_attention"):
+        if missing := missing_package(_MODULE, "magi_attention", _INSTALL):
             return missing
         if problem.device_type != self.device_type:
             return f"this kernel runs on {self.device_type}, the tensors are on {problem.device_type}"

@@ -305,7 +305,8 @@ class FlashAttnBackend:
 
     def refusal(self, problem: Problem) -> str | None:
         what = _GENERATIONS[self.generation]
-        if missing := missing_package(what.module, what.package):
+        how = "built from flash-attention's folder hopper/" if self.generation == 3 else ""
+        if missing := missing_package(what.module, what.package, how):
             return missing
         if problem.device_type != self.device_type:
             return f"this kernel runs on {self.device_type}, the tensors are on {problem.device_type}"

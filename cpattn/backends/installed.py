@@ -10,13 +10,16 @@ from functools import lru_cache
 import torch
 
 
-def missing_package(module: str, package: str) -> str | None:
-    """Words that name the package if its module cannot be found; nothing is imported for it."""
+def missing_package(module: str, package: str, how: str = "") -> str | None:
+    """Words that name the package if its module cannot be found; nothing is imported for it.
+
+    how: what brings it, where that is not pip.
+    """
     if module in sys.modules:
         return None
     if _spec_exists(module):
         return None
-    return f"the package {package} is not installed (pip install {package})"
+    return f"the package {package} is not installed ({how or f'pip install {package}'})"
 
 
 @lru_cache(maxsize=64)

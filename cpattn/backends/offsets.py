@@ -11,8 +11,8 @@ Shape legend as in `base.py`; B sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class OffsetCall:
         only in backward.
     lengths_q, lengths_k, starts_q, starts_k: int64 [B], starts counted from the spans.
     first: in forward, no earlier call of the work writes these query rows.
+    cached: what an adapter makes of the lengths and starts, to make it once.
     """
 
     mask: Mask
@@ -66,6 +67,7 @@ class OffsetCall:
     max_seqlen_q: int
     max_seqlen_k: int
     first: bool
+    cached: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 class OffsetWork(NamedTuple):

@@ -33,9 +33,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _MAX_BATCHED_PAIRS = 1 << 20
 # Rows of queries and keys in one call, which bounds the memory of its results.
 _MAX_BATCHED_ROWS = 1 << 14
-# Windows from this width on are cut into triangles, by whether the dtype is half. Half-precision
-# products are slow on few rows, so triangles pay earlier (measured, launch/benchmarks/sdpa_cpu.py).
-_MASK_BELOW = {True: 768, False: 1536}
+# Windows from this width on are cut into triangles, by whether the dtype is half, and whether this is
+# backward. Half-precision products of backward are slow on few rows, so triangles pay earlier there
+# (measured, launch/benchmarks/sdpa_cpu.py).
+_MASK_BELOW = {(False, False): 1536, (False, True): 1536, (True, False): 1536, (True, True): 768}
 
 
 class _Call(NamedTuple):
@@ -45,7 +46,7 @@ class _Call(NamedTuple):
     """
 
     tile: KernelTile
-    count: int
+    num_tiles: int
     q_step: int
     k_step: int
     first: bool
@@ -61,18 +62,18 @@ class _Call(NamedTuple):
 
 @dataclass(slots=True)
 class _Work:
-    """A slice table and its calls, made at first use for each width of dtype."""
+    """A slice table and its calls, made at first use for each width of dtype and each direction."""
 
     slices: SliceTable
     num_queries: int
-    planned: dict[bool, tuple[_Call, ...]] = field(default_factory=dict)
+    planned: dict[tuple[bool, bool], tuple[_Call, ...]] = field(default_factory=dict)
 
-    def calls(self, dtype: torch.dtype) -> tuple[_Call, ...]:
-        half = dtype in HALF_DTYPES
-        if half not in self.planned:
-            tiles = kernel_tiles(self.slices, mask_below=_MASK_BELOW[half])
-            self.planned[half] = _batch_tiles(tiles, self.num_queries)
-        return self.planned[half]
+    def calls(self, dtype: torch.dtype, *, backward: bool = False) -> tuple[_Call, ...]:
+        kind = (dtype in HALF_DTYPES, backward)
+        if kind not in self.planned:
+            tiles = kernel_tiles(self.slices, mask_below=_MASK_BELOW[kind])
+            self.planned[kind] = _batch_tiles(tiles, self.num_queries)
+        return self.planned[kind]
 
 
 class CpuSdpaBackend:
@@ -92,7 +93,7 @@ class CpuSdpaBackend:
         return _Work(slices, num_queries)
 
     def writes_once(self, work: _Work) -> bool:
-        return all(c.first for half in (False, True) for c in work.calls(HALF_DTYPES[0] if half else torch.float32))
+        return all(c.first for dtype in (torch.float32, torch.bfloat16) for c in work.calls(dtype))
 
     def forward(
         self,
@@ -114,7 +115,7 @@ class CpuSdpaBackend:
         for call in work.calls(q.dtype):
             out, lse = _call_forward(call, _queries(q, call), _keys(k, call), _keys(v, call), scale)
             out, lse = out.transpose(1, 2)[..., :head_dim_v], lse.transpose(1, 2)
-            for b in range(call.count):
+            for b in range(call.num_tiles):
                 start = call.tile.q0 + b * call.q_step
                 rows = slice(start, start + call.num_rows)
                 merge_rows(out_QNE, lse_QN, rows, out[b], lse[b], first=fresh and call.first)
@@ -140,13 +141,13 @@ class CpuSdpaBackend:
         head_dim, head_dim_v = k_KGD.shape[-1], v_KGE.shape[-1]
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
         dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
-        for call in work.calls(q.dtype):
+        for call in work.calls(q.dtype, backward=True):
             rows = (_queries(t, call) for t in (dout, q, out))
             dout_, q_, out_ = rows
             lse = _queries(lse_QN.unsqueeze(-1), call).squeeze(-1)
             dq, dk, dv = _call_backward(call, dout_, q_, _keys(k, call), _keys(v, call), out_, lse, scale)
             dq, dk, dv = (t.transpose(1, 2) for t in (dq, dk, dv))
-            for b in range(call.count):
+            for b in range(call.num_tiles):
                 start, keys_from = call.tile.q0 + b * call.q_step, call.tile.k0 + b * call.k_step
                 dq_QND[start : start + call.num_rows] += dq[b, ..., :head_dim]
                 dk_KGD[keys_from : keys_from + call.num_keys] += dk[b, ..., :head_dim]
@@ -180,11 +181,11 @@ def _call_backward(
 
 
 def _queries(x_QND: Tensor, call: _Call) -> Tensor:
-    return _stacked(x_QND, call.tile.q0, call.num_rows, call.count, call.q_step)
+    return _stacked(x_QND, call.tile.q0, call.num_rows, call.num_tiles, call.q_step)
 
 
 def _keys(x_KGD: Tensor, call: _Call) -> Tensor:
-    return _stacked(x_KGD, call.tile.k0, call.num_keys, call.count, call.k_step)
+    return _stacked(x_KGD, call.tile.k0, call.num_keys, call.num_tiles, call.k_step)
 
 
 def _stacked(x_TND: Tensor, start: int, length: int, count: int, step: int) -> Tensor:

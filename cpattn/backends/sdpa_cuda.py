@@ -55,7 +55,7 @@ class AtenFlashKernel:
         scale: float,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        seed = torch.zeros(2, dtype=torch.uint64, device=q_TND.device)  # read only with dropout
+        seed = torch.empty(2, dtype=torch.uint64, device=q_TND.device)  # read only with dropout
         dq, dk, dv = self.ops._flash_attention_backward(
             dout_TNE.contiguous(),
             q_TND,

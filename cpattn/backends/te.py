@@ -16,7 +16,6 @@ Shape legend as in `base.py`.
 from __future__ import annotations
 
 import importlib
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
 from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .flash_attn import known_parameters
 from .installed import device_capability, missing_package
 from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
@@ -119,7 +119,7 @@ class TeBackend:
         )
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)  # read only with dropout
         more: dict[str, Any] = {}
-        if "dqkv_dtype" in inspect.signature(te.fused_attn_bwd).parameters:
+        if "dqkv_dtype" in (known_parameters(te.fused_attn_bwd) or ()):
             more["dqkv_dtype"] = importlib.import_module("transformer_engine.pytorch.constants").TE_DType[q.dtype]
         for call in work.backward:
             stats = lse_QN[call.q_span].unsqueeze(-1).contiguous()
@@ -160,6 +160,13 @@ def refuse_cudnn(problem: Problem, device_type: str) -> str | None:
 
 
 def _lengths(call: OffsetCall) -> dict[str, Any]:
+    if "te" not in call.cached:
+        call.cached["te"] = _make_lengths(call)
+    lengths: dict[str, Any] = call.cached["te"]
+    return lengths
+
+
+def _make_lengths(call: OffsetCall) -> dict[str, Any]:
     # The selector wants the keys' maximum to be the larger one, and backward more than one row; for
     # packed sequences neither number sizes anything.
     longest = max(call.max_seqlen_q, call.max_seqlen_k, 2)
@@ -183,7 +190,7 @@ def _offsets(starts: Tensor, span: slice) -> Tensor:
 
 
 def _layout(function: Any) -> dict[str, str]:
-    known = inspect.signature(function).parameters
+    known = known_parameters(function) or ()
     formats = {"o_format": "thd", "do_format": "thd", "dqkv_layout": "thd_thd_thd"}
     return {"qkv_layout": "thd_thd_thd", **{k: v for k, v in formats.items() if k in known}}
 

@@ -82,6 +82,11 @@ class BatchLayout:
         spans = [self.index[end - 1] - self.index[start] + 1 for start, end in self.texts if end > start]
         return int(max(spans, default=0))
 
+    def positions(self) -> NDArray[np.int64]:
+        """int64 [T], each token's position as its document has it."""
+        spans = [np.arange(d.end - d.start) + d.first_position for d in self.documents]
+        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+
     def index_on(self, device: torch.device) -> Tensor:
         """`index` as a tensor."""
         if device not in self._on_device:
@@ -178,7 +183,7 @@ def layout_of_batch(
             [rows or 1, 1, columns, columns], bool (True: visible) or additive floats (0: visible):
             the whole mask; tokens that see nothing count as padding.
         positions: [rows or 1, columns] ints, or None.
-        cu_seqlens: prefix sums of the documents of a batch of one row, or None.
+        cu_seqlens: prefix sums of the documents over the rows laid end to end, padding included; or None.
 
     Raises:
         ValueError: a shape or value does not fit.
@@ -192,20 +197,20 @@ def layout_of_batch(
     starts = np.zeros((rows, columns), dtype=bool)  # a text starts here, if the token is real
     starts[:, :1] = True
     if cu_seqlens is not None:
-        starts[0, _document_starts(cu_seqlens, rows, columns)] = True
+        starts.ravel()[_document_starts(cu_seqlens, rows * columns)] = True
     index = np.flatnonzero(real.ravel())
     first = starts.ravel().copy()
     # A start that falls on padding moves to the next real token.
     text = np.cumsum(first)[index]
     new_text = np.diff(text, prepend=-1) != 0
     run_breaks = new_text | (np.diff(index, prepend=-2) != 1)
-    base = index % max(columns, 1)
+    # Without positions, those of a row are its columns, and documents of cu_seqlens begin at 0.
+    base = index % max(columns, 1) if cu_seqlens is None else np.zeros_like(index)
     if positions is not None:
-        where = _expand(positions, rows, columns, "position_ids").ravel()[index]
-        step = np.diff(where, prepend=where[:1] - 1)
+        base = _expand(positions, rows, columns, "position_ids").ravel()[index]
+        step = np.diff(base, prepend=base[:1] - 1)
         new_text = new_text | ((step <= 0) if attention_mask is not None else (step != 1))
         run_breaks |= new_text
-        base = where
     text_starts = np.flatnonzero(new_text)
     texts = tuple(_spans(text_starts, len(index)))
     # Positions in a text follow the columns, counted from where its first token is.
@@ -315,12 +320,12 @@ def _real_tokens(mask: Tensor, rows: int, columns: int) -> NDArray[np.bool_]:
     return values.astype(bool)
 
 
-def _document_starts(cu_seqlens: Tensor, rows: int, columns: int) -> NDArray[np.int64]:
+def _document_starts(cu_seqlens: Tensor, total: int) -> NDArray[np.int64]:
     sums = cu_seqlens.detach().cpu().numpy().astype(np.int64).ravel()
-    if rows != 1 or not len(sums) or sums[0] != 0 or sums[-1] != columns or (np.diff(sums) < 0).any():
+    if not len(sums) or sums[0] != 0 or sums[-1] != total or (np.diff(sums) < 0).any():
         raise ValueError(
-            f"cu_seqlens goes from {sums[:1]} to {sums[-1:]} and the batch is {(rows, columns)}: it must grow "
-            f"from 0 to the number of tokens of a batch of one row"
+            f"cu_seqlens goes from {sums[:1]} to {sums[-1:]} and the batch has {total} tokens: it must grow from 0 "
+            f"to the number of tokens"
         )
     return sums[:-1][np.diff(sums) > 0]
 

@@ -142,6 +142,13 @@ class Shard:
         """L: local tokens, at least one."""
         return self.index.numel()
 
+    @property
+    def positions(self) -> Tensor:
+        """int64 [L], positions of the local tokens in their documents: columns, in a padded batch."""
+        all_positions = torch.from_numpy(self.layout.positions()).to(self.index.device)
+        local = all_positions[_local_tokens(self.key, self.index.device)]
+        return local if len(local) else local.new_zeros(1)
+
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's tokens of a tensor of the whole batch.
 
@@ -208,17 +215,12 @@ class Shard:
             RuntimeError: at the end, when fewer attention layers ran sharded than the model has; the
                 others did without the tokens of the other ranks.
         """
-        hook = None
-        if self.splits_embeddings and self.decoder is not None:
-            hook = self.decoder.register_forward_pre_hook(self._split_decoder_inputs, with_kwargs=True)
         token = _active.set(self)
         self.num_layers_run = 0
         try:
             yield self
         finally:
             _active.reset(token)
-            if hook is not None:
-                hook.remove()
         expected = getattr(getattr(self.decoder, "config", None), "num_hidden_layers", 1)
         if self.num_layers_run < expected:
             raise RuntimeError(
@@ -227,10 +229,8 @@ class Shard:
                 f'with attn_implementation="cpattn") and saw this rank\'s tokens only'
             )
 
-    def _split_decoder_inputs(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the language model: its inputs of the whole batch become the shard's."""
-        if args:
-            raise ValueError(f"{type(decoder).__name__} was called with positional arguments: names are needed")
+    def decoder_inputs(self, decoder: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The language model's inputs of the whole batch, cut down to this rank's tokens."""
         rows, columns = self.layout.rows, self.layout.columns
         local: dict[str, Any] = dict(kwargs)
         visual = local.pop("visual_pos_masks", None)
@@ -250,7 +250,7 @@ class Shard:
         if local.get("past_key_values") is not None:
             raise ValueError("past_key_values: a key-value cache is not supported under context parallelism")
         if local.get("position_ids") is None:
-            local["position_ids"] = self.index.remainder(columns)[None]
+            local["position_ids"] = self.positions[None]
         mask = local.get("attention_mask")
         if not isinstance(mask, (dict, LayerMask)):
             local["attention_mask"] = self._local_mask()
@@ -261,7 +261,7 @@ class Shard:
             number = (visual.flatten().cumsum(0) - 1)[self.index.to(visual.device)]
             mine = number[local["visual_pos_masks"][0]]
             local["deepstack_visual_embeds"] = [e.index_select(0, mine) for e in deepstack or []] or deepstack
-        return (), local
+        return local
 
     def _local_positions(self, positions: Tensor) -> Tensor:
         """[B, S], [1, S] or [3 or 4, B, S] positions of the local tokens."""
@@ -270,6 +270,31 @@ class Shard:
 
     def _local_mask(self) -> ShardedMask:
         return ShardedMask.of(self.index.new_ones(1, self.num_tokens), self)
+
+
+def split_at_decoder(decoder: nn.Module) -> None:
+    """Make a language model take its shard of inputs that are those of a whole batch. Idempotent.
+
+    The hook finds the shard in the attention mask; inputs without one pass as they are.
+    """
+    if not getattr(decoder, "_cpattn_splits", False):
+        decoder.register_forward_pre_hook(_split_decoder_inputs, with_kwargs=True)
+        decoder._cpattn_splits = True  # type: ignore[assignment]
+
+
+def _split_decoder_inputs(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    shard = _shard_of(kwargs.get("attention_mask"))
+    if shard is None or not shard.splits_embeddings:
+        return None
+    if args:
+        raise ValueError(f"{type(decoder).__name__} was called with positional arguments: names are needed")
+    return (), shard.decoder_inputs(decoder, kwargs)
+
+
+def _shard_of(mask: Any) -> Shard | None:
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    return getattr(mask, "shard", None)
 
 
 _active: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("cpattn_shard", default=None)
@@ -290,7 +315,8 @@ def cpattn_mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | 
     mask_function = causal_mask_function if mask_function is None else mask_function
     shard = getattr(attention_mask, "shard", None)
     if shard is None:
-        return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+        return sdpa_mask(*args, **kwargs)
     return shard.mask(terms_of(mask_function))
 
 
@@ -329,6 +355,7 @@ def cpattn_attention(
             f"{_name(module)}: transformers made no sharded mask for it (it has "
             f"{type(attention_mask).__name__}), so it would see this rank's tokens only"
         )
+    _refuse_lost_shard(module)
     _warn_unsharded()
     return _whole_attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
 
@@ -429,6 +456,17 @@ def _whole_attention(
     return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).contiguous()
 
 
+def _refuse_lost_shard(module: nn.Module) -> None:
+    """A layer that was told of its ranks (`magi_attn_utils`) must have been given the shard's mask."""
+    group = getattr(module, "cp_group", None)
+    if group is not None and dist.get_world_size(group) > 1:
+        raise ValueError(
+            f"{_name(module)} is prepared for {dist.get_world_size(group)} ranks and its mask is not the prepared "
+            f"batch's: pass the prepared batch's attention_mask to the model (to use the model on one rank again, "
+            f"take the group away with _set_cp_group_on_attention(model, None))"
+        )
+
+
 def _warn_unsharded() -> None:
     if _active.get() is None and dist.is_initialized() and dist.get_world_size() > 1 and not _warned:
         _warned.append(True)
@@ -475,8 +513,8 @@ class ContextParallel:
             context-parallel ranks of all data-parallel replicas. None: cp_group.
         grad_reduction: what happens to gradients after backward: "sum" when they are summed over
             loss_group (`reduce_gradients`), "mean" when they are averaged over it (DDP, FSDP2).
-        chunk_size, layout, backend, search_effort: as in `make_key`; chunk_size None is a sixteenth of
-            a rank's tokens, at most 512.
+        max_chunk_size: grain of placement: a sixteenth of a rank's tokens, at most this.
+        layout, backend, search_effort: as in `make_key`.
         check_batch: compare the batch between the ranks of cp_group before it is used (one small
             all-gather): different data on two ranks would give wrong numbers without a word.
 
@@ -491,7 +529,7 @@ class ContextParallel:
         *,
         loss_group: Any = None,
         grad_reduction: Literal["sum", "mean"] = "sum",
-        chunk_size: int | None = None,
+        max_chunk_size: int = 512,
         layout: Literal["balanced", "contiguous", "zigzag"] = "balanced",
         backend: str = "auto",
         search_effort: int = 0,
@@ -503,13 +541,16 @@ class ContextParallel:
         self.cp_group = _process_group(cp_group)
         self.loss_group = self.cp_group if loss_group is None else _process_group(loss_group, flatten=True)
         self.grad_reduction = grad_reduction
-        self.chunk_size = chunk_size
+        self.max_chunk_size = max_chunk_size
         self.options: dict[str, Any] = {"layout": layout, "backend": backend, "search_effort": search_effort}
         self.check_batch = check_batch
         self.decoder = language_model(model)
-        self.text_config = _unwrapped(model).config.get_text_config()
-        self.has_other_modalities = self.text_config is not _unwrapped(model).config
+        config = _unwrapped(model).config
+        self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.has_other_modalities = self.text_config is not config
         refuse_other_mixers(self.decoder, self.text_config)
+        if self.has_other_modalities:
+            split_at_decoder(self.decoder)
 
     def __call__(
         self,
@@ -602,6 +643,26 @@ class ContextParallel:
         divisor = torch.as_tensor(num_targets, device=logits.device).clamp(min=1)
         return self.replicate(total / divisor)
 
+    def token_logprobs(self, out: ParallelOutput, places: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probabilities of tokens, on every rank: what policy-gradient losses are made from.
+
+        Args:
+            out: of a call of this object.
+            places: int64 [N], where in the batch (row * columns + column) the logits are that predict.
+            tokens: int64 [N], the tokens whose log-probabilities are wanted.
+
+        Returns:
+            [N], fp32 (fp64 for fp64 logits), the same on all ranks of cp_group. Gradient: for a loss
+            that every rank computes alike from it; it need not be divided by the number of ranks.
+        """
+        which, rows = out.shard.local_rows(places.to(out.logits.device))
+        logits = out.logits[0].index_select(0, rows)
+        logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        local = logprobs.gather(1, tokens.to(logits.device)[which, None]).squeeze(1)
+        size = 1 if self.loss_group is None else dist.get_world_size(self.loss_group)
+        weight = size if self.grad_reduction == "mean" else 1
+        return _ShareRows.apply(local, which, len(places), self.cp_group, weight)  # type: ignore[no-any-return]
+
     def replicate(self, local: Tensor) -> Tensor:
         """A local loss as the sum over loss_group: that value on all ranks, the local gradient on each.
 
@@ -635,7 +696,7 @@ class ContextParallel:
             num_heads_kv=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             cp_group=self.cp_group,
-            chunk_size=self.chunk_size or max(1, min(512, layout.num_tokens // (16 * cp_size))),
+            chunk_size=max(1, min(self.max_chunk_size, layout.num_tokens // (16 * cp_size))),
             window=_window_of_all_layers(config, layout),
             **self.options,
         )
@@ -660,11 +721,8 @@ class ContextParallel:
                 )
         if positions is not None:
             inputs["position_ids"] = shard._local_positions(positions)
-        elif shard.layout.explicit and shard.layout.num_tokens == shard.layout.columns:
-            where = [torch.arange(d.end - d.start) + d.first_position for d in shard.layout.documents]
-            inputs["position_ids"] = torch.cat(where).to(tokens.device)[shard.index][None]
         else:
-            inputs["position_ids"] = shard.index.remainder(shard.layout.columns)[None]
+            inputs["position_ids"] = shard.positions[None]
         inputs["attention_mask"] = shard._local_mask()
         return inputs
 
@@ -675,9 +733,27 @@ class ContextParallel:
         require_agreement("the batch of a context-parallel group", fields, self.cp_group)
 
 
+class _ShareRows(torch.autograd.Function):
+    """Rows that each rank has some of, whole on every rank; each rank's gradient is that of its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, local: Tensor, which: Tensor, total: int, group: dist.ProcessGroup | None, weight: int
+    ) -> Tensor:
+        ctx.save_for_backward(which)
+        ctx.weight = weight
+        return _sum_over(local.new_zeros(total).index_copy(0, which, local), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (which,) = ctx.saved_tensors
+        return grad.index_select(0, which) * ctx.weight, None, None, None, None
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The stack of decoder layers, without head and without vision tower."""
-    return _unwrapped(model).get_decoder()  # type: ignore[no-any-return, operator]
+    root = _unwrapped(model)
+    return root.get_decoder() if hasattr(root, "get_decoder") else root  # type: ignore[no-any-return]
 
 
 def refuse_other_mixers(decoder: nn.Module, config: Any) -> None:

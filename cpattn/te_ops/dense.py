@@ -42,7 +42,7 @@ class Extras:
 class SequenceSlices(NamedTuple):
     """One sequence: its number, its first query and key row, and its slices."""
 
-    index: int
+    number: int
     q_start: int
     k_start: int
     table: SliceTable
@@ -164,7 +164,7 @@ def _keep_factor(extras: Extras, sequence: SequenceSlices, rows: slice, keys: sl
     keep = dropout_keep(
         extras.rng_state,
         extras.dropout,
-        sequence.index,
+        sequence.number,
         count(0, p.shape[0]),
         count(rows.start - sequence.q_start, rows.stop - sequence.q_start),
         count(keys.start - sequence.k_start, keys.stop - sequence.k_start),
@@ -199,7 +199,7 @@ def _biased_scores(
 def _bias_block(bias: Tensor, sequence: SequenceSlices, rows: slice, keys: slice) -> Tensor:
     """The bias of a block, [1 or N, Q, K], as a view."""
     return bias[
-        sequence.index if bias.shape[0] > 1 else 0,
+        sequence.number if bias.shape[0] > 1 else 0,
         :,
         rows.start - sequence.q_start : rows.stop - sequence.q_start,
         keys.start - sequence.k_start : keys.stop - sequence.k_start,
@@ -215,7 +215,9 @@ def _rounded(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     return x if quantizer is None else dequantized(quantizer.quantize(x), x.dtype)
 
 
-def split_by_sequence(table: SliceTable, parent: np.ndarray, q_start: np.ndarray, k_start: np.ndarray) -> list[SequenceSlices]:
+def split_by_sequence(
+    table: SliceTable, parent: np.ndarray, q_start: np.ndarray, k_start: np.ndarray
+) -> list[SequenceSlices]:
     """The slices of each sequence that has any; `parent` is the sequence of each slice."""
     return [
         SequenceSlices(int(i), int(q_start[i]), int(k_start[i]), table.take(parent == i)) for i in np.unique(parent)

@@ -276,16 +276,33 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *aux = ctx.saved_tensors
-        dq, dk, dv, dbias, doffset = fused_attn_bwd(
-            q=q, k=k, v=v, o=out, d_o=dout, aux_ctx_tensors=aux, **ctx.call
-        )[:5]
+        dq, dk, dv, dbias, doffset = fused_attn_bwd(q=q, k=k, v=v, o=out, d_o=dout, aux_ctx_tensors=aux, **ctx.call)[:5]
         return dq, dk, dv, dbias if ctx.has_bias else None, doffset, None
 
 
 _BACKWARD_ARGUMENTS = frozenset(
-    "max_seqlen_q max_seqlen_kv cu_seqlens_q cu_seqlens_kv cu_seqlens_q_padded cu_seqlens_kv_padded attn_scale dropout "
-    "qkv_layout attn_bias_type attn_mask_type softmax_type window_size bottom_right_diagonal impl backend "
-    "fake_dtype s_quantizer dp_quantizer deterministic".split()
+    [
+        "max_seqlen_q",
+        "max_seqlen_kv",
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "cu_seqlens_q_padded",
+        "cu_seqlens_kv_padded",
+        "attn_scale",
+        "dropout",
+        "qkv_layout",
+        "attn_bias_type",
+        "attn_mask_type",
+        "softmax_type",
+        "window_size",
+        "bottom_right_diagonal",
+        "impl",
+        "backend",
+        "fake_dtype",
+        "s_quantizer",
+        "dp_quantizer",
+        "deterministic",
+    ]
 )
 
 
@@ -374,9 +391,7 @@ class _Call:
                 side="kv",
             )
         if len(q_rows.length) != len(k_rows.length):
-            raise ValueError(
-                f"cu_seqlens_q has {len(q_rows.length)} sequences and cu_seqlens_kv {len(k_rows.length)}"
-            )
+            raise ValueError(f"cu_seqlens_q has {len(q_rows.length)} sequences and cu_seqlens_kv {len(k_rows.length)}")
         table, parent = _slices(q_rows, k_rows, mask, a["window_size"], a["bottom_right_diagonal"])
         scale = a["attn_scale"]
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -425,22 +440,41 @@ class _Call:
 
 def _common(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that describe the attention itself, of either direction."""
-    names = (
-        "max_seqlen_q max_seqlen_kv cu_seqlens_q cu_seqlens_kv q k v attn_bias cu_seqlens_q_padded cu_seqlens_kv_padded "
-        "page_table_k page_table_v attn_scale dropout qkv_layout attn_bias_type attn_mask_type softmax_type "
-        "window_size bottom_right_diagonal softmax_offset cuda_graph"
-    ).split()
+    names = [
+        "max_seqlen_q",
+        "max_seqlen_kv",
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "q",
+        "k",
+        "v",
+        "attn_bias",
+        "cu_seqlens_q_padded",
+        "cu_seqlens_kv_padded",
+        "page_table_k",
+        "page_table_v",
+        "attn_scale",
+        "dropout",
+        "qkv_layout",
+        "attn_bias_type",
+        "attn_mask_type",
+        "softmax_type",
+        "window_size",
+        "bottom_right_diagonal",
+        "softmax_offset",
+        "cuda_graph",
+    ]
     return {name: arguments.get(name) for name in names}
 
 
 def _paged_rows(k: Tensor, layout: QKVLayout, a: dict[str, Any]) -> Rows:
     _, page_size = batch_and_length(k, layout.kv_format)
     lengths = sequence_lengths(a["cu_seqlens_kv"], "cu_seqlens_kv")
-    room = a["page_table_k"].shape[1] * page_size
+    num_pages = a["page_table_k"].shape[1]
+    room = num_pages * page_size
     if a["max_seqlen_kv"] != room:
         raise ValueError(
-            f"max_seqlen_kv is {a['max_seqlen_kv']}: the page table's {a['page_table_k'].shape[1]} pages of {page_size} "
-            f"hold {room}"
+            f"max_seqlen_kv is {a['max_seqlen_kv']}: the page table's {num_pages} pages of {page_size} hold {room}"
         )
     start = np.cumsum(lengths) - lengths
     return Rows(start, lengths, int(lengths.sum()))
@@ -524,9 +558,7 @@ def _max_logit(call: _Call, rows: _RowTensors, extras: dense.Extras) -> Tensor:
 
 
 def _problem(rows: _RowTensors) -> Problem:
-    return Problem(
-        rows.q.device.type, rows.q.dtype, rows.q.shape[1], rows.k.shape[1], rows.k.shape[2], rows.v.shape[2]
-    )
+    return Problem(rows.q.device.type, rows.q.dtype, rows.q.shape[1], rows.k.shape[1], rows.k.shape[2], rows.v.shape[2])
 
 
 def _accumulators(rows: _RowTensors, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,9 @@ class DelayedScalingQuantizer:
             self.amax.copy_(torch.maximum(self.amax, x.detach().abs().amax().float()))
         return Fp8Tensor(quantize_bits(x, self.scale, self.fmt), 1.0 / self.scale, self.fmt, x.dtype)
 
-    def update_scale(self, history: Tensor, *, margin: float = 0.0, algorithm: Literal["max", "most_recent"] = "max") -> None:
+    def update_scale(
+        self, history: Tensor, *, margin: float = 0.0, algorithm: Literal["max", "most_recent"] = "max"
+    ) -> None:
         """End a step: push amax into the history and choose the next scale from it; no host sync.
 
         Args:

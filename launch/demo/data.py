@@ -73,7 +73,8 @@ def batches(folder: Path | None, *, num_tokens: int, seed: int) -> Iterator[Batc
 
     Args:
         folder: read every text file below it (files with a zero byte are taken for binary and left
-            out, and so are empty ones); None reads the standard library.
+            out, and so are files of less than two bytes: nothing to predict); None reads the
+            standard library.
 
     Raises:
         ValueError: no text found.
@@ -88,14 +89,14 @@ def batches(folder: Path | None, *, num_tokens: int, seed: int) -> Iterator[Batc
             if not queue:
                 if not used:
                     where = "the standard library" if folder is None else f"--data {folder}"
-                    raise ValueError(f"{where} holds no text: its files are all empty or binary")
+                    raise ValueError(f"{where} holds no text: its files are all empty, of one byte, or binary")
                 queue, used = deque(used), []
             path = queue.popleft()
             text = read_text(path, num_tokens + 1)
             if len(text) > room and passed_over < MAX_PASSED_OVER:
                 passed_over += 1
                 queue.append(path)
-            elif text:
+            elif len(text) > 1:
                 used.append(path)
                 documents.append(text[:room])
                 room -= len(documents[-1])

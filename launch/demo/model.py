@@ -40,6 +40,8 @@ class ModelConfig:
 class Rotary(nn.Module):
     """Rotary position embedding (arXiv:2104.09864), the two halves of a head forming the pairs."""
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim

@@ -27,7 +27,7 @@ class Recipe:
 
     data: str | None = None
     num_tokens: int = 16384
-    num_steps: int = 32
+    num_steps: int = 30
     warmup_steps: int = 4
     learning_rate: float = 3e-3
     seed: int = 0
@@ -101,7 +101,7 @@ def progress_bar(title: str, num_steps: int, *, shown: bool = True) -> Iterator[
             nonlocal done
             done += 1
             progress.update(task, advance=1, loss=f"{loss:.4f}")
-            if not console.is_terminal and (done % 8 == 0 or done in (1, num_steps)):
+            if not console.is_terminal and (done % 5 == 0 or done in (1, num_steps)):
                 console.print(f"{title}: step {done}/{num_steps}, loss {loss:.4f}")
 
         yield advance

@@ -122,8 +122,10 @@ def main(recipe_path: str, steps_path: str, mask_path: str) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    group = dist.group.WORLD
+    assert group is not None
     try:
-        steps = train(Recipe.load(Path(recipe_path)), dist.group.WORLD, device, Path(mask_path))
+        steps = train(Recipe.load(Path(recipe_path)), group, device, Path(mask_path))
         if dist.get_rank() == 0:
             save_steps(Path(steps_path), steps)
     finally:

@@ -193,10 +193,10 @@ def test_positions_by_hand():
 def works_after_inference_mode() -> None:
     """An evaluation step before the first training step must not poison what the key keeps."""
     spec = AttnMaskSpec.varlen([9, 5])
-    key = key_of(spec, chunk_size=4)
     x = integers(14, 2, 8)
 
     def step(x: Tensor) -> Tensor:
+        key = key_of(spec, chunk_size=4)
         local = cpattn.dispatch(x, key)
         rotated = cpattn.roll(local, key) * cpattn.position_ids(key)[:, None, None]
         out = cpattn.attention(rotated, local[:, :1], local[:, :1], key)

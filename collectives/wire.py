@@ -1,0 +1,125 @@
+"""Rows in 8-bit floats on the wire: half the bytes of bf16, a quarter of fp32's.
+
+A codec turns rows into what travels and back. It works row by row, so any row can be sent alone, passed on by another
+rank, or sent to several, and it is applied once to all rows before they are chosen: a row reads the same wherever it
+goes, and in backward as in forward.
+
+Shape legend: T rows, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .exchange import PendingRows, RowRoutes, group_cast
+
+_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_MANTISSA = 23
+
+
+class RowCodec(Protocol):
+    """How rows travel."""
+
+    def encode(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What travels, one tensor [T, ...] for each of `rows`."""
+        ...
+
+    def decode(self, received: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The rows again, in `dtype`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """[T, H, D] as 8-bit floats with one power-of-two scale for each row and head, taken from its largest magnitude.
+
+    Travels as uint8 [T, H, D + 1]: D values and the scale's exponent, which NCCL and gloo carry alike. A scale costs
+    1 / D of the values' bytes. A power of two scales without rounding, so the only error is that of the 8-bit cast:
+    at most 2 ** -4 of a value for e4m3 (2 ** -3 for e5m2), and 2 ** -17 of the row's largest (2 ** -31) for tiny ones.
+
+    fmt: "e4m3" has the finer mantissa and, with a scale per row, range enough for gradients too.
+    """
+
+    fmt: str = "e4m3"
+
+    def encode(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """uint8 [T, H, D + 1] for each [T, H, D]; a row and head that is not finite arrives as NaN."""
+        return tuple(self._encode(x) for x in rows)
+
+    def decode(self, received: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """[T, H, D] for each; exact in fp32 and bf16."""
+        return tuple(self._decode(x, dtype) for x in received)
+
+    def _encode(self, x_THD: Tensor) -> Tensor:
+        fp8 = _DTYPES[self.fmt]
+        largest = torch.finfo(fp8).max
+        x = x_THD.detach().float()
+        if x.numel() == 0:
+            return torch.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.uint8, device=x.device)
+        quotient = (x.abs().amax(-1, keepdim=True) / largest).view(torch.int32)
+        # The smallest power of two that is no smaller than the quotient. Exponent 0 would have no finite inverse, and
+        # from 254 on it would be subnormal.
+        up = ((quotient & ((1 << _MANTISSA) - 1)) != 0).to(torch.int32)
+        exponent = ((quotient >> _MANTISSA) + up).clamp_(1, 253)
+        inverse = ((254 - exponent) << _MANTISSA).view(torch.float32)
+        # Clamping stops rounding above the largest value, where versions of torch differ; infinity has to stay one,
+        # so it travels as NaN in every element of its row's head: what attends to it is NaN either way.
+        y = (x * inverse).clamp_(-largest, largest)
+        broken = ~torch.isfinite(x).all(-1, keepdim=True)
+        y = y.masked_fill_(broken, torch.nan)
+        return torch.cat([y.to(fp8).view(torch.uint8), exponent.to(torch.uint8)], dim=-1)
+
+    def _decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
+        values = received[..., :-1].contiguous().view(_DTYPES[self.fmt]).float()
+        scale = (received[..., -1:].to(torch.int32) << _MANTISSA).view(torch.float32)
+        return values.mul_(scale).to(dtype)
+
+
+class DecodedRows(PendingRows):
+    """An exchange of encoded rows under way: `wait()` gives them decoded, and fills the tensors given for them.
+
+    pending: the exchange of what was encoded. into: for each encoded tensor the decoded one, with the rows received, in
+    the dtype wanted; further tensors of the exchange arrive as they are.
+    """
+
+    def __init__(self, pending: PendingRows, codec: RowCodec, into: Sequence[Tensor]) -> None:
+        self._pending, self._codec, self._into = pending, codec, tuple(into)
+
+    def advance(self) -> None:
+        self._pending.advance()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        received = self._pending.wait()
+        encoded, plain = received[: len(self._into)], received[len(self._into) :]
+        for target, bits in zip(self._into, encoded, strict=True):
+            target.copy_(self._codec.decode((bits,), target.dtype)[0])
+        return (*self._into, *plain)
+
+
+def cast_encoded(
+    encoded: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    hops: RowRoutes | Sequence[RowRoutes],
+    group: dist.ProcessGroup | None,
+    codec: RowCodec,
+    *,
+    like: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], PendingRows]:
+    """`group_cast` (asynchronous) of encoded rows and plain ones in one exchange; delivers the rows decoded.
+
+    Args:
+        encoded: what `codec.encode` gave for the tensors `like`; one encoding serves several exchanges.
+        plain: tensors that travel beside them as they are.
+
+    Returns:
+        As `group_cast`: the received rows, which hold nothing until `wait()` of the handle, and the handle.
+    """
+    views, pending = group_cast((*encoded, *plain), hops, group, async_op=True)
+    into = [x.new_empty((views[0].shape[0], *x.shape[1:])) for x in like]
+    return (*into, *views[len(into) :]), DecodedRows(pending, codec, into)

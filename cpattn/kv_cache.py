@@ -1,0 +1,488 @@
+"""A paged key-value cache that stays sharded: keys live on the rank that computed them, and queries come to them.
+
+Prefill runs the distributed attention and leaves each rank's keys where they are. In decoding every rank computes the
+attention of the new queries over its own pages, and the partial results merge by log-sum-exp: per token and layer a
+few kilobytes move, whatever the length of the context. New keys go to the ranks in turn.
+
+The device side of a decoding step (`PagedKVCache.decode`) reads nothing back to the host and has fixed shapes, so it
+can be captured in a CUDA graph; the host side (`advance`) knows lengths and pages without asking the device.
+
+Shape legend: B sequences, T rows of this rank in prefill, P pages of a sequence, S slots of its pages, N query heads,
+G key heads, R = N / G, D and E head dims of q/k and of v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpattn.collectives import all_gather, merge_partials
+from cpattn.te_ops import copy_to_kv_cache
+
+from .execute import accumulator_dtype
+from .key import AttnKey
+
+MergeMethod = Literal["auto", "gather", "scatter"]
+
+# Page 0 takes the writes of tokens that belong to other ranks; no sequence's table reaches its slots as visible.
+_SCRATCH = 0
+# The position of a slot that holds no token: later than any query.
+_NEVER = torch.iinfo(torch.int64).max
+# Pages by which the reach of decoding grows, where shapes may change.
+_PAGE_STEP = 8
+
+
+@dataclass(eq=False)
+class _Pool:
+    """The pages of all layers that have the same window, on this rank.
+
+    host_pages: the pages of each sequence in order. host_slots: tokens of each sequence that are held here, less those
+    of dropped pages. page_last: position of the newest token of each page. first_page: pages dropped so far.
+    table: int32 [B, P], padded with the scratch page. positions: int64 [num_pages, page_size]. rows: int64 [B], where
+    this step's tokens are written.
+    """
+
+    window: int | None
+    layers: list[int]
+    free: list[int]
+    host_pages: list[list[int]]
+    host_slots: np.ndarray
+    page_last: np.ndarray
+    table: Tensor
+    positions: Tensor
+    rows: Tensor
+    row_positions: Tensor
+    index: Tensor = field(repr=False)  # local rows of the prefill that are kept, sequence by sequence
+    kept: np.ndarray = field(repr=False)  # how many of them each sequence has
+
+
+class PagedKVCache:
+    """Keys and values of a batch of sequences, over the ranks of a key's group.
+
+    Args:
+        key: of the prefill; its documents are the sequences, its placement says which rank holds which tokens.
+        windows: for each layer the number of keys that a query sees, itself included, or None for all. Layers with a
+            window keep only pages that a later query can still see.
+        max_new_tokens: tokens that each sequence may grow by.
+        page_size: tokens of a page.
+        dtype, device: of keys and values.
+        static_shapes: attend to all pages that there may ever be, so that every step has the same shapes (for CUDA
+            graphs); else to those in use.
+
+    Raises:
+        ValueError: the key's mask has no documents or is cross-attention, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        key: AttnKey,
+        *,
+        windows: Sequence[int | None],
+        max_new_tokens: int,
+        page_size: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        static_shapes: bool = False,
+    ) -> None:
+        if key.spec.documents is None or key.spec.is_cross:
+            raise ValueError("a cache needs a self-attention mask with documents: AttnMaskSpec.varlen(lengths)")
+        if page_size < 1 or max_new_tokens < 0 or not windows or any(w is not None and w < 1 for w in windows):
+            raise ValueError(
+                f"page_size is {page_size}, max_new_tokens {max_new_tokens}, windows {list(windows)}: expected "
+                f"page_size >= 1, max_new_tokens >= 0, and for each layer a window >= 1 or None"
+            )
+        self.key, self.page_size, self.static_shapes = key, page_size, static_shapes
+        self.group, self.cp_size, self.cp_rank = key.cp_group, key.cp_size, key.cp_rank
+        self.windows, self.max_new_tokens = tuple(windows), max_new_tokens
+        self.dtype, self.device = dtype, torch.device(device)
+        self._lengths = np.array([d.end - d.start for d in key.spec.documents], dtype=np.int64)
+        self._limits = self._lengths + max_new_tokens
+        self._prefilled: set[int] = set()
+        self._queries = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        self._pools = [
+            self._make_pool(w, [layer for layer, mine in enumerate(self.windows) if mine == w])
+            for w in dict.fromkeys(self.windows)
+        ]
+        self._pool_of = {layer: pool for pool in self._pools for layer in pool.layers}
+        self._keys, self._values = [], []
+        for layer in range(len(self.windows)):
+            pages = self._pool_of[layer].positions.shape[0]
+            shape = (pages, page_size, key.num_heads_kv)
+            self._keys.append(torch.zeros(*shape, key.head_dim, dtype=dtype, device=self.device))
+            self._values.append(torch.zeros(*shape, key.head_dim_v, dtype=dtype, device=self.device))
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence so far, over all ranks."""
+        return [int(n) for n in self._lengths]
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of this step's tokens, int64 [B] on the device; a buffer that `advance` overwrites."""
+        return self._queries
+
+    def pages_in_use(self, layer: int) -> int:
+        """Pages of this rank that hold tokens of a layer."""
+        return sum(len(pages) for pages in self._pool_of[layer].host_pages)
+
+    def prefill(self, layer: int, k_TGD: Tensor, v_TGE: Tensor) -> None:
+        """Keep this rank's keys and values of the prompt; nothing moves between ranks.
+
+        Args:
+            layer: each layer once, before the first `advance`.
+            k_TGD, v_TGE: this rank's rows, in the key's order, as `attention` takes them.
+
+        Raises:
+            ValueError: the layer has been filled already, or shapes do not fit.
+        """
+        expected = (self.key.num_keys, self.key.num_heads_kv)
+        if k_TGD.shape[:2] != expected or v_TGE.shape[:2] != expected:
+            raise ValueError(
+                f"k and v have shapes {tuple(k_TGD.shape)}, {tuple(v_TGE.shape)}: expected rows {expected}"
+            )
+        if layer in self._prefilled:
+            raise ValueError(f"layer {layer} has been prefilled already")
+        self._prefilled.add(layer)
+        pool = self._pool_of[layer]
+        sums = torch.from_numpy(np.concatenate([[0], np.cumsum(pool.kept)])).to(self.device, torch.int32)
+        num_pages = pool.table.shape[1]
+        copy_to_kv_cache(
+            k_TGD.detach().to(self.dtype).index_select(0, pool.index),
+            v_TGE.detach().to(self.dtype).index_select(0, pool.index),
+            self._keys[layer],
+            self._values[layer],
+            pool.table,
+            sums,
+            sums,
+            "thd",
+            self.batch_size,
+            int(pool.kept.max(initial=0)),
+            num_pages * self.page_size,
+            num_pages,
+            False,
+        )
+
+    def advance(self) -> Tensor:
+        """Begin a step in which every sequence grows by one token; returns `positions`.
+
+        Host work and copies to the device only: picks the rank and the slot of each new token, takes and drops pages.
+
+        Raises:
+            RuntimeError: a sequence would outgrow max_new_tokens.
+        """
+        if (self._lengths >= self._limits).any():
+            raise RuntimeError(f"a sequence has grown by max_new_tokens = {self.max_new_tokens}: the cache is full")
+        position = self._lengths.copy()
+        # New tokens go round the ranks, each sequence from another one on.
+        mine = (position + np.arange(self.batch_size)) % self.cp_size == self.cp_rank
+        for pool in self._pools:
+            self._drop_pages(pool, position)
+            self._place_tokens(pool, position, mine)
+        self._queries.copy_(torch.from_numpy(position), non_blocking=True)
+        self._lengths += 1
+        return self._queries
+
+    def decode(
+        self,
+        layer: int,
+        q_BND: Tensor,
+        k_BGD: Tensor,
+        v_BGE: Tensor,
+        *,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+        source: int | None = None,
+        merge: MergeMethod = "auto",
+    ) -> Tensor:
+        """Attention of each sequence's new token over all its keys, its own included; stores that key and value.
+
+        No host sync. Call it on all ranks, after `advance`, once for each layer.
+
+        Args:
+            q_BND, k_BGD, v_BGE: of the new tokens, the same on all ranks (every rank runs the model on them).
+            softmax_scale, softcap, sink: as in `attention`.
+            source: a rank of the group, if only that rank has q, k and v; the others pass tensors of the same shape,
+                and get the values from it.
+            merge: "gather" sends every partial result to every rank; "scatter" merges a share of the rows on each
+                rank and gathers the merged ones; "auto" takes what moves fewer bytes.
+
+        Returns:
+            out [B, N, E] in q's dtype, equal bit for bit on all ranks.
+        """
+        if source is not None and self.group is not None:
+            q_BND, k_BGD, v_BGE = _broadcast((q_BND, k_BGD, v_BGE), source, self.group)
+        pool = self._pool_of[layer]
+        for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, pool.rows, new.to(self.dtype))
+        reach = pool.table.shape[1]
+        if not self.static_shapes:
+            used = max((len(p) for p in pool.host_pages), default=0)
+            reach = min(reach, -(-used // _PAGE_STEP) * _PAGE_STEP)
+        scale = self.key.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        out, lse = paged_partial(
+            q_BND,
+            self._keys[layer],
+            self._values[layer],
+            pool.table[:, :reach],
+            pool.positions,
+            self._queries,
+            window=pool.window,
+            scale=scale,
+            softcap=softcap,
+        )
+        return merge_over_ranks(out, lse, self.group, dtype=q_BND.dtype, sink=sink, method=merge)
+
+    def bytes_per_step(self, *, merge: MergeMethod = "auto", itemsize: int | None = None) -> int:
+        """Bytes that one rank sends and receives, each, for one token of every sequence, over all layers.
+
+        itemsize: of the model's activations; None is that of the cache.
+        """
+        rows = self.batch_size * self.key.num_heads_q
+        itemsize = self.dtype.itemsize if itemsize is None else itemsize
+        accumulator = accumulator_dtype(self.dtype).itemsize
+        costs = _merge_costs(rows, self.key.head_dim_v, self.cp_size, accumulator, itemsize)
+        return costs[_choose_merge(costs, merge)] * len(self.windows)
+
+    def bytes_to_gather_cache(self) -> int:
+        """Bytes that one rank would receive if the others sent it the keys and values that it lacks, at this length."""
+        row = self.key.num_heads_kv * (self.key.head_dim + self.key.head_dim_v) * self.dtype.itemsize
+        total = 0
+        for window in self.windows:
+            seen = self._lengths if window is None else np.minimum(self._lengths, window)
+            total += int(seen.sum()) * (self.cp_size - 1) // self.cp_size * row
+        return total
+
+    def _make_pool(self, window: int | None, layers: list[int]) -> _Pool:
+        """Pages for the prompt's rows that a later query can see, and for this rank's share of new tokens."""
+        documents = self.key.spec.documents or []
+        tokens = self.key.plan.k_placement.tokens_of(self.cp_rank)
+        starts = np.array([d.start for d in documents], dtype=np.int64)
+        # Empty documents share their start with the next one: the last of those at or before a token holds it.
+        sequence = np.searchsorted(starts, tokens, side="right") - 1
+        position = tokens - starts[sequence]
+        if window is not None:
+            keep = position > self._lengths[sequence] - window
+            sequence, position = sequence[keep], position[keep]
+            index = np.flatnonzero(keep)
+        else:
+            index = np.arange(len(tokens))
+        kept = np.bincount(sequence, minlength=self.batch_size)
+        new = -(-self.max_new_tokens // self.cp_size)
+        most = kept + (new if window is None else min(new, -(-window // self.cp_size) + self.page_size))
+        per_sequence = -(-most // self.page_size) + 1
+        num_pages = 1 + int(per_sequence.sum())
+        first = np.cumsum(kept) - kept
+        slots = np.full((num_pages, self.page_size), _NEVER, dtype=np.int64)
+        page_last = np.full(num_pages, -1, dtype=np.int64)
+        free = list(range(num_pages - 1, _SCRATCH, -1))
+        pages = [[free.pop() for _ in range(-(-int(n) // self.page_size))] for n in kept]
+        for b, mine in enumerate(pages):
+            own = position[first[b] : first[b] + kept[b]]
+            for nth, page in enumerate(mine):
+                part = own[nth * self.page_size : (nth + 1) * self.page_size]
+                slots[page, : len(part)] = part
+                page_last[page] = part[-1]
+        table = torch.full((self.batch_size, int(per_sequence.max(initial=1))), _SCRATCH, dtype=torch.int32)
+        for b, mine in enumerate(pages):
+            table[b, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+        zeros = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        return _Pool(
+            window=window,
+            layers=layers,
+            free=free,
+            host_pages=pages,
+            host_slots=kept.astype(np.int64),
+            page_last=page_last,
+            table=table.to(self.device),
+            positions=torch.from_numpy(slots).to(self.device),
+            rows=zeros,
+            row_positions=zeros.clone(),
+            index=torch.from_numpy(index).to(self.device),
+            kept=kept,
+        )
+
+    def _drop_pages(self, pool: _Pool, position: np.ndarray) -> None:
+        """Free the pages whose newest token lies outside the window of all queries to come."""
+        if pool.window is None:
+            return
+        for b, pages in enumerate(pool.host_pages):
+            gone = 0
+            # The last page is kept while it has room, since tokens are still to come to it.
+            while gone < len(pages) and pool.page_last[pages[gone]] <= position[b] - pool.window:
+                if gone == len(pages) - 1 and pool.host_slots[b] % self.page_size:
+                    break
+                gone += 1
+            if gone:
+                self._forget(pool, b, gone)
+
+    def _forget(self, pool: _Pool, b: int, count: int) -> None:
+        pages = pool.host_pages[b]
+        old = pages[:count]
+        del pages[:count]
+        pool.host_slots[b] -= min(count * self.page_size, int(pool.host_slots[b]))
+        pool.free += old
+        pool.positions[torch.tensor(old, device=self.device)] = _NEVER
+        self._write_table(pool, b)
+
+    def _place_tokens(self, pool: _Pool, position: np.ndarray, mine: np.ndarray) -> None:
+        rows = np.full(self.batch_size, _SCRATCH * self.page_size, dtype=np.int64)
+        for b in np.flatnonzero(mine):
+            slot = int(pool.host_slots[b]) % self.page_size
+            pages = pool.host_pages[b]
+            if int(pool.host_slots[b]) == len(pages) * self.page_size:
+                pages.append(pool.free.pop())
+                self._write_table(pool, int(b))
+            rows[b] = pages[-1] * self.page_size + slot
+            pool.page_last[pages[-1]] = position[b]
+            pool.host_slots[b] += 1
+        pool.rows.copy_(torch.from_numpy(rows), non_blocking=True)
+        where = torch.from_numpy(np.where(mine, position, _NEVER))
+        pool.row_positions.copy_(where, non_blocking=True)
+        pool.positions.view(-1).index_copy_(0, pool.rows, pool.row_positions)
+
+    def _write_table(self, pool: _Pool, b: int) -> None:
+        row = torch.full((pool.table.shape[1],), _SCRATCH, dtype=torch.int32)
+        row[: len(pool.host_pages[b])] = torch.tensor(pool.host_pages[b], dtype=torch.int32)
+        pool.table[b].copy_(row, non_blocking=True)
+
+    def release(self, b: int) -> None:
+        """Free all pages of a sequence that has ended; what it decodes from now on is of no use."""
+        for pool in self._pools:
+            if pool.host_pages[b]:
+                self._forget(pool, b, len(pool.host_pages[b]))
+
+
+def paged_partial(
+    q_BND: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BP: Tensor,
+    positions: Tensor,
+    queries_B: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per sequence over the pages of this rank.
+
+    Args:
+        k_pages, v_pages: [num_pages, page_size, G, D] and [..., E].
+        table_BP: int32 [B, P].
+        positions: int64 [num_pages, page_size]; a slot is visible iff its position is at most the query's and, with a
+            window W, within W of it.
+        queries_B: int64 [B], positions of the queries.
+
+    Returns:
+        out [B, N, E] and lse [B, N], natural log, in fp32 (fp64 for fp64); 0 and -inf where nothing is visible.
+    """
+    dtype = accumulator_dtype(q_BND.dtype)
+    index = table_BP.long()
+    k, v = (pages[index].flatten(1, 2).to(dtype) for pages in (k_pages, v_pages))
+    position_BS = positions[index].flatten(1)
+    visible = position_BS <= queries_B[:, None]
+    if window is not None:
+        visible &= position_BS > queries_B[:, None] - window
+    num_heads_kv = k.shape[2]
+    q = q_BND.to(dtype).unflatten(1, (num_heads_kv, -1))
+    scores = torch.einsum("bgrd,bsgd->bgrs", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
+    return torch.einsum("bgrs,bsge->bgre", p, v).flatten(1, 2), lse.flatten(1)
+
+
+def merge_over_ranks(
+    out_BNE: Tensor,
+    lse_BN: Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    dtype: torch.dtype,
+    sink: Tensor | None = None,
+    method: MergeMethod = "auto",
+) -> Tensor:
+    """The attention over the keys of all ranks, from each rank's part; the same bits on every rank.
+
+    Args:
+        out_BNE, lse_BN: this rank's part, fp32 or fp64.
+        sink: [N], a further logit of each head.
+        method: see `PagedKVCache.decode`. Per rank and direction, with X the bytes of a part: gather (cp - 1) X in one
+            collective; scatter about 2 (cp - 1) / cp X in two, of which the second is in `dtype`. A tree (recursive
+            doubling) would move log2(cp) X.
+
+    Returns:
+        out [B, N, E] in `dtype`.
+    """
+    batch, num_heads, head_dim = out_BNE.shape
+    packed = torch.cat([out_BNE, lse_BN.unsqueeze(-1)], dim=-1).flatten(0, 1)
+    cp_size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    costs = _merge_costs(len(packed), head_dim, cp_size, packed.element_size(), dtype.itemsize)
+    if _choose_merge(costs, method) == "gather" or cp_size == 1:
+        parts = packed if group is None else all_gather(packed, group)
+        rows = torch.arange(len(packed), device=packed.device)
+        merged = _fold(parts.view(cp_size, *packed.shape), rows, sink, num_heads)
+        return merged.view(batch, num_heads, head_dim).to(dtype)
+    share = -(-len(packed) // cp_size)
+    padded = packed.new_zeros(share * cp_size, head_dim + 1)
+    padded[: len(packed)] = packed
+    parts = torch.empty_like(padded)
+    dist.all_to_all_single(parts, padded, group=group)
+    rows = torch.arange(rank * share, (rank + 1) * share, device=packed.device)
+    merged = _fold(parts.view(cp_size, share, head_dim + 1), rows, sink, num_heads).to(dtype)
+    assert group is not None
+    return all_gather(merged, group)[: len(packed)].view(batch, num_heads, head_dim)
+
+
+def _fold(parts: Tensor, rows: Tensor, sink: Tensor | None, num_heads: int) -> Tensor:
+    """Parts [ranks, rows, E + 1] merged in rank order, and the sink of each row's head."""
+    out, lse = parts[0, :, :-1].clone(), parts[0, :, -1].clone()
+    for part in parts[1:]:
+        merge_partials(out, lse, part[:, :-1], part[:, -1])
+    if sink is not None:
+        logit = sink.to(lse.dtype)[rows % num_heads]
+        out *= torch.exp(lse - torch.logaddexp(lse, logit)).unsqueeze(-1)
+    return out
+
+
+def _merge_costs(rows: int, head_dim: int, cp_size: int, accumulator: int, itemsize: int) -> dict[str, int]:
+    """Bytes that a rank sends to merge `rows` partial rows, by method."""
+    if cp_size == 1:
+        return {"gather": 0, "scatter": 0}
+    share = -(-rows // cp_size)
+    return {
+        "gather": (cp_size - 1) * rows * (head_dim + 1) * accumulator,
+        "scatter": (cp_size - 1) * share * ((head_dim + 1) * accumulator + head_dim * itemsize),
+    }
+
+
+def _choose_merge(costs: dict[str, int], method: MergeMethod) -> str:
+    if method != "auto":
+        return method
+    # The second collective of "scatter" has to save something for its latency.
+    return "scatter" if costs["scatter"] < 0.9 * costs["gather"] else "gather"
+
+
+def _broadcast(tensors: Sequence[Tensor], source: int, group: dist.ProcessGroup) -> list[Tensor]:
+    """Tensors of one rank of the group, on all of them, in one message."""
+    packed = torch.cat([t.flatten() for t in tensors])
+    dist.broadcast(packed, dist.get_global_rank(group, source), group=group)
+    parts = packed.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+__all__ = ["PagedKVCache", "merge_over_ranks", "paged_partial"]

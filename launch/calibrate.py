@@ -1,0 +1,232 @@
+"""`cpattn calibrate`: measure the numbers of the cost model on this machine and write them to a file.
+
+    cpattn calibrate --out hardware.json                                  # the kernel, on one device
+    torchrun --nproc-per-node 8 -m cpattn.launch.cli calibrate --out ...  # the links as well
+
+Rank 0's numbers are the ones that count and are sent to all: what steers a plan must be equal on all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+
+from cpattn.solver import Hardware, Heads, Link
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+# Exchanges of these sizes, bytes for each peer: the small one gives the latency, the large one the rate.
+_SMALL, _LARGE = 1 << 10, 4 << 20
+# A link that was not measured: no slower than memory, so that it never decides.
+_NO_LINK = Link(0.0, 1e12)
+
+
+def calibrate_command(
+    out: Annotated[Path | None, typer.Option(help="Write the result here, for cpattn plan --hardware.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the largest kernel measured; 0: 2K on CPU, 32K on CUDA.")] = 0,
+    heads: Annotated[str, typer.Option(help="Query and key heads, q:kv.")] = "8:8",
+    head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 64,
+) -> None:
+    """Measure kernel, copies and (under torchrun) links; print and store them as JSON."""
+    import torch
+    import torch.distributed as dist
+
+    try:
+        num_q, num_kv = (int(part) for part in heads.split(":"))
+    except ValueError:
+        raise typer.BadParameter(f"--heads is {heads!r}: give query and key heads as 32:8") from None
+    cuda = torch.cuda.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if several:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    shape = Heads(num_q, num_kv, head_dim, head_dim, itemsize=2 if cuda else 4)
+    hardware = calibrate(shape, device="cuda" if cuda else "cpu", tokens=tokens or (1 << 15 if cuda else 1 << 11))
+    if not several or dist.get_rank() == 0:
+        print(hardware.to_json())
+        if out is not None:
+            out.write_text(hardware.to_json() + "\n")
+    if several:
+        dist.destroy_process_group()
+
+
+def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGroup | None = None) -> Hardware:
+    """Measure this machine; every rank of the group (or of the default one) calls it and gets rank 0's numbers.
+
+    Args:
+        heads: of the kernel measured; itemsize 2 is bf16, 4 fp32.
+        device: "cpu" or "cuda".
+        tokens: of the largest mask measured, at least 256.
+    """
+    import torch
+    import torch.distributed as dist
+
+    together = dist.is_available() and dist.is_initialized()
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[heads.itemsize]
+    kernel = _fit_kernel(heads, torch.device(device), dtype, tokens)
+    within, across, per_node = _links(group, torch.device(device)) if together else (_NO_LINK, _NO_LINK, 1)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    hardware = Hardware(
+        name=name,
+        forward_flops=kernel.forward_flops,
+        backward_flops=kernel.backward_flops,
+        slice_s=kernel.slice_s,
+        launch_s=kernel.launch_s,
+        copy_bytes_per_s=_copy_rate(torch.device(device)),
+        within=within,
+        across=across,
+        ranks_per_node=per_node,
+        source=f"cpattn calibrate, torch {torch.__version__}, {heads}, {tokens} tokens",
+    )
+    if together:
+        first = dist.get_global_rank(group, 0) if group is not None else 0
+        text = [hardware.to_json()]
+        dist.broadcast_object_list(text, src=first, group=group)
+        hardware = Hardware.from_json(text[0])
+    return hardware
+
+
+class Kernel(NamedTuple):
+    """Fitted speeds of the local kernel."""
+
+    forward_flops: float
+    backward_flops: float
+    slice_s: float
+    launch_s: float
+
+
+def _fit_kernel(heads: Heads, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+    """Fit launch + slices * slice_s + FLOP / rate to masks of one and of many documents."""
+    masks = [[tokens], [tokens // 2], [tokens // 4], [tokens // 16] * 16, [tokens // 64] * 16]
+    rows, forward, backward = [], [], []
+    for lengths in masks:
+        area = sum(n * (n + 1) // 2 for n in lengths)
+        f, b = _kernel_seconds(lengths, heads, device, dtype)
+        rows.append((1.0, float(len(lengths)), float(area)))
+        forward.append(f)
+        backward.append(b)
+    launch, per_slice, pair = _least_squares(np.array(rows), np.array(forward))
+    b_launch, b_slice, b_pair = _least_squares(np.array(rows), np.array(backward))
+    return Kernel(
+        heads.forward_flop / pair, heads.backward_flop / b_pair, (per_slice + b_slice) / 2, (launch + b_launch) / 2
+    )
+
+
+def _least_squares(rows: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float]:
+    """Coefficients of at least 0 with the smallest relative error: columns that come out negative are left out."""
+    columns = [0, 1, 2]
+    while True:
+        scaled = rows[:, columns] / seconds[:, None]
+        found = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0]
+        if (found >= 0).all() or len(columns) == 1:
+            result = dict(zip(columns, np.maximum(found, 0.0).tolist(), strict=True))
+            return result.get(0, 0.0), result.get(1, 0.0), max(result.get(2, 0.0), 1e-18)
+        # The work itself always counts.
+        candidates = [at for at, column in enumerate(columns) if column != 2]
+        del columns[min(candidates, key=lambda at: found[at])]
+
+
+def _kernel_seconds(lengths: list[int], heads: Heads, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of forward and backward of packed causal documents on one rank."""
+    import torch
+
+    import cpattn
+
+    spec = cpattn.AttnMaskSpec.varlen(lengths)
+    key = cpattn.make_key(
+        spec, num_heads_q=heads.num_q, num_heads_kv=heads.num_kv, head_dim=heads.head_dim, head_dim_v=heads.head_dim_v
+    )
+    shapes = [(heads.num_q, heads.head_dim), (heads.num_kv, heads.head_dim), (heads.num_kv, heads.head_dim_v)]
+    q, k, v = (torch.randn(spec.total_seqlen, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+    out: Any = cpattn.attention(q, k, v, key)
+    dout = torch.randn_like(out)
+
+    def backward() -> None:
+        torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+    return _seconds(lambda: cpattn.attention(q, k, v, key), device), _seconds(backward, device)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """The least time of a few runs: other work on the machine only ever adds."""
+    import torch
+
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes of rows per second that can be gathered into a buffer."""
+    import torch
+
+    rows = torch.randn(1 << 14, 256, device=device)
+    index = torch.arange(0, 1 << 14, 2, device=device)
+    return rows[index].numel() * rows.element_size() / _seconds(lambda: rows.index_select(0, index), device)
+
+
+def _links(group: dist.ProcessGroup | None, device: torch.device) -> tuple[Link, Link, int]:
+    """Links within a node and between nodes, and ranks in a node, by LOCAL_WORLD_SIZE."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size(group)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if group is not None or size % per_node:
+        per_node = size
+    if per_node in (1, size):
+        link = measure_link(group, device)
+        return link, link, per_node
+    rank = dist.get_rank()
+    within = [dist.new_group(list(range(a, a + per_node))) for a in range(0, size, per_node)][rank // per_node]
+    across = [dist.new_group(list(range(a, size, per_node))) for a in range(per_node)][rank % per_node]
+    return measure_link(within, device), measure_link(across, device), per_node
+
+
+def measure_link(group: dist.ProcessGroup | None, device: torch.device, large: int = _LARGE) -> Link:
+    """Fit latency and rate of one rank's link from all-to-alls of two sizes, all ranks at once.
+
+    Args:
+        large: bytes for each peer in the larger exchange.
+    """
+    import torch
+    import torch.distributed as dist
+
+    peers = dist.get_world_size(group) - 1
+    if peers < 1:
+        return _NO_LINK
+    points = []
+    for nbytes in (_SMALL, large):
+        send = torch.zeros((peers + 1) * nbytes, dtype=torch.uint8, device=device)
+        splits = [nbytes] * (peers + 1)
+        splits[dist.get_rank(group)] = 0
+        received = torch.empty(peers * nbytes, dtype=torch.uint8, device=device)
+        send = send[: peers * nbytes]
+        times = []
+        for _ in range(6):
+            dist.barrier(group)
+            start = time.perf_counter()
+            dist.all_to_all_single(received, send, splits, splits, group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        points.append((peers * nbytes, statistics.median(times[1:])))
+    (b0, t0), (b1, t1) = points
+    slope = max(t1 - t0, 1e-9) / (b1 - b0)
+    return Link(max(t0 - b0 * slope, 0.0), 1 / slope)

@@ -1,0 +1,370 @@
+"""`cpattn plan`: plan any mask for any number of ranks, and say how good the plan is. No GPU, no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cpattn.mask_spec import AttnMaskSpec, lower_mask
+from cpattn.solver import (
+    HARDWARE,
+    Hardware,
+    Heads,
+    Plan,
+    PlanReport,
+    Rival,
+    SliceTable,
+    hardware_named,
+    make_dispatch_plan,
+    plan_report,
+    row_costs,
+)
+
+
+class MaskName(str, Enum):
+    """Masks that need no more than options."""
+
+    causal = "causal"
+    full = "full"
+    window = "window"
+    block_causal = "block-causal"
+
+
+class Layouts(str, Enum):
+    balanced = "balanced"
+    contiguous = "contiguous"
+    zigzag = "zigzag"
+
+
+class Schedules(str, Enum):
+    auto = "auto"
+    keys = "keys"
+    tiles = "tiles"
+
+
+def plan_command(
+    mask: Annotated[MaskName, typer.Option(help="The shape of the mask of each document.")] = MaskName.causal,
+    seqlen: Annotated[str, typer.Option(help="Tokens of one sequence: 65536, 64K, 4M.")] = "",
+    lengths: Annotated[str, typer.Option(help="Document lengths instead, comma-separated: 8K,3000,512.")] = "",
+    file: Annotated[Path | None, typer.Option(help="JSON file with the mask: see docs/planning.md.")] = None,
+    window: Annotated[int | None, typer.Option(help="Keys that a query sees, itself included.")] = None,
+    block: Annotated[int, typer.Option(help="Tokens of a block (mask block-causal).")] = 1024,
+    ranks: Annotated[int, typer.Option(help="Ranks of the context-parallel group.")] = 8,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="Ranks that share a node; 0: one level; default: the hardware's.")
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Query and key heads, q:kv.")] = "32:8",
+    head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 128,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Tokens by which ranks may differ; default: tokens / (16 ranks).")
+    ] = None,
+    imbalance: Annotated[
+        float | None, typer.Option(help="Fail if a rank's work exceeds this many times the mean.")
+    ] = None,
+    layout: Annotated[Layouts, typer.Option(help="Who owns which tokens.")] = Layouts.balanced,
+    schedule: Annotated[Schedules, typer.Option(help="Whether queries travel too.")] = Schedules.auto,
+    num_stages: Annotated[int | None, typer.Option(help="Parts in which remote keys travel; default: chosen.")] = None,
+    search_effort: Annotated[int, typer.Option(help="Iterations of extra placement search.")] = 0,
+    hardware: Annotated[
+        str, typer.Option(help=f"{', '.join(HARDWARE)}, or a JSON file of cpattn calibrate.")
+    ] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this folder, as PNG and PDF.")] = None,
+) -> None:
+    """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
+    try:
+        spec = _spec_of(mask, seqlen, lengths, file, window, block)
+        machine = hardware_named(hardware) if hardware in HARDWARE else Hardware.from_json(_read(Path(hardware)))
+        answer = _answer(
+            spec,
+            ranks=ranks,
+            ranks_per_node=_nodes(ranks_per_node, ranks, machine),
+            heads=_heads(heads, head_dim),
+            chunk_size=chunk_size,
+            layout=layout.value,
+            schedule=schedule.value,
+            num_stages=num_stages,
+            search_effort=search_effort,
+            hardware=machine,
+        )
+        _check_balance(answer.report, imbalance)
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps({**answer.report.to_dict(), "planning_cpu_seconds": round(answer.cpu_seconds, 4)}, indent=2))
+    else:
+        Console().print(_table(answer), _rivals(answer.report))
+    if plot is not None:
+        from cpattn.launch.plan_pictures import draw_report
+
+        for path in draw_report(answer.plan, answer.report, plot, heads=answer.heads, hardware=machine):
+            Console(stderr=True).print(f"wrote {path}", highlight=False)
+
+
+class Answer(NamedTuple):
+    plan: Plan
+    report: PlanReport
+    heads: Heads
+    hardware: Hardware
+    cpu_seconds: float
+
+
+def _answer(
+    spec: AttnMaskSpec,
+    *,
+    ranks: int,
+    ranks_per_node: int | None,
+    heads: Heads,
+    chunk_size: int | None,
+    layout: Any,
+    schedule: Any,
+    num_stages: int | None,
+    search_effort: int,
+    hardware: Hardware,
+) -> Answer:
+    if ranks < 1:
+        raise ValueError(f"--ranks is {ranks}: it must be at least 1")
+    chunk = max(1, spec.total_seqlen // (16 * ranks)) if chunk_size is None else chunk_size
+    started = time.process_time()
+    table: SliceTable = lower_mask(spec)
+    plan = make_dispatch_plan(
+        table,
+        total_seqlen=spec.total_seqlen,
+        total_seqlen_k=spec.total_seqlen_k,
+        cp_size=ranks,
+        chunk_size=chunk,
+        layout=layout,
+        schedule=schedule,
+        num_stages=num_stages,
+        costs=row_costs(heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v),
+        ranks_per_node=ranks_per_node,
+        search_effort=search_effort,
+        hardware=hardware,
+    )
+    seconds = time.process_time() - started
+    report = plan_report(plan, mask=table, heads=heads, hardware=hardware, chunk_size=chunk)
+    return Answer(plan, report, heads, hardware, seconds)
+
+
+def _check_balance(report: PlanReport, limit: float | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"--imbalance is {limit}: the largest share is never below the mean, so it is at least 1")
+    if limit is not None and report.imbalance > limit:
+        raise ValueError(
+            f"the plan's imbalance is {report.imbalance:.3f}, above --imbalance {limit}: allow more, or let token "
+            f"counts differ more (--chunk-size), or search longer (--search-effort)"
+        )
+
+
+def _nodes(asked: int | None, ranks: int, hardware: Hardware) -> int | None:
+    """Ranks in a node; what is asked for must divide, what the hardware has is used where it does."""
+    if asked is None:
+        asked = hardware.ranks_per_node if ranks % hardware.ranks_per_node == 0 else 0
+    return asked or None
+
+
+def _heads(text: str, head_dim: int) -> Heads:
+    try:
+        num_q, num_kv = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"--heads is {text!r}: give query and key heads as 32:8") from None
+    if num_q < 1 or num_kv < 1 or num_q % num_kv or head_dim < 1:
+        raise ValueError(f"--heads {text}, dim {head_dim}: query heads must be a multiple of key heads, all at least 1")
+    return Heads(num_q, num_kv, head_dim, head_dim)
+
+
+def parse_count(text: str) -> int:
+    """Tokens from 65536, 64K or 4M (powers of 1024).
+
+    >>> parse_count("64K"), parse_count("4m"), parse_count("300")
+    (65536, 4194304, 300)
+    """
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    digits, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        return int(digits) * unit
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of tokens: write 65536, 64K or 4M") from None
+
+
+def _spec_of(
+    mask: MaskName, seqlen: str, lengths: str, file: Path | None, window: int | None, block: int
+) -> AttnMaskSpec:
+    if sum(map(bool, (seqlen, lengths, file))) != 1:
+        raise ValueError("give the tokens once: --seqlen 1M, or --lengths 8K,3000,512, or --file mask.json")
+    if file is not None:
+        return spec_from_json(_read(file), name=str(file))
+    documents = [parse_count(part) for part in (seqlen or lengths).split(",")]
+    if mask is MaskName.window or window is not None:
+        if window is None:
+            raise ValueError("--mask window needs --window, the number of keys that a query sees")
+        return AttnMaskSpec.sliding_window(documents, window)
+    if mask is MaskName.block_causal:
+        return AttnMaskSpec.block_causal(documents, block)
+    return AttnMaskSpec.varlen(documents, causal=mask is MaskName.causal)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+_JSON_KINDS: dict[str, frozenset[str]] = {
+    "lengths": frozenset({"lengths", "causal", "window", "block_size", "prefix_lengths"}),
+    "node_lengths": frozenset({"node_lengths", "paths"}),
+    "seqlens_q": frozenset({"seqlens_q", "seqlens_k", "causal"}),
+    "q_ranges": frozenset({"q_ranges", "k_ranges", "mask_types", "total_seqlen", "total_seqlen_k"}),
+}
+
+
+def spec_from_json(text: str, *, name: str = "mask") -> AttnMaskSpec:
+    """The mask that a JSON text describes, by the fields it has.
+
+    A list of ints is document lengths. An object has one of: `lengths` (with `causal`, `window`,
+    `block_size` or `prefix_lengths`), `node_lengths` and `paths` (a prefix tree), `seqlens_q` and
+    `seqlens_k` (cross-attention), or `q_ranges`, `k_ranges`, `mask_types`, `total_seqlen`.
+
+    Raises:
+        ValueError: it is not JSON, or not one of these.
+
+    >>> spec_from_json("[3, 5]").total_seqlen
+    8
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if isinstance(data, list):
+        data = {"lengths": data}
+    kind = next((k for k in _JSON_KINDS if isinstance(data, dict) and k in data), None)
+    if kind is None:
+        kinds = ", ".join(_JSON_KINDS)
+        raise ValueError(f"{name} describes no mask: give a list of lengths, or an object with one of {kinds}")
+    fields = ", ".join(sorted(_JSON_KINDS[kind]))
+    unknown = set(data) - _JSON_KINDS[kind]
+    if unknown:
+        raise ValueError(f"{name} has {', '.join(sorted(unknown))}: the fields are {fields}")
+    try:
+        return _spec_of_fields(kind, data)
+    except (KeyError, TypeError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{name}: {missing}; the fields are {fields}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _spec_of_fields(kind: str, data: dict[str, Any]) -> AttnMaskSpec:
+    if kind == "node_lengths":
+        return AttnMaskSpec.prefix_tree(data["node_lengths"], data["paths"])[0]
+    if kind == "seqlens_q":
+        return AttnMaskSpec.cross(data["seqlens_q"], data["seqlens_k"], causal=bool(data.get("causal", False)))
+    if kind == "q_ranges":
+        return AttnMaskSpec(
+            data["q_ranges"], data["k_ranges"], data["mask_types"], data["total_seqlen"], data.get("total_seqlen_k")
+        )
+    extra = [name for name in ("window", "block_size", "prefix_lengths") if name in data]
+    if len(extra) > 1:
+        raise ValueError(f"{' and '.join(extra)} do not go together")
+    if "window" in data:
+        window = data["window"]
+        return AttnMaskSpec.sliding_window(data["lengths"], tuple(window) if isinstance(window, list) else window)
+    if "block_size" in data:
+        return AttnMaskSpec.block_causal(data["lengths"], data["block_size"])
+    if "prefix_lengths" in data:
+        return AttnMaskSpec.prefix_lm(data["prefix_lengths"], data["lengths"])
+    return AttnMaskSpec.varlen(data["lengths"], causal=bool(data.get("causal", True)))
+
+
+def _table(answer: Answer) -> Table:
+    report, plan = answer.report, answer.plan
+    kind = "queries and keys travel" if report.moves_queries else "keys travel"
+    levels = f"{report.ranks_per_node} ranks to a node" if 1 < report.ranks_per_node < report.cp_size else "one level"
+    table = Table(
+        title=f"{report.seqlen_q:,} x {report.seqlen_k:,} tokens on {report.cp_size:,} ranks ({levels}): {kind}",
+        title_justify="left",
+        caption=f"planned in {answer.cpu_seconds:.2f} CPU s; {answer.hardware.name}; bytes, time: forward + backward",
+        caption_justify="left",
+    )
+    for heading in ("", "mean", "max", "max / mean", "bound on max", "max / bound"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    areas, tokens = plan.areas(), plan.q_placement.num_tokens
+    _row(table, "visible pairs", areas.mean(), areas.max(), areas.mean())
+    _row(table, "tokens owned", tokens.mean(), tokens.max(), None)
+    worst_keys = None if report.moves_queries else report.kv_rows_worst_bound
+    _row(table, "key rows received", report.kv_rows / report.cp_size, report.kv_rows_worst, worst_keys)
+    _row(table, "key rows sent", report.kv_rows / report.cp_size, report.kv_rows_sent_worst, None)
+    if report.moves_queries:
+        _row(table, "query rows received", report.q_rows / report.cp_size, report.q_rows_worst, None)
+    _row(table, "bytes received", report.bytes_mean, report.bytes_worst, report.bytes_worst_bound, _bytes)
+    table.add_section()
+    if report.kv_rows_bound and not report.moves_queries:
+        _total(table, "key rows, all ranks", report.kv_rows, report.kv_rows_bound, _count)
+    _total(table, "bytes, all ranks", report.bytes_total, report.bytes_bound, _bytes)
+    _total(table, f"step, {report.num_stages} remote stages", report.seconds, report.seconds_bound, _seconds)
+    return table
+
+
+def _row(table: Table, name: str, mean: float, most: float, bound: float | None, show: Any = None) -> None:
+    show = show or _count
+    ratio = f"{most / mean:.3f}" if mean else "-"
+    known = bound is not None and bound > 0
+    table.add_row(
+        name, show(mean), show(most), ratio, show(bound) if known else "-", f"{most / bound:.2f}" if known else "-"  # type: ignore[operator]
+    )
+
+
+def _total(table: Table, name: str, value: float, bound: float, show: Any) -> None:
+    ratio = f"{value / bound:.2f}" if bound > 0 and value == value else "-"
+    table.add_row(name, "", show(value), "", show(bound) if bound > 0 else "-", ratio)
+
+
+def _rivals(report: PlanReport) -> Table:
+    table = Table(title="the same attention by other means", title_justify="left")
+    for heading in ("", "imbalance", "bytes, all ranks", "to ours", "busiest rank", "step", "note"):
+        table.add_column(heading, justify="left" if heading in ("", "note") else "right")
+    ours = report.bytes_total
+    mine = Rival("this plan", report.imbalance, ours, report.bytes_worst, report.seconds)
+    for rival in (mine, *report.rivals):
+        if rival.bytes_total != rival.bytes_total:
+            table.add_row(rival.name, "-", "-", "-", "-", "-", rival.note)
+            continue
+        ratio = f"{rival.bytes_total / ours:.2f}" if ours else "-"
+        table.add_row(
+            rival.name,
+            f"{rival.imbalance:.3f}",
+            _bytes(rival.bytes_total),
+            ratio,
+            _bytes(rival.bytes_worst),
+            _seconds(rival.seconds),
+            rival.note,
+        )
+    return table
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _bytes(value: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} PB"
+
+
+def _seconds(value: float) -> str:
+    if value != value:
+        return "-"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

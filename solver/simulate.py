@@ -1,0 +1,261 @@
+"""What a plan's step would look like on given hardware: a timeline for every rank, without running it.
+
+The model follows the attention op. A rank issues the exchange of stage s + 1, computes stage s, waits;
+in backward it also sends each stage's key gradients home while the next stage computes, one at a time.
+A rank's exchanges take turns on its link, and one begins when all its peers have issued it. Everything
+is an array over ranks: a thousand ranks cost as much Python as two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
+from .plan import Plan
+from .routes import Intervals, RouteTable, merge_intervals, two_level_routes
+from .slices import IntArray, SliceTable, expand_counts
+
+
+class Span(NamedTuple):
+    """One thing that every rank does: seconds [cp_size] from the start of the pass; where both are equal, not."""
+
+    name: str
+    starts: FloatArray
+    ends: FloatArray
+
+
+class PassTimeline(NamedTuple):
+    """One pass of the attention call.
+
+    compute: one span for each stage, the host stage first. transfers: in the order in which they are
+    issued. seconds: when each rank is done, [cp_size].
+    """
+
+    compute: tuple[Span, ...]
+    transfers: tuple[Span, ...]
+    seconds: FloatArray
+
+    @property
+    def busy(self) -> FloatArray:
+        """Seconds that each rank computes, [cp_size]."""
+        total: FloatArray = np.sum([span.ends - span.starts for span in self.compute], axis=0)
+        return total
+
+    @property
+    def exposed(self) -> FloatArray:
+        """Seconds in which each rank does not compute, [cp_size]."""
+        return self.seconds - self.busy
+
+
+class StepTimeline(NamedTuple):
+    """Forward and backward of one attention call."""
+
+    forward: PassTimeline
+    backward: PassTimeline
+
+    @property
+    def seconds(self) -> float:
+        """Both passes, each as long as its slowest rank."""
+        return float(self.forward.seconds.max() + self.backward.seconds.max())
+
+
+def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | None = None) -> StepTimeline:
+    """Timeline of one attention call, forward and backward, on every rank.
+
+    Args:
+        plan: any plan; ranks r with equal r // hardware.ranks_per_node are taken to share a node. A
+            plan of two levels sends each row between nodes once.
+        heads: of the call; None is 32 query and 8 key heads of 128 in 16 bits.
+    """
+    heads = Heads() if heads is None else heads
+    works = _stage_works(plan)
+    row = heads.row_bytes()
+    queries = _Wire.of(plan, plan.q_routes, hardware)
+    stages = [_Wire.of(plan, plan.kv_routes.of_stage(stage), hardware) for stage in range(plan.num_stages)]
+
+    def kernels(backward: bool) -> list[FloatArray]:
+        return [hardware.kernel_seconds(w.areas, w.slices, heads, backward=backward) for w in works]
+
+    forward = _Clock(plan.cp_size, hardware)
+    forward.run(kernels(False), queries, stages, out_bytes=row.q, kv_bytes=row.kv, home_bytes=row.partial, dkv_bytes=0)
+    backward = _Clock(plan.cp_size, hardware)
+    backward.run(
+        kernels(True), queries, stages, out_bytes=row.q_again, kv_bytes=row.kv, home_bytes=row.dq, dkv_bytes=row.dkv
+    )
+    return StepTimeline(forward.timeline(), backward.timeline())
+
+
+class StageWork(NamedTuple):
+    """Pairs and slices of each rank in one stage, [cp_size]."""
+
+    areas: FloatArray
+    slices: FloatArray
+
+
+def _stage_works(plan: Plan) -> list[StageWork]:
+    """The host stage's work, then each remote stage's."""
+    own = Intervals(plan.k_placement.owners, plan.k_placement.starts, plan.k_placement.ends)
+    works = [_work_on(plan, own)]
+    for stage in range(plan.num_stages):
+        routes = plan.kv_routes.of_stage(stage)
+        works.append(_work_on(plan, merge_intervals(routes.dsts, routes.starts, routes.ends)))
+    return works
+
+
+def _work_on(plan: Plan, keys: Intervals) -> StageWork:
+    """The work of each rank's tasks on its interval of keys."""
+    stride = plan.k_placement.total_seqlen + 1
+    order = np.argsort(keys.ranks * stride + keys.starts, kind="stable")
+    ranks, starts, ends = (column[order] for column in keys)
+    base = plan.task_ranks * stride
+    first = np.searchsorted(ranks * stride + ends, base + plan.tasks.k0, side="right")
+    last = np.searchsorted(ranks * stride + starts, base + plan.tasks.k1, side="left")
+    task, nth = expand_counts(last - first)
+    at = first[task] + nth
+    rows = plan.tasks.data[task]
+    rows[:, 2] = np.maximum(rows[:, 2], starts[at])
+    rows[:, 3] = np.minimum(rows[:, 3], ends[at])
+    table, kept = SliceTable(rows).canonical()
+    owner = plan.task_ranks[task[kept]]
+    slices = np.bincount(owner, minlength=plan.cp_size)
+    return StageWork(np.bincount(owner, table.areas(), plan.cp_size), slices.astype(np.float64))
+
+
+class _Hop(NamedTuple):
+    """Rows that each rank receives and sends in one collective, by kind of link, [cp_size]."""
+
+    received_within: IntArray
+    sent_within: IntArray
+    received_across: IntArray
+    sent_across: IntArray
+
+    @classmethod
+    def of(cls, routes: RouteTable, cp_size: int, ranks_per_node: int) -> _Hop:
+        rows = (routes.ends - routes.starts).astype(np.float64)
+        rows = np.where(routes.srcs == routes.dsts, 0.0, rows)
+        far = rows * (routes.srcs // ranks_per_node != routes.dsts // ranks_per_node)
+        near = rows - far
+        counts = [np.bincount(side, part, cp_size) for part in (near, far) for side in (routes.dsts, routes.srcs)]
+        return cls(*(count.astype(np.int64) for count in counts))
+
+    def seconds(self, row_bytes: int, hardware: Hardware) -> FloatArray:
+        """Both directions and both kinds of link work at once: the slowest decides."""
+        near = np.maximum(self.received_within, self.sent_within) * float(row_bytes)
+        far = np.maximum(self.received_across, self.sent_across) * float(row_bytes)
+        return np.maximum(hardware.within.seconds(near), hardware.across.seconds(far))
+
+
+class _Wire(NamedTuple):
+    """The exchange of one stage: its hops, and who waits for whom."""
+
+    hops: tuple[_Hop, ...]
+    pairs: IntArray
+
+    @classmethod
+    def of(cls, plan: Plan, routes: RouteTable, hardware: Hardware) -> _Wire:
+        size = plan.cp_size
+        two_level = 1 < plan.ranks_per_node < size
+        tables = two_level_routes(routes, plan.ranks_per_node) if two_level else (routes,)
+        pairs = np.unique(routes.dsts * size + routes.srcs)
+        return cls(tuple(_Hop.of(table, size, hardware.ranks_per_node) for table in tables), pairs)
+
+    @property
+    def active(self) -> bool:
+        return len(self.pairs) > 0
+
+    def seconds(self, row_bytes: int, hardware: Hardware) -> FloatArray:
+        total: FloatArray = np.sum([hop.seconds(row_bytes, hardware) for hop in self.hops], axis=0)
+        return total
+
+    def packing(self, row_bytes: int, hardware: Hardware, *, home: bool) -> tuple[FloatArray, FloatArray]:
+        """Seconds to pack what leaves and to take in what comes (home: the way back)."""
+        out, into = self.hops[0], self.hops[-1]
+        row_seconds = np.float64(row_bytes / hardware.copy_bytes_per_s)
+        sent: FloatArray = (out.sent_within + out.sent_across) * row_seconds
+        received: FloatArray = (into.received_within + into.received_across) * row_seconds
+        return (received, sent) if home else (sent, received)
+
+
+class _Clock:
+    """Time on every rank while a pass is replayed."""
+
+    def __init__(self, cp_size: int, hardware: Hardware) -> None:
+        self.hardware = hardware
+        self.now = np.zeros(cp_size)
+        self.link_free = np.zeros(cp_size)
+        self.compute: list[Span] = []
+        self.transfers: list[Span] = []
+
+    def timeline(self) -> PassTimeline:
+        return PassTimeline(tuple(self.compute), tuple(self.transfers), self.now)
+
+    def run(
+        self,
+        kernels: list[FloatArray],
+        queries: _Wire,
+        stages: list[_Wire],
+        *,
+        out_bytes: int,
+        kv_bytes: int,
+        home_bytes: int,
+        dkv_bytes: int,
+    ) -> None:
+        """Replay one pass; dkv_bytes 0: no gradients go home."""
+        arrived = self._send("queries", queries, out_bytes)
+        fetched = self._send("keys 1", stages[0], kv_bytes) if stages else self.now
+        self.now = np.maximum(self.now, arrived)
+        home = np.zeros_like(self.now)
+        for number, seconds in enumerate(kernels):
+            if number:
+                self.now = np.maximum(self.now, fetched)
+                if number < len(stages):
+                    fetched = self._send(f"keys {number + 1}", stages[number], kv_bytes)
+            self.compute.append(Span(f"stage {number}", self.now, self.now + seconds))
+            self.now = self.now + seconds
+            if number and dkv_bytes:
+                self.now = np.maximum(self.now, home)
+                home = self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True)
+        results = self._send("results", queries, home_bytes, home=True)
+        self.now = np.maximum(self.now, np.maximum(results, home))
+
+    def _send(self, name: str, wire: _Wire, row_bytes: int, *, home: bool = False) -> FloatArray:
+        """Issue an exchange now; when its rows are ready on each rank."""
+        if not wire.active:
+            return self.now
+        pack, unpack = wire.packing(row_bytes, self.hardware, home=home)
+        self.now = self.now + pack
+        begin = np.maximum(self.now, self.link_free)
+        dsts, srcs = np.divmod(wire.pairs, len(begin))
+        starts = begin.copy()
+        np.maximum.at(starts, dsts, begin[srcs])
+        np.maximum.at(starts, srcs, begin[dsts])
+        ends = starts + wire.seconds(row_bytes, self.hardware)
+        # Where a rank moves nothing it waits for no one.
+        idle = ends == starts
+        starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)
+        self.link_free = ends
+        self.transfers.append(Span(name, starts, ends))
+        return np.where(idle, self.now, ends + unpack)
+
+
+def traffic_matrix(plan: Plan, heads: Heads, *, bins: int | None = None) -> FloatArray:
+    """Bytes of a forward and backward pass from each rank (row) to each other, [n, n], n = cp_size.
+
+    With bins < cp_size, summed over groups of neighbouring ranks. Rows that go home travel the other
+    way. A two-level plan is counted by owner and user, not by hop.
+    """
+    size = plan.cp_size
+    n = size if bins is None else min(bins, size)
+    row = heads.row_bytes()
+    matrix = np.zeros((n, n))
+    for routes, out, home in (
+        (plan.kv_routes, 2 * row.kv, row.dkv),
+        (plan.q_routes, row.q + row.q_again, row.partial + row.dq),
+    ):
+        pair = (routes.srcs * n // size) * n + routes.dsts * n // size
+        rows = np.bincount(pair, routes.ends - routes.starts, n * n).reshape(n, n)
+        matrix += rows * out + rows.T * home
+    return matrix
+

@@ -1,0 +1,1 @@
+"""Tests of cpattn.automodel: one process, except where a name says ranks."""

@@ -1,0 +1,326 @@
+"""Runtime layer: training transformers models over ranks: accumulation, wrappers, recomputation, evaluation, guards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers")
+
+
+
+from cpattn.integrations.transformers import ContextParallel, register_attention
+from tests_dist.harness import RankError, run_on_ranks
+from tests_dist.hf_models import (
+    IGNORE,
+    StepResult,
+    assert_same_step,
+    eager_step,
+    gradients,
+    make_model,
+    real_tokens,
+    relative_error,
+    text_batch,
+    vision_batch,
+)
+from tests_dist.hf_rank_cases import parallel_steps
+
+
+def one_loss(name, batches):
+    """Eager gradients of the mean loss over all targets of several batches; logits of the last."""
+    model = make_model(name)
+    count = sum(int((b["labels"][:, 1:] != IGNORE).sum()) for b in batches)
+    total = torch.zeros(())
+    for batch in batches:
+        out = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        targets = batch["labels"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"
+        )
+        (loss / count).backward()
+        total += loss.detach() / count
+    return StepResult(out.logits.detach(), total, gradients(model))
+
+
+def few_labels(batch, keep):
+    """All but `keep` labels of the last row are taken away: most shards have none."""
+    labels = torch.full_like(batch["labels"], IGNORE)
+    labels[-1, 20 : 20 + keep] = batch["input_ids"][-1, 20 : 20 + keep]
+    return {**batch, "labels": labels}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_gradient_accumulation_of_different_batches(checkpointing):
+    """Two micro-batches, one with two labels in all: shards and batches weigh by their targets.
+
+    With checkpointing both are in flight at once, and each layer is run again with its own mask.
+    """
+    batches = [text_batch("right", 2, seed=1), few_labels(text_batch("plain", 1, columns=31, seed=2), 2)]
+    cases = {name: (name, batches) for name in ("llama", "gpt_oss")}
+    results = run_on_ranks(4, parallel_steps, cases, checkpointing=checkpointing)[0]
+    for name, (_, batches) in cases.items():
+        assert_same_step(results[name], one_loss(name, batches), real_tokens(batches[-1]), name)
+
+
+def test_no_label_at_all_and_ranks_without_tokens():
+    """A batch of three tokens on four ranks; then one without a single target: loss 0, gradients 0."""
+    small = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    empty = text_batch("plain")
+    empty["labels"] = torch.full_like(empty["labels"], IGNORE)
+    cases = {"small": ("llama", [small]), "empty": ("llama", [empty])}
+    results = run_on_ranks(4, parallel_steps, cases)[0]
+    assert_same_step(results["small"], eager_step("llama", small), real_tokens(small), "three tokens")
+    assert results["empty"].loss == 0
+    assert all((grad == 0).all() for grad in results["empty"].grads.values())
+
+
+def wrapped_step_on_rank(name, batches, wrapper):
+    """Two data-parallel replicas of two context-parallel ranks (or one of four under DDP)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    register_attention()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    model = make_model(name, "cpattn")
+    if wrapper == "fsdp2":
+        everyone = mesh["dp", "cp"]._flatten("dp_cp")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.get_decoder().layers:
+            fully_shard(layer, mesh=everyone)
+        fully_shard(model, mesh=everyone)
+    else:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    parallel = ContextParallel(model, mesh, loss_group=mesh, grad_reduction="mean")
+    out = parallel(batches[mesh.get_local_rank("dp")])
+    out.loss.backward()
+    grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    return StepResult(out.shard.gather(out.logits).detach(), out.loss.detach(), whole)
+
+
+@pytest.mark.parametrize(("name", "wrapper"), [("gemma3", "fsdp2"), ("gpt_oss", "fsdp2"), ("llama", "ddp")])
+def test_data_parallel_by_context_parallel(name, wrapper):
+    """2 x 2 ranks, a different batch for each replica: one mean over all of their targets."""
+    batches = [text_batch("left", 2, seed=3), few_labels(text_batch("right", 2, seed=4), 3)]
+    results = run_on_ranks(4, wrapped_step_on_rank, name, batches, wrapper)
+    truth = one_loss(name, batches)
+    for rank, got in enumerate(results):
+        batch = batches[rank // 2]
+        logits = make_model(name)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        assert_same_step(got, truth._replace(logits=logits.detach()), real_tokens(batch), f"{name} rank {rank}")
+
+
+def tensor_parallel_on_rank(batch):
+    """Attention heads split over two ranks, the sequence over two more."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    register_attention()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    model = make_model("llama", "cpattn")
+    plan = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ColwiseParallel())
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh["tp"], {**plan, "self_attn.o_proj": RowwiseParallel()})
+    parallel = ContextParallel(model, mesh)
+    out = parallel(batch)
+    out.loss.backward()
+    parallel.reduce_gradients()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    return StepResult(out.shard.gather(out.logits).detach(), out.loss.detach(), whole)
+
+
+def test_heads_of_a_tensor_parallel_rank():
+    batch = text_batch("right", 2)
+    got = run_on_ranks(4, tensor_parallel_on_rank, batch)[0]
+    assert_same_step(got, eager_step("llama", batch), real_tokens(batch), "tp 2 x cp 2")
+
+
+def evaluate_on_rank(batch):
+    register_attention()
+    model = make_model("gemma3", "cpattn").eval()
+    parallel = ContextParallel(model, dist.group.WORLD)
+    with torch.no_grad():
+        out = parallel({k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True)
+    assert out.loss is None
+    logits = out.shard.gather(out.logits, fill_value=-1.0)
+    hidden = out.shard.gather(out.outputs.hidden_states[-1])
+    return logits, hidden, out.logits.shape[1]
+
+
+def test_evaluation_gathers_logits_and_hidden_states():
+    """In the batch's own order, on every rank; padding gets the fill value."""
+    batch = text_batch("left", 3)
+    real = real_tokens(batch)
+    with torch.no_grad():
+        out = make_model("gemma3").eval()(**batch, output_hidden_states=True)
+    results = run_on_ranks(4, evaluate_on_rank, batch)
+    assert sum(local for *_, local in results) == int(real.sum())  # padding is not computed
+    for logits, hidden, _ in results:
+        assert relative_error(logits[real], out.logits[real]) < 1e-5
+        assert relative_error(hidden[real], out.hidden_states[-1][real]) < 1e-5
+        assert (logits[~real] == -1).all()
+
+
+def test_generate_without_a_shard():
+    """The same model object generates by itself, with a cache, as the eager model does."""
+    register_attention()
+    batch = {k: v for k, v in text_batch("left", 2).items() if k != "labels"}
+    for name in ("gemma2", "gpt_oss"):
+        tokens = [
+            make_model(name, attention).eval().generate(**batch, max_new_tokens=6, do_sample=False)
+            for attention in ("eager", "cpattn")
+        ]
+        assert torch.equal(*tokens), name
+
+
+# Guards: what would be ignored is refused, by layer.
+
+
+def local_model(name="llama", **changes):
+    register_attention()
+    return make_model(name, "cpattn", **changes)
+
+
+def test_attention_dropout_is_refused_by_layer():
+    model = local_model(attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"LlamaAttention of layer 0: attention dropout 0\.1"):
+        ContextParallel(model)(text_batch("plain"))
+
+
+def test_output_attentions_is_refused():
+    with pytest.raises(ValueError, match="LlamaAttention of layer 0: output_attentions"):
+        ContextParallel(local_model())(text_batch("plain"), output_attentions=True)
+
+
+def test_an_unknown_bias_is_refused():
+    with pytest.raises(ValueError, match="layer 0: position_bias would be ignored"):
+        ContextParallel(local_model())(text_batch("plain"), position_bias=torch.zeros(1))
+    with pytest.raises(ValueError, match="layer 0: cpattn does not know the argument extra_scores"):
+        ContextParallel(local_model())(text_batch("plain"), extra_scores=torch.zeros(1))
+
+
+def test_a_window_that_the_mask_lacks_is_refused():
+    model = local_model("mistral")
+    model.config.sliding_window = None  # the masks are then made without it
+    model.model.layers[0].self_attn.sliding_window = 3
+    with pytest.raises(ValueError, match="MistralAttention of layer 0: the layer has a sliding window of 3"):
+        ContextParallel(model)(text_batch("plain"))
+
+
+def test_a_softcap_that_is_not_passed_on_is_refused():
+    with pytest.raises(ValueError, match="Gemma3Attention of layer 0: attn_logit_softcapping"):
+        ContextParallel(local_model("gemma3", attn_logit_softcapping=2.0))(text_batch("plain"))
+
+
+def test_a_mask_of_unknown_make_is_refused():
+    model = local_model("gemma3")
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(ValueError, match="which cpattn does not know"):
+        ContextParallel(model)(text_batch("plain"))
+
+
+def test_a_model_that_does_not_use_the_interface_is_noticed():
+    """As with a prefix-tree spec that no layer consumes: an error, not causal attention."""
+    model = make_model("llama", "sdpa")
+    with pytest.raises(RuntimeError, match="0 of 2 attention layers ran under context parallelism"):
+        ContextParallel(model)(text_batch("plain"))
+
+
+def test_recurrent_layers_are_refused():
+    import transformers as hf
+
+    config = hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="mixes tokens outside attention"):
+        ContextParallel(hf.MambaForCausalLM(config))
+
+
+def test_mask_values_and_cache_are_refused():
+    batch = text_batch("right")
+    with pytest.raises(ValueError, match="values other than 0 and 1"):
+        ContextParallel(local_model()).shard({**batch, "attention_mask": batch["attention_mask"] * 2})
+    with pytest.raises(ValueError, match="past_key_values"):
+        ContextParallel(local_model()).shard({**batch, "past_key_values": object()})
+    with pytest.raises(ValueError, match="token_type_ids"):
+        ContextParallel(local_model()).shard({**batch, "token_type_ids": torch.zeros(1, 40)})
+
+
+def different_batches_on_rank():
+    register_attention()
+    parallel = ContextParallel(make_model("llama", "cpattn"), dist.group.WORLD)
+    parallel.shard(text_batch("plain", seed=dist.get_rank()))
+
+
+def test_ranks_with_different_data_are_told():
+    """A sampler that gives every rank its own data is the usual mistake."""
+    with pytest.raises(RankError, match="input_ids differs between ranks"):
+        run_on_ranks(2, different_batches_on_rank)
+
+
+# Masks given whole, and prefix trees.
+
+
+def test_four_dimensional_mask():
+    """A custom mask (two documents that both see a common start), bool and additive, equals eager."""
+    batch = text_batch("plain", 2)
+    visible = torch.ones(40, 40, dtype=torch.bool).tril()
+    visible[25:, 10:25] = False
+    lowest = torch.finfo(torch.float32).min
+    additive = torch.zeros(2, 1, 40, 40).masked_fill(~visible, lowest)
+    truth = eager_step("llama", {**batch, "attention_mask": additive})
+    for mask in (visible[None, None], additive):
+        model = local_model()
+        out = ContextParallel(model)({**batch, "attention_mask": mask})
+        out.loss.backward()
+        got = StepResult(out.shard.gather(out.logits).detach(), out.loss.detach(), gradients(model))
+        assert_same_step(got, truth, torch.ones(2, 40, dtype=torch.bool), "4-D mask")
+
+
+def test_holes_in_the_attention_mask():
+    """Masked tokens in the middle: the others see what eager shows them, windows count columns."""
+    batch = text_batch("plain", 2)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 12:15] = 0
+    batch["attention_mask"][1, [3, 30]] = 0
+    for row, column in ((0, slice(11, 16)), (1, [2, 3, 4, 29, 30, 31])):
+        batch["labels"][row, column] = IGNORE
+    for name in ("qwen2", "mistral"):
+        model = local_model(name)
+        out = ContextParallel(model)(batch)
+        out.loss.backward()
+        got = StepResult(out.shard.gather(out.logits).detach(), out.loss.detach(), gradients(model))
+        assert_same_step(got, eager_step(name, batch), real_tokens(batch), name)
+
+
+def test_labels_of_the_next_document_are_not_targets():
+    """Nothing is learnt across a boundary, labelled or not."""
+    batch = text_batch("packed")
+    labelled = {**batch, "labels": batch["input_ids"].clone()}
+    first = labelled["labels"].clone()
+    first[batch["position_ids"] == 0] = IGNORE
+    both = (labelled["labels"], first)
+    losses = [ContextParallel(local_model())({**batch, "labels": labels}).loss.item() for labels in both]
+    assert losses[0] == losses[1]
+
+
+def test_vision_positions_are_those_of_the_whole_batch():
+    """Text-only batches of a vision model take the same way."""
+    batch = {k: v for k, v in vision_batch("qwen2_vl").items() if k in ("input_ids", "labels")}
+    batch["input_ids"] = batch["input_ids"].clamp(max=80)
+    model = local_model("qwen2_vl")
+    out = ContextParallel(model)(batch)
+    out.loss.backward()
+    got = StepResult(out.shard.gather(out.logits).detach(), out.loss.detach(), gradients(model))
+    assert_same_step(got, eager_step("qwen2_vl", batch), real_tokens(batch), "text only")
+
+
+def test_core_imports_without_transformers():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['transformers'] = None; import cpattn, cpattn.magi_api; cpattn.make_key; "
+    code += "import cpattn.automodel.magi_attn_utils, cpattn.integrations.prefix_tree"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+

@@ -1,0 +1,313 @@
+"""Runtime layer: keys. Their cache, several of them in one process, subgroups and meshes, with_mask, windows."""
+
+from __future__ import annotations
+
+import gc
+import timeit
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import cpattn
+from cpattn import AttnMaskSpec
+from cpattn.key import MAX_CACHED_KEYS, clear_key_cache
+from tests_dist.harness import fresh_group, run_on_ranks
+from tests_dist.oracle import Inputs, Results, make_inputs, oracle
+from tests_dist.rank_cases import run_with_key
+
+SPEC = AttnMaskSpec.varlen([30, 1, 47])
+
+
+def make_key(spec: AttnMaskSpec = SPEC, **options: Any) -> cpattn.AttnKey:
+    defaults = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 8, "cp_group": dist.group.WORLD, "chunk_size": 8}
+    return cpattn.make_key(spec, **{**defaults, **options})
+
+
+def inputs_for(spec: AttnMaskSpec, seed: int = 0) -> Inputs:
+    return make_inputs(spec, heads=(2, 1), head_dim=8, dtype=torch.float64, seed=seed)
+
+
+def assert_serves(key: cpattn.AttnKey, spec: AttnMaskSpec, seed: int = 0) -> None:
+    """The key computes this mask, and no other."""
+    inputs = inputs_for(spec, seed)
+    for name, mine, exact in zip(Results._fields, run_with_key(key, inputs), oracle(spec, inputs), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def equal_arguments_give_the_same_key() -> None:
+    key = make_key()
+    assert make_key(AttnMaskSpec.varlen([30, 1, 47])) is key
+    assert make_key(head_dim_v=8) is key
+    assert make_key(window=5) is make_key(window=[4, None])
+    others = [
+        make_key(AttnMaskSpec.varlen([30, 1, 47], causal=False)),
+        make_key(AttnMaskSpec.varlen([31, 47])),
+        make_key(AttnMaskSpec(SPEC.q_ranges, SPEC.k_ranges, SPEC.mask_types, 78)),  # the same, without documents
+        make_key(num_heads_q=4),
+        make_key(num_heads_q=4, num_heads_kv=2),
+        make_key(head_dim=16),
+        make_key(head_dim_v=4),
+        make_key(chunk_size=16),
+        make_key(layout="zigzag"),
+        make_key(schedule="tiles"),
+        make_key(backend="reference"),
+        make_key(num_stages=3),
+        make_key(window=5),
+        make_key(window=(5, None)),
+        make_key(search_effort=1),
+        make_key(cp_group=None),
+        make_key(ranks_per_node=1),
+        make_key(cp_group=fresh_group()),
+    ]
+    assert len({id(k) for k in (key, *others)}) == len(others) + 1
+    assert make_key() is key
+
+
+def test_the_cache_holds_whatever_changes_the_plan():
+    run_on_ranks(2, equal_arguments_give_the_same_key)
+
+
+def cache_is_bounded() -> None:
+    clear_key_cache()
+    first = make_key(AttnMaskSpec.causal(5))
+    kept = make_key(AttnMaskSpec.causal(6))
+    for total in range(7, 6 + MAX_CACHED_KEYS):
+        make_key(AttnMaskSpec.causal(total))
+        assert make_key(AttnMaskSpec.causal(6)) is kept  # used, hence kept
+    assert make_key(AttnMaskSpec.causal(5)) is not first  # least recently used, hence dropped
+    assert_serves(first, AttnMaskSpec.causal(5))  # and good as long as someone holds it
+    gone = weakref.ref(make_key(AttnMaskSpec.causal(400)))
+    clear_key_cache()
+    gc.collect()
+    assert gone() is None, "a key that nobody holds stays in memory"
+
+
+def test_the_cache_is_bounded():
+    run_on_ranks(2, cache_is_bounded)
+
+
+def evictions_agree() -> None:
+    """Rank 0 is in a second group whose keys fill its cache; ranks still agree on what is cached for the first."""
+    clear_key_cache()
+    pair = fresh_group([0, 1])
+    lone = fresh_group([0, 2])
+    if dist.get_rank() in (0, 1):
+        key = make_key(cp_group=pair)
+    if dist.get_rank() in (0, 2):
+        for total in range(5, 5 + MAX_CACHED_KEYS):
+            make_key(AttnMaskSpec.causal(total), cp_group=lone)
+    if dist.get_rank() in (0, 1):
+        assert make_key(cp_group=pair) is key  # were it gone on rank 0 alone, that rank would wait for ever
+
+
+def test_ranks_of_a_group_cache_alike():
+    run_on_ranks(3, evictions_agree, timeout=60)
+
+
+def hit_time() -> float:
+    key = make_key()
+    assert make_key() is key
+    return min(timeit.repeat(make_key, number=100, repeat=5)) / 100
+
+
+def test_a_hit_costs_microseconds():
+    """Less than a tenth of a millisecond, on a machine that is busy with other things."""
+    assert min(run_on_ranks(1, hit_time)) < 100e-6
+
+
+def changed_after() -> None:
+    """A key is of the spec as it was; the changed spec gets a key of its own."""
+    spec = AttnMaskSpec.varlen([30, 1, 47])
+    key = make_key(spec)
+    spec.q_ranges[0][1] = 10
+    spec.mask_types[2] = "full"
+    assert_serves(key, SPEC)
+    assert make_key() is key
+    assert make_key(spec) is not key
+    assert_serves(make_key(spec), spec)
+    sums = torch.tensor([0, 30, 31, 78], dtype=torch.int32)
+    assert make_key(AttnMaskSpec.from_cu_seqlens(sums)) is key
+    sums[1] = 20  # the next batch in the same tensor
+    again = make_key(AttnMaskSpec.from_cu_seqlens(sums))
+    assert again is not key
+    assert_serves(again, AttnMaskSpec.varlen([20, 11, 47]))
+
+
+def test_a_key_does_not_follow_what_it_was_made_of():
+    run_on_ranks(2, changed_after)
+
+
+def interleaved() -> None:
+    """Two models of different heads, two masks: forward of both, then backward of both."""
+    specs = (AttnMaskSpec.causal(50), AttnMaskSpec.sliding_window([20, 30], 7))
+    graphs = []
+    for number, (spec, heads) in enumerate((s, h) for s in specs for h in ((2, 1), (4, 4))):
+        inputs = make_inputs(spec, heads=heads, head_dim=8, dtype=torch.float64, seed=number)
+        key = make_key(spec, num_heads_q=heads[0], num_heads_kv=heads[1])
+        *leaves, dout = (cpattn.dispatch(t, key) for t in inputs)
+        leaves = [t.requires_grad_() for t in leaves]
+        graphs.append((key, inputs, leaves, dout, cpattn.attention(*leaves, key)))
+    assert len({id(graph[0]) for graph in graphs}) == 4
+    for key, inputs, leaves, dout, out in graphs:
+        grads = torch.autograd.grad(out, leaves, dout)
+        truth = oracle(key.spec, inputs)
+        for mine, exact in zip((out, *grads), (truth.out, *truth[2:]), strict=True):
+            torch.testing.assert_close(cpattn.undispatch(mine, key), exact, rtol=1e-11, atol=1e-11)
+
+
+def test_two_models_and_two_masks_in_one_process():
+    run_on_ranks(3, interleaved)
+
+
+def subgroups() -> None:
+    """The same mask in groups of 2 and 3 at the same time, and in groups of the same size."""
+    rank = dist.get_rank()
+    groups = [fresh_group(ranks) for ranks in ([0, 1], [2, 3, 4], [5, 6], [0, 3], [7])]
+    mine = [g for g, ranks in zip(groups, ([0, 1], [2, 3, 4], [5, 6], [0, 3], [7]), strict=True) if rank in ranks]
+    keys = [make_key(cp_group=group) for group in mine]
+    for key, group in zip(keys, mine, strict=True):
+        assert key.cp_size == dist.get_world_size(group)
+        assert key.cp_rank == (dist.get_rank(group) if key.cp_size > 1 else 0)
+        assert_serves(key, SPEC, seed=key.cp_size)
+    assert len({id(key) for key in keys}) == len(keys)
+    assert [make_key(cp_group=group) for group in mine] == keys
+
+
+def test_each_group_has_its_own_plan():
+    run_on_ranks(8, subgroups)
+
+
+def meshes() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    key = make_key(cp_group=mesh)
+    assert (key.cp_size, key.cp_rank) == (2, dist.get_rank() % 2)
+    assert make_key(cp_group=mesh["cp"]) is key
+    assert make_key(cp_group=mesh.get_group("cp")) is key
+    assert make_key(cp_group=mesh["dp"]) is not key  # a 1-D mesh needs no name
+    assert make_key(cp_group=init_device_mesh("cpu", (4,))).cp_size == 4
+    assert_serves(key, SPEC, seed=dist.get_rank() // 2)  # other data in each half
+
+
+def test_device_mesh():
+    run_on_ranks(4, meshes)
+
+
+def one_rank() -> None:
+    """cp_group None and groups of one run the same code without any collective."""
+    key = make_key(cp_group=None)
+    assert (key.cp_size, key.cp_rank, key.num_tokens) == (1, 0, 78)
+    if dist.get_rank() == 0:  # rank 1 stays away
+        assert_serves(key, SPEC)
+
+
+def test_no_group_is_one_rank():
+    run_on_ranks(2, one_rank, timeout=30)
+
+
+def masks_of_one_placement() -> None:
+    """Full, windowed and tree layers over one dispatch: equal rows, each with its own mask."""
+    key = make_key(window=None, num_stages=2)
+    others = {
+        "window as a mask": (AttnMaskSpec.sliding_window([30, 1, 47], 9), {}),
+        "window as an option": (SPEC, {"window": 9}),
+        "full": (AttnMaskSpec.varlen([30, 1, 47], causal=False), {}),
+        "nothing": (AttnMaskSpec([], [], [], 78), {}),
+    }
+    for name, (spec, options) in others.items():
+        other = key.with_mask(spec, **options)
+        assert torch.equal(cpattn.position_ids(other, stream=True), cpattn.position_ids(key, stream=True)), name
+        assert key.with_mask(spec, **options) is other, name
+        truth = AttnMaskSpec.sliding_window([30, 1, 47], 9) if options else spec
+        assert_serves(other, truth)
+    assert_serves(key, SPEC)
+    tree, _ = AttnMaskSpec.prefix_tree([30, 1, 47], [[0, 1], [0, 2]])
+    assert_serves(key.with_mask(tree), tree)
+    assert cpattn.undispatch(cpattn.position_ids(key.with_mask(tree)), key)[31] == 30
+    cross = make_key(AttnMaskSpec.cross([9, 4], [30, 2]))
+    assert_serves(cross.with_mask(AttnMaskSpec.cross([13], [32], causal=True)), AttnMaskSpec.cross([13], [32], causal=True))
+
+
+def test_with_mask():
+    run_on_ranks(3, masks_of_one_placement)
+
+
+def window_option() -> None:
+    """In positions of the documents: on a tree, a branch's window reaches into its ancestors."""
+    assert_serves(make_key(window=9), AttnMaskSpec.sliding_window([30, 1, 47], 9))
+    both = make_key(AttnMaskSpec.varlen([30, 48], causal=False), window=(5, 2))
+    assert_serves(both, AttnMaskSpec.sliding_window([30, 48], (5, 2)))
+    tree, _ = AttnMaskSpec.prefix_tree([10, 5, 7], [[0, 1], [0, 2]])
+    visible = tree.to_dense()
+    positions = torch.tensor([*range(10), *range(10, 15), *range(10, 17)])
+    visible &= (positions[:, None] - positions[None, :] < 4).numpy()
+    assert_serves(make_key(tree, window=4), AttnMaskSpec.from_dense(visible))
+
+
+def test_window_option():
+    run_on_ranks(3, window_option)
+
+
+def other_heads() -> None:
+    """with_heads: the same rows for a layer of other heads."""
+    key = make_key()
+    other = key.with_heads(4, 2, 16, 8)
+    assert key.with_heads(4, 2, 16, 8) is other
+    assert key.with_heads(2, 1, 8) is key
+    inputs = make_inputs(SPEC, heads=(4, 2), head_dim=16, head_dim_v=8, dtype=torch.float64)
+    for mine, exact in zip(run_with_key(other, inputs), oracle(SPEC, inputs), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
+
+
+def test_with_heads():
+    run_on_ranks(2, other_heads)
+
+
+def backward_without_the_key() -> None:
+    """The graph keeps the key alive, though the caller and the cache have let it go."""
+    inputs = inputs_for(SPEC)
+    key = make_key()
+    local = [cpattn.dispatch(t, key).requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(cpattn.attention(*local[:3], key), local[:3], local[3])
+    out = cpattn.attention(*local[:3], key)
+    reference = weakref.ref(key)
+    del key
+    clear_key_cache()
+    gc.collect()
+    for mine, truth in zip(torch.autograd.grad(out, local[:3], local[3]), expected, strict=True):
+        assert torch.equal(mine, truth)
+    del out
+    gc.collect()
+    assert reference() is None, "the key outlives its graph"
+
+
+def test_backward_needs_no_reference_to_the_key():
+    run_on_ranks(2, backward_without_the_key)
+
+
+def description() -> str:
+    return make_key(AttnMaskSpec.varlen([300, 20, 500]), num_stages=2).describe(torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("cp_size", [1, 4])
+def test_describe(cp_size):
+    """Balance, bytes, stages and backend, the same on every rank."""
+    texts = run_on_ranks(cp_size, description)
+    assert len(set(texts)) == 1
+    for words in ("820 x 820 tokens", f"ranks: {cp_size}", "max/mean", "bytes", "stages: ", "sdpa", "float32"):
+        assert words in texts[0]
+
+
+def default_device() -> None:
+    """Under a default device (torch.device as a context) the key's own tensors stay where they belong."""
+    clear_key_cache()
+    with torch.device("meta"):
+        key = make_key()
+    assert_serves(key, SPEC)
+
+
+def test_default_device():
+    run_on_ranks(2, default_device)

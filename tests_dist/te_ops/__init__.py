@@ -1,0 +1,1 @@
+"""TransformerEngine's operations: one process, against references written from the contract."""

@@ -1,0 +1,98 @@
+"""The choice of a local kernel: names, refusals in words, preference, and what explains it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cpattn
+from cpattn import AttnMaskSpec, backends
+from cpattn.backends import Problem, choose_backend, explain_backends, explain_choice
+from cpattn.backends.flash_attn import FlashAttnBackend
+from cpattn.backends.reference import ReferenceBackend
+
+
+def _problem(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, softcap: bool = False) -> Problem:
+    return Problem(device, dtype, 8, 2, 64, 64, softcap)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("te", "transformer-engine"),
+        ("cudnn", "nvidia-cudnn-frontend"),
+        ("ffa", "magi_attention"),
+        ("flash_attn", "flash-attn"),
+    ],
+)
+def test_a_missing_package_is_named_and_nothing_else_is_taken(name: str, package: str) -> None:
+    if any(refusal is None for _, refusal in explain_backends(_problem("cuda"), name)):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ValueError, match=f"the package {package}.* is not installed"):
+        choose_backend(_problem("cuda"), name)
+
+
+def test_make_key_with_a_missing_backend_fails_at_first_use() -> None:
+    key = cpattn.make_key(AttnMaskSpec.causal(8), num_heads_q=1, num_heads_kv=1, head_dim=8, backend="te")
+    with pytest.raises(ValueError, match=r"te .*not installed|te .*runs on cuda"):
+        key.describe(device="cpu")
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="backend 'tee' is unknown: use auto, sdpa, "):
+        choose_backend(_problem(), "tee")
+
+
+def test_auto_on_cpu() -> None:
+    assert choose_backend(_problem()).name == "sdpa"
+    assert choose_backend(_problem(softcap=True)).name == "reference"
+    said = explain_choice(_problem(softcap=True))
+    assert "not sdpa: torch's CPU flash kernel has no softcap" in said
+    assert explain_choice(_problem(), "reference").endswith("as named")
+
+
+def test_auto_takes_only_what_its_table_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "device_kind", lambda device_type: "sm120")
+    said = {b.name: refusal for b, refusal in explain_backends(_problem("cuda"))}
+    assert said["flex"] is None
+    assert choose_backend(_problem("cuda", softcap=True)).name == "flex"
+    assert "not installed" in str(said["te"])
+
+
+def test_describe_explains_the_backend() -> None:
+    key = cpattn.make_key(AttnMaskSpec.causal(64), num_heads_q=2, num_heads_kv=1, head_dim=16)
+    line = next(x for x in key.describe(device="cpu").splitlines() if x.startswith("backend"))
+    assert line.startswith("backend (bfloat16 on cpu): sdpa (torch's CPU flash attention), first that serves")
+
+
+def test_register_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_backends", list(backends._backends))
+
+    class Mine(ReferenceBackend):
+        name = "mine"
+
+    backends.register_backend(Mine())
+    assert choose_backend(_problem(), "mine").name == "mine"
+    assert choose_backend(_problem()).name == "sdpa"
+    with pytest.raises(ValueError, match="'mine' is taken"):
+        backends.register_backend(Mine())
+
+
+def test_head_dims_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpattn.backends.flash_attn.missing_package", lambda module, package, how: None)
+    wide = Problem("cuda", torch.bfloat16, 8, 8, 320, 320)
+    assert FlashAttnBackend(2).refusal(wide) == "head_dim 320 is more than it takes here (256)"
+
+
+def test_doctor() -> None:
+    typer = pytest.importorskip("typer.testing")
+    from cpattn.launch.commands import app
+
+    run = typer.CliRunner().invoke
+    result = run(app, ["doctor", "--device", "cpu"])
+    assert result.exit_code == 0
+    assert "auto would run: sdpa" in result.output
+    assert "not installed" in result.output
+    result = run(app, ["doctor", "--device", "cpu", "--backend", "te"])
+    assert result.exit_code == 1
+    assert run(app, ["doctor", "--dtype", "float99"]).exit_code == 2

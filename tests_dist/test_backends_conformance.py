@@ -1,0 +1,57 @@
+"""Every local kernel that runs on the CPU for real, against dense fp64 (one process)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cpattn
+from cpattn import AttnMaskSpec
+from cpattn.backends.flex import FlexBackend
+from cpattn.backends.reference import ReferenceBackend
+from cpattn.backends.sdpa_cpu import CpuSdpaBackend
+from tests_dist.backend_cases import CASES, DTYPES, LARGE, check_backend
+from tests_dist.oracle import dense_attention, make_inputs
+
+BACKENDS = {"reference": ReferenceBackend(), "sdpa": CpuSdpaBackend(), "flex": FlexBackend()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_is_as_exact_as_plain_attention(backend: str, name: str, dtype: torch.dtype) -> None:
+    kernel = BACKENDS[backend]
+    refusal = kernel.refusal(CASES[name].problem(dtype))
+    if refusal is not None:
+        pytest.skip(refusal)
+    if name in LARGE and dtype not in (torch.float32, torch.bfloat16):
+        pytest.skip("large cases run in one wide and one narrow dtype")
+    check_backend(kernel, name, dtype)
+    check_backend(kernel, name, dtype, num_parts=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_and_softcap_through_attention(backend: str, softcap: float | None, dtype: torch.dtype) -> None:
+    """A sink is folded in after the merge, so every backend has it; gradient of the sink too."""
+    spec = AttnMaskSpec.sliding_window([70, 31], 20)
+    inputs = make_inputs(spec, heads=(4, 2), head_dim=32, head_dim_v=16, dtype=dtype)
+    key = cpattn.make_key(
+        spec, num_heads_q=4, num_heads_kv=2, head_dim=32, head_dim_v=16, backend=backend
+    )
+    if softcap is not None and backend == "sdpa":
+        with pytest.raises(ValueError, match="torch's CPU flash kernel has no softcap"):
+            cpattn.attention(*inputs[:3], key, softcap=softcap)
+        return
+    sink = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    leaves = [t.clone().requires_grad_() for t in (*inputs[:3], sink)]
+    out = cpattn.attention(*leaves[:3], key, sink=leaves[3], softcap=softcap)
+    grads = torch.autograd.grad(out, leaves, inputs.dout)
+    wide = [t.double().requires_grad_() for t in (*inputs[:3], sink)]
+    scale = 32**-0.5
+    truth, _ = dense_attention(*wide[:3], spec.to_dense(), scale=scale, softcap=softcap, sink=wide[3])
+    expected = torch.autograd.grad(truth, wide, inputs.dout.double())
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-2
+    for mine, exact in zip((out, *grads), (truth, *expected), strict=True):
+        torch.testing.assert_close(mine.double(), exact, atol=tolerance, rtol=tolerance)

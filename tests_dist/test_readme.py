@@ -1,0 +1,107 @@
+"""The README and docs/ are true: their code runs on ranks, and what they point to exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests_dist.harness import run_on_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICKSTART = ROOT / "launch" / "examples" / "quickstart.py"
+
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+SCRIPT = re.compile(r"bash (launch/\S+\.sh)")
+
+
+def python_blocks(page: Path) -> list[str]:
+    return PYTHON_BLOCK.findall(page.read_text())
+
+
+def run_blocks(path: str) -> None:
+    """The page's python blocks in one namespace, as one script; on every rank of the group."""
+    blocks = [block for block in python_blocks(Path(path)) if "torchrun" not in block]
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, path, "exec"), namespace)
+
+
+def test_readme_shows_the_quickstart_file():
+    assert python_blocks(ROOT / "README.md")[0] == QUICKSTART.read_text()
+
+
+def test_quickstart_runs_under_torchrun():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run([*torchrun, str(QUICKSTART)], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "out (15234, 8, 64)" in result.stdout
+    assert "53,768,995 visible pairs" in result.stdout
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_on_pages_runs(page, cp_size):
+    """Their assertions hold too: docs/gradients.md compares DDP's gradients with the summed ones."""
+    run_on_ranks(cp_size, run_blocks, str(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_scripts_exist(page):
+    text = page.read_text()
+    targets = [page.parent / link for link in LINK.findall(text) if "://" not in link]
+    targets += [ROOT / script for script in SCRIPT.findall(text)]
+    missing = [str(target) for target in targets if not target.exists()]
+    assert not missing, f"{page.name} points to {missing}"
+
+
+def sharded_gradients() -> list[torch.Tensor]:
+    """FSDP2's gradients of the loss that docs/gradients.md describes, and those of one rank."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.functional import cross_entropy
+
+    import cpattn
+
+    seqlens = [70, 1, 57]
+    tokens = torch.arange(sum(seqlens)) % 11
+
+    def gradients(group: dist.ProcessGroup | None, scale: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        spec = cpattn.AttnMaskSpec.varlen(seqlens)
+        key = cpattn.make_key(spec, num_heads_q=2, num_heads_kv=1, head_dim=8, cp_group=group, chunk_size=8)
+
+        class Model(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding, self.head = torch.nn.Embedding(11, 32), torch.nn.Linear(16, 11)
+
+            def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
+                q, k, v = self.embedding(tokens_T).unflatten(-1, (4, 8)).split([2, 1, 1], dim=1)
+                return self.head(cpattn.attention(q, k, v, key).flatten(1))
+
+        model = Model()
+        if group is not None:
+            fully_shard(model, mesh=dist.DeviceMesh("cpu", list(range(dist.get_world_size()))))
+        local = cpattn.dispatch(tokens, key)
+        logits, labels = model(local), cpattn.roll(local, key, shift=-1)
+        (scale * cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / 125).backward()
+        found = [parameter.grad for parameter in model.parameters()]
+        return found if group is None else [gradient.full_tensor() for gradient in found]
+
+    one_rank = gradients(None, 1.0)
+    for a, b in zip(gradients(dist.group.WORLD, dist.get_world_size()), one_rank, strict=True):
+        torch.testing.assert_close(a, b)
+    return one_rank
+
+
+def test_fsdp2_mean_with_the_documented_scale_equals_one_rank():
+    gradients = run_on_ranks(2, sharded_gradients)[0]
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
