@@ -59,21 +59,24 @@ class Fp8Rows:
     def _encode(self, x_THD: Tensor) -> Tensor:
         fp8 = _DTYPES[self.fmt]
         largest = torch.finfo(fp8).max
-        x = x_THD.detach().float()
+        x = x_THD.detach()
+        travelling = torch.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.uint8, device=x.device)
         if x.numel() == 0:
-            return torch.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.uint8, device=x.device)
-        quotient = (x.abs().amax(-1, keepdim=True) / largest).view(torch.int32)
+            return travelling
+        amax = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float()
+        quotient = (amax / largest).view(torch.int32)
         # The smallest power of two that is no smaller than the quotient. Exponent 0 would have no finite inverse, and
         # from 254 on it would be subnormal.
         up = ((quotient & ((1 << _MANTISSA) - 1)) != 0).to(torch.int32)
         exponent = ((quotient >> _MANTISSA) + up).clamp_(1, 253)
         inverse = ((254 - exponent) << _MANTISSA).view(torch.float32)
-        # Clamping stops rounding above the largest value, where versions of torch differ; infinity has to stay one,
-        # so it travels as NaN in every element of its row's head: what attends to it is NaN either way.
+        # What is not finite makes its whole row and head NaN: whatever attends to that would be NaN anyway.
+        inverse = inverse.masked_fill_(~torch.isfinite(amax), torch.nan)
+        # Clamping stops rounding above the largest value, where versions of torch differ.
         y = (x * inverse).clamp_(-largest, largest)
-        broken = ~torch.isfinite(x).all(-1, keepdim=True)
-        y = y.masked_fill_(broken, torch.nan)
-        return torch.cat([y.to(fp8).view(torch.uint8), exponent.to(torch.uint8)], dim=-1)
+        travelling[..., :-1] = y.to(fp8).view(torch.uint8)
+        travelling[..., -1:] = exponent
+        return travelling
 
     def _decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
         values = received[..., :-1].contiguous().view(_DTYPES[self.fmt]).float()

@@ -147,7 +147,8 @@ def _kernel_seconds(lengths: list[int], heads: Heads, device: torch.device, dtyp
         spec, num_heads_q=heads.num_q, num_heads_kv=heads.num_kv, head_dim=heads.head_dim, head_dim_v=heads.head_dim_v
     )
     shapes = [(heads.num_q, heads.head_dim), (heads.num_kv, heads.head_dim), (heads.num_kv, heads.head_dim_v)]
-    q, k, v = (torch.randn(spec.total_seqlen, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
+    q, k, v = (torch.randn(spec.total_seqlen, *shape, **options) for shape in shapes)
     out: Any = cpattn.attention(q, k, v, key)
     dout = torch.randn_like(out)
 

@@ -105,7 +105,7 @@ def plan_command(
     if plot is not None:
         from cpattn.launch.plan_pictures import draw_report
 
-        for path in draw_report(answer.plan, answer.report, plot, heads=answer.heads, hardware=machine):
+        for path in draw_report(answer.plan, plot, heads=answer.heads, hardware=machine):
             Console(stderr=True).print(f"wrote {path}", highlight=False)
 
 
@@ -296,7 +296,7 @@ def _table(answer: Answer) -> Table:
         caption_justify="left",
     )
     for heading in ("", "mean", "max", "max / mean", "bound on max", "max / bound"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=not heading)
     areas, tokens = plan.areas(), plan.q_placement.num_tokens
     _row(table, "visible pairs", areas.mean(), areas.max(), areas.mean())
     _row(table, "tokens owned", tokens.mean(), tokens.max(), None)
@@ -329,9 +329,9 @@ def _total(table: Table, name: str, value: float, bound: float, show: Any) -> No
 
 
 def _rivals(report: PlanReport) -> Table:
-    table = Table(title="the same attention by other means", title_justify="left")
-    for heading in ("", "imbalance", "bytes, all ranks", "to ours", "busiest rank", "step", "note"):
-        table.add_column(heading, justify="left" if heading in ("", "note") else "right")
+    table = Table(title="the same attention by other means: bytes received, predicted step", title_justify="left")
+    for heading in ("", "imbalance", "all ranks", "to ours", "busiest", "step", "note"):
+        table.add_column(heading, justify="left" if heading in ("", "note") else "right", no_wrap=heading != "note")
     ours = report.bytes_total
     mine = Rival("this plan", report.imbalance, ours, report.bytes_worst, report.seconds)
     for rival in (mine, *report.rivals):
@@ -352,7 +352,8 @@ def _rivals(report: PlanReport) -> Table:
 
 
 def _count(value: float) -> str:
-    return f"{value:,.0f}"
+    """Up to nine digits; more as 8.59e9."""
+    return f"{value:,.0f}" if value < 1e7 else f"{value:.4g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _bytes(value: float) -> str:

@@ -13,7 +13,8 @@ from .cost import (
     hardware_named,
     row_costs,
 )
-from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices, window_params
+from .joint import JointPlans, joint_imbalance, make_joint_plans
+from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import (
     LAYOUTS,
@@ -32,6 +33,7 @@ from .plan import (
     received_runs,
 )
 from .report import PlanReport, Rival, plan_report
+from .rounds import window_params
 from .routes import (
     Intervals,
     RouteTable,
@@ -73,6 +75,7 @@ __all__ = [
     "Heads",
     "IntArray",
     "Intervals",
+    "JointPlans",
     "KernelTile",
     "Layout",
     "Limits",
@@ -104,10 +107,12 @@ __all__ = [
     "exchange_of",
     "expand_counts",
     "hardware_named",
+    "joint_imbalance",
     "kernel_tiles",
     "keys_schedule",
     "kv_rows_bound",
     "make_dispatch_plan",
+    "make_joint_plans",
     "make_routes",
     "merge_intervals",
     "merge_neighbours",

@@ -195,7 +195,8 @@ class _Peeler:
             bias = self.options.own_bias if pool.size(top) >= gap else 0.0
             if need > _DEAREST * self.dearest_need and 8 * pool.bottom_need(top, size) < need:
                 bias = 16 * max(bias, 1.0)
-            if pool.bottom_area(top, size) <= bias * pool.areas[i]:
+            # Never all of the top: the peel goes on with what is left of it.
+            if size < pool.size(top) and pool.bottom_area(top, size) <= bias * pool.areas[i]:
                 self._take_bottom(top, size)
                 return []
             return self._run_ahead(top, gap, first)

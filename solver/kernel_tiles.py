@@ -1,11 +1,8 @@
-"""Banded rectangles rewritten for kernels that know only simple masks.
+"""Banded rectangles rewritten for kernels that know only simple masks: exact, for canonical slices.
 
-Two rewritings, both exact and both for canonical slices:
-
-* `kernel_tiles`: full rectangles, causal squares, inverse-causal squares, and small rectangles
-  with an explicit band, for kernels that take a boolean `is_causal` or a mask tensor.
-* `window_params`: (left, right) of a bottom-right aligned sliding window, which describes any
-  canonical slice as it is, for kernels of the flash-attention kind.
+Full rectangles, causal squares, inverse-causal squares, and small rectangles with an explicit band, for
+kernels that take a boolean `is_causal` or a mask tensor. Kernels of the flash-attention kind need none of
+this: to them every canonical slice is a window (`rounds.window_params`).
 """
 
 from __future__ import annotations
@@ -42,22 +39,6 @@ class KernelTile(NamedTuple):
     k1: int
     lo: int = 0
     hi: int = 0
-
-
-def window_params(table: SliceTable) -> tuple[np.ndarray, np.ndarray]:
-    """Left and right extent of the bottom-right aligned window that equals each slice; -1: unbounded.
-
-    With m queries and n keys counted from the corner, such a window shows
-    i + (n - m) - left <= j <= i + (n - m) + right. In a canonical slice both extents are >= 0:
-    its last row sees its last key, and its first row its first key.
-    """
-    q0, q1, k0, k1, lo, hi = table.data.T
-    left = k1 - q1 - lo
-    right = hi - (k1 - q1)
-    # An edge that cuts nothing off is unbounded: the first row sees key 0 and the last row key n - 1.
-    left = np.where(lo <= k0 - q1 + 1, -1, left)
-    right = np.where(hi >= k1 - 1 - q0, -1, right)
-    return left, right
 
 
 def kernel_tiles(table: SliceTable, *, mask_below: int = 1536) -> list[KernelTile]:

@@ -17,8 +17,8 @@ from .plan import Plan, assemble_plan, keys_schedule
 from .simulate import simulate
 from .slices import IntArray, SliceTable, merge_neighbours
 
-# A plan of more routes than this is reported without a timeline.
-_MOST_ROUTES = 1 << 22
+# A plan of more routes than this is reported without its predicted time, rivals' plans of more likewise.
+_MOST_ROUTES, _MOST_RIVAL_ROUTES = 1 << 23, 1 << 21
 
 
 class Rival(NamedTuple):
@@ -218,11 +218,11 @@ def compare(
         each = rows * key_bytes
         uneven = _imbalance(table, placement)
         seconds = math.nan
-        if cp_size * len(placement.ends) <= _MOST_ROUTES:
+        if cp_size * len(placement.ends) <= _MOST_RIVAL_ROUTES:
             costs = row_costs(heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v, heads.itemsize)
             schedule = keys_schedule(table, placement)
             seconds = simulate(assemble_plan(*schedule, placement, placement, costs=costs), hardware, heads).seconds
-        rivals.append(Rival(name, uneven, float(each.sum()), float(each.max()), seconds, "keys only"))
+        rivals.append(Rival(name, uneven, float(each.sum()), float(each.max()), seconds))
     rivals.append(_ulysses(model))
     return rivals
 
@@ -294,7 +294,7 @@ def _ulysses(model: _RivalTimes) -> Rival:
     kv_row = heads.itemsize * kv_heads * (heads.head_dim + heads.head_dim_v)
     each = 2 * (q_row + kv_row) * model.total_seqlen / size * (1 - 1 / size)
     if heads.num_q % size:
-        note = f"needs the ranks ({size}) to divide the query heads ({heads.num_q})"
+        note = f"{size} ranks, {heads.num_q} heads"
         return Rival("Ulysses", math.nan, math.nan, math.nan, math.nan, note)
     seconds = sum(model.work(1.0)) + 4 * model.move(each / 4)
     return Rival("Ulysses", 1.0, each * size, each, seconds)

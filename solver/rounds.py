@@ -20,6 +20,22 @@ from .slices import IntArray, SliceTable
 FULL_PIECE, CAUSAL_PIECE, INV_PIECE, BI_PIECE, BAND_PIECE = 0, 1, 2, 3, 4
 
 
+def window_params(table: SliceTable) -> tuple[IntArray, IntArray]:
+    """Left and right extent of the bottom-right aligned window that equals each slice; -1: unbounded.
+
+    With m queries and n keys counted from the corner, such a window shows
+    i + (n - m) - left <= j <= i + (n - m) + right. In a canonical slice both extents are >= 0:
+    its last row sees its last key, and its first row its first key.
+    """
+    q0, q1, k0, k1, lo, hi = table.data.T
+    left = k1 - q1 - lo
+    right = hi - (k1 - q1)
+    # An edge that cuts nothing off is unbounded: the first row sees key 0 and the last row key n - 1.
+    left = np.where(lo <= k0 - q1 + 1, -1, left)
+    right = np.where(hi >= k1 - 1 - q0, -1, right)
+    return left, right
+
+
 class Pieces(NamedTuple):
     """Slices and the kind of each: FULL_PIECE, CAUSAL_PIECE (the last row sees the last key and the
     row above one key less), INV_PIECE (the first row sees the first key, the next one key less),
@@ -88,6 +104,32 @@ def square_pieces(table: SliceTable, max_rows: int = 4096) -> Pieces:
     parts.append(SliceTable.from_columns(q0, q1, edge, k1, lo, hi))
     pieces = SliceTable.concat(parts)
     return Pieces(pieces, piece_kinds(pieces))
+
+
+def group_windows(table: SliceTable) -> list[tuple[int, int, SliceTable]]:
+    """Slices by bottom-right aligned window, (left, right, slices) with -1 unbounded, in few groups.
+
+    A slice has more than one window: a side that cuts nothing off may be unbounded or just wide
+    enough. So a document shorter than the window of the others joins them, and a single row joins any.
+    """
+    left, right = window_params(table)
+    q0, q1, k0, k1 = table.data.T[:4]
+    rows, keys = q1 - q0, k1 - k0
+    areas = table.areas()
+    waiting = np.ones(len(table), dtype=bool)
+    groups = []
+    while waiting.any():
+        found = []
+        for a, b in np.unique(np.stack([left, right])[:, waiting], axis=1).T.tolist():
+            # A given extent hides nothing from the last row (left) or the first one (right) from here on.
+            fits_left = (left == a) | ((left == -1) & (a >= keys - 1))
+            fits_right = (right == b) | ((right == -1) & (b >= rows - 1))
+            mine = waiting & fits_left & fits_right
+            found.append((int(areas[mine].sum()), a, b, mine))
+        _, a, b, mine = max(found, key=lambda f: f[:3])
+        groups.append((a, b, table.take(mine)))
+        waiting &= ~mine
+    return groups
 
 
 def colour_rounds(table: SliceTable, *, disjoint_keys: bool) -> list[IntArray]:

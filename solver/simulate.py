@@ -120,7 +120,8 @@ def _work_on(plan: Plan, keys: Intervals) -> StageWork:
     table, kept = SliceTable(rows).canonical()
     owner = plan.task_ranks[task[kept]]
     slices = np.bincount(owner, minlength=plan.cp_size)
-    return StageWork(np.bincount(owner, table.areas(), plan.cp_size), slices.astype(np.float64))
+    areas = np.bincount(owner, table.areas(), plan.cp_size).astype(np.float64)
+    return StageWork(areas, slices.astype(np.float64))
 
 
 class _Hop(NamedTuple):

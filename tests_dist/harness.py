@@ -176,7 +176,7 @@ class _Pool:
 
     def __init__(self, world_size: int, backend: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "hypothesis"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest", "hypothesis"])
         self._stacks = tempfile.TemporaryDirectory(prefix="ranks-")
         self._conns: list[Connection] = []
         self._processes: list[Any] = []

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
+import cpattn
+from cpattn import AttnMaskSpec
 from cpattn.backends import flex
 from cpattn.backends.flex import BLOCK, FlexBackend, make_passes
 from cpattn.solver import SliceTable
 from tests_dist.backend_cases import CASES, check_backend, random_table
 from tests_dist.fakes.dense import attend
+from tests_dist.oracle import Results, assert_as_exact_as_sdpa, make_inputs
 
 CPU = torch.device("cpu")
 
@@ -153,3 +156,18 @@ def test_the_cuda_backward_is_exact_for_parts(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(flex, "_forward_cpu", _differentiable)
     monkeypatch.setattr(flex, "_backward_cpu", flex._backward_cuda)
     check_backend(FlexBackend(), name, torch.float32, num_parts=3)
+
+
+def test_the_cuda_backward_finds_autograd_below_a_custom_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.library switches autograd off underneath its operations; `attention` is one."""
+    spec = AttnMaskSpec.sliding_window([70, 31], 20)
+    inputs = make_inputs(spec, heads=(4, 2), head_dim=32)
+    monkeypatch.setattr(flex, "_forward_cpu", _differentiable)
+    monkeypatch.setattr(flex, "_call", _differentiable)
+    monkeypatch.setattr(flex, "_backward_cpu", flex._backward_cuda)
+    key = cpattn.make_key(spec, num_heads_q=4, num_heads_kv=2, head_dim=32, backend="flex")
+    leaves = [t.requires_grad_() for t in inputs[:3]]
+    out, lse = cpattn.attention(*leaves, key, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, inputs.dout)
+    plain = inputs._replace(**{n: t.detach() for n, t in zip("qkv", leaves, strict=True)})
+    assert_as_exact_as_sdpa(Results(out.detach(), lse, *grads), spec, plain)

@@ -310,6 +310,7 @@ def magi_prepare_batch(
     """
     shard = _shard_text(model, batch, cp_group, chunk_size)
     new_batch = {**_other_entries(batch, shard), **shard.inputs}
+    shard.inputs = {}  # the shard lives on with the graph, the batch need not
     if shard.targets is not None:
         new_batch["labels"] = shard.targets
     _set_cp_group_on_attention(model, cp_group)
@@ -379,6 +380,7 @@ def magi_prepare_vlm(
     entries = dict(batch)
     shard = parallel.shard({**entries, "labels": None, "shift_labels": entries.pop("labels", None)})
     new_batch = {**entries, **shard.inputs}
+    shard.inputs = {}
     if shard.targets is not None:
         new_batch["labels"] = shard.targets
     for module in _iter_language_model_attention(model):

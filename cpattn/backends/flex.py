@@ -20,7 +20,8 @@ Shape legend as in `base.py`; R intervals of a row, P and L rows of queries and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -316,7 +317,7 @@ def _backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through autograd, with the gradients of out and lse that the file's docstring derives."""
     rows, e = len(q_QND), v_KGE.shape[-1]
-    with torch.enable_grad():
+    with _autograd():
         leaves = [t.detach().requires_grad_() for t in (q_QND, k_KGD, v_KGE)]
         q, k, v = _padded(leaves[0], leaves[1], leaves[2], step)
         out, lse = _call(q, k, v, step, scale, score_mod)
@@ -327,8 +328,21 @@ def _backward_cuda(
     dlse[0, :, :rows] = (weight * dout * apart).sum(-1)
     dpart = torch.zeros_like(out)
     dpart[0, :, :rows, :e] = weight * dout
-    dq, dk, dv = torch.autograd.grad([out, lse], leaves, [dpart, dlse])
+    with _autograd():
+        dq, dk, dv = torch.autograd.grad([out, lse], leaves, [dpart, dlse])
     return dq, dk, dv
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd, also inside an operation of `torch.library`, below which torch leaves its keys out."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def _row_blocks(step: Pass, num_heads: int) -> list[slice]:
@@ -416,7 +430,7 @@ def _backward_cpu(
 def _with_slope(score_mod: ScoreMod, scores: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The changed scores and their derivative by the score."""
     heads = torch.arange(len(scores))[:, None, None]
-    with torch.enable_grad():
+    with _autograd():
         leaf = scores.detach().requires_grad_()
         changed = score_mod(leaf, torch.zeros((), dtype=torch.int64), heads, rows, keys)
         (slope,) = torch.autograd.grad(changed.sum(), leaf)

@@ -104,9 +104,14 @@ def _by_mask(slices: SliceTable) -> list[tuple[Mask, SliceTable]]:
     causal = right == 0
     inverse = ~full & ~causal
     assert (pieces.lo == pieces.k0 - pieces.q0)[inverse].all(), "a piece is not corner-aligned"
+    # A single row sees the same under any mask, and so does a document shorter than a window.
+    causal |= full & (pieces.q1 - pieces.q0 == 1) & bool(causal.any())
+    full &= ~causal
     areas = pieces.areas()
     widths = np.unique(left[causal & (left >= 0)])
     by_area = sorted(widths.tolist(), key=lambda w: -int(areas[causal & (left == w)].sum()))
+    if by_area:
+        left = np.where(causal & (left == -1) & (pieces.k1 - pieces.k0 <= by_area[0] + 1), by_area[0], left)
     rare = causal & np.isin(left, by_area[MAX_WINDOWS:])
     if rare.any():
         squares, kinds = square_pieces(pieces.take(rare))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cpattn.solver import SliceTable, window_params
-from cpattn.solver.rounds import colour_rounds, square_pieces
+from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
 from .base import pad_head_dim
 from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_rows
@@ -30,6 +30,8 @@ GATHER_BELOW_ROWS = 8192
 MAX_GATHERED_ROWS = 1 << 16
 # With more windows than this, slices are brought to three masks first.
 MAX_WINDOWS = 6
+# And with more than this it is not tried whether they fit into fewer.
+MAX_TRIED_WINDOWS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,48 +84,58 @@ class VarlenKernel(Protocol):
 
 def plan_varlen(slices: SliceTable, device: torch.device) -> VarlenWork:
     """The calls that compute a canonical slice table."""
-    left, right = window_params(slices)
-    if len(np.unique(np.stack([left, right]), axis=1).T) > MAX_WINDOWS:
-        slices = square_pieces(slices).table
-    rounds = [r for run in _runs(slices) for r in _query_rounds(run)]
-    flags = first_writers(rounds)
+    groups = group_windows(slices) if len(_windows(slices)) <= MAX_TRIED_WINDOWS else []
+    if len(slices) and not 0 < len(groups) <= MAX_WINDOWS:
+        groups = group_windows(square_pieces(slices).table)
+    runs = _runs(groups)
+    rounds = [run._replace(slices=t) for run in runs for t in _query_rounds(run.slices)]
+    flags = first_writers([r.slices for r in rounds])
     forward = tuple(_call(r, device, first) for r, first in zip(rounds, flags, strict=True))
-    backward = tuple(_call(run, device, False) for run in _runs(slices))
+    backward = tuple(_call(run, device, False) for run in runs)
     return VarlenWork(forward, backward)
 
 
-def _runs(slices: SliceTable) -> list[SliceTable]:
+class _Run(NamedTuple):
     """Slices that share a call: of one window, and either neighbours in the buffers or short."""
-    left, right = window_params(slices)
-    runs: list[SliceTable] = []
-    for pair in np.unique(np.stack([left, right]), axis=1).T:
-        group = slices.take((left == pair[0]) & (right == pair[1]))
+
+    left: int
+    right: int
+    slices: SliceTable
+
+
+def _windows(slices: SliceTable) -> np.ndarray:
+    return np.unique(np.stack(window_params(slices)), axis=1).T
+
+
+def _runs(groups: list[tuple[int, int, SliceTable]]) -> list[_Run]:
+    runs: list[_Run] = []
+    for left, right, group in groups:
         group = group.take(np.lexsort((group.k0, group.q0)))
         joins = (group.q0[1:] == group.q1[:-1]) & (group.k0[1:] == group.k1[:-1])
         chain = np.concatenate([[0], np.cumsum(~joins)])
         lengths = (group.q1 - group.q0) + (group.k1 - group.k0)
         short = np.bincount(chain, lengths)[chain] < GATHER_BELOW_ROWS
-        runs.extend(group.take(chain == c) for c in np.unique(chain[~short]))
+        runs.extend(_Run(left, right, group.take(chain == c)) for c in np.unique(chain[~short]))
         batch = np.cumsum(np.where(short, lengths, 0)) // MAX_GATHERED_ROWS
-        runs.extend(group.take(short & (batch == b)) for b in np.unique(batch[short]))
+        runs.extend(_Run(left, right, group.take(short & (batch == b))) for b in np.unique(batch[short]))
     return runs
 
 
-def _query_rounds(run: SliceTable) -> list[SliceTable]:
-    return [run.take(members) for members in colour_rounds(run, disjoint_keys=False)]
+def _query_rounds(slices: SliceTable) -> list[SliceTable]:
+    return [slices.take(members) for members in colour_rounds(slices, disjoint_keys=False)]
 
 
-def _call(run: SliceTable, device: torch.device, first: bool) -> VarlenCall:
-    left, right = window_params(run)
+def _call(run: _Run, device: torch.device, first: bool) -> VarlenCall:
+    slices = run.slices
     return VarlenCall(
-        int(left[0]),
-        int(right[0]),
-        as_rows(run.q0, run.q1, device),
-        as_rows(run.k0, run.k1, device),
-        _cu_seqlens(run.q1 - run.q0, device),
-        _cu_seqlens(run.k1 - run.k0, device),
-        int((run.q1 - run.q0).max()),
-        int((run.k1 - run.k0).max()),
+        run.left,
+        run.right,
+        as_rows(slices.q0, slices.q1, device),
+        as_rows(slices.k0, slices.k1, device),
+        _cu_seqlens(slices.q1 - slices.q0, device),
+        _cu_seqlens(slices.k1 - slices.k0, device),
+        int((slices.q1 - slices.q0).max()),
+        int((slices.k1 - slices.k0).max()),
         first,
     )
 

@@ -580,6 +580,7 @@ class ContextParallel:
         shard = self.shard(batch, spec=spec)
         with shard.active():
             outputs = self.model(**shard.inputs, **model_kwargs)
+        shard.inputs = {}  # pixel values need not live as long as the graph
         loss = None if shard.targets is None else self.mean_loss(outputs.logits, shard.targets, num_targets)
         return ParallelOutput(loss, outputs.logits, outputs, shard)
 

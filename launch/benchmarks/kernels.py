@@ -92,7 +92,7 @@ class Clock:
     def __init__(self, device: str, limit_s: float = 0.4) -> None:
         self.cuda, self.limit_s = device == "cuda", limit_s
 
-    def __call__(self, run: Callable[[], None]) -> float:
+    def __call__(self, run: Callable[[], object]) -> float:
         """Milliseconds."""
         self._once(run)  # warm up; compile
         times = [self._once(run)]
@@ -100,7 +100,7 @@ class Clock:
             times.append(self._once(run))
         return float(np.median(times))
 
-    def _once(self, run: Callable[[], None]) -> float:
+    def _once(self, run: Callable[[], object]) -> float:
         if not self.cuda:
             start = time.perf_counter()
             run()
@@ -121,7 +121,8 @@ def make_rows(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Te
         size = (shape.tokens, heads, shape.head_dim)
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    return normal(shape.num_heads_q), *(normal(shape.num_heads_kv) for _ in range(2)), normal(shape.num_heads_q)
+    heads_q, heads_kv = shape.num_heads_q, shape.num_heads_kv
+    return normal(heads_q), normal(heads_kv), normal(heads_kv), normal(heads_q)
 
 
 def measure_backend(
@@ -151,8 +152,9 @@ def measure_backend(
 
         def backward() -> None:
             grads = [torch.zeros(t.shape, dtype=torch.float32, device=device) for t in (q, k, v)]
-            named = dict(zip(("dq_QND", "dk_KGD", "dv_KGE"), grads, strict=True))
-            backend.backward(dout, q, k, v, kept["out"], kept["lse"], work, **options, **named)
+            rows = (dout, q, k, v, kept["out"], kept["lse"])
+            dq, dk, dv = grads
+            backend.backward(*rows, work, **options, dq_QND=dq, dk_KGD=dk, dv_KGE=dv)
             kept["dq"], kept["dk"], kept["dv"] = (g.to(dtype) for g in grads)
 
         forward_ms, backward_ms = clock(forward), clock(backward)
@@ -188,7 +190,8 @@ def measure_torch_causal(shape: Shape, device: str, dtype: torch.dtype) -> Row:
 
         def forward() -> None:
             with sdpa_kernel(kind):
-                kept[:] = [sdpa(*leaves, is_causal=True, enable_gqa=shape.num_heads_q != shape.num_heads_kv)]
+                q, k, v = leaves
+                kept[:] = [sdpa(q, k, v, is_causal=True, enable_gqa=shape.num_heads_q != shape.num_heads_kv)]
 
         def backward() -> None:
             torch.autograd.grad(kept[0], leaves, dout, retain_graph=True)

@@ -1,0 +1,280 @@
+"""Several masks over one placement: full and sliding-window layers of one model, balanced jointly.
+
+A model dispatches its tokens once, and all of its layers share the rows that each rank then has. Layers
+run one after the other and meet at every exchange, so what counts is
+
+    sum over masks m of weight_m * (largest area of a rank under mask m)
+
+and not the balance of the sum: a rank that is early in one kind of layer cannot help in another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .balance import place_balanced
+from .balance_metric import kv_rows_received, rank_areas
+from .balance_profile import DensityProfile
+from .balance_queues import place_by_density
+from .cost import DEFAULT_HARDWARE, Hardware, Heads, RowCosts
+from .placement import Placement, place_contiguous, place_zigzag
+from .plan import DEFAULT_COSTS, Plan, assemble_plan, keys_schedule
+from .slices import IntArray, SliceTable
+
+# The joint imbalance that swaps aim at, and the largest that is accepted for the sake of less traffic.
+JOINT_LIMIT, WORST_JOINT = 1.02, 1.08
+# Share of the shorter of compute and transfer that is taken to be exposed.
+_EXPOSED = 0.1
+# Swaps that even a placement out: pieces for each rank, partners looked at, and the number of swaps.
+_SWAP_PIECES, _SWAP_PARTNERS, _SWAPS_PER_RANK = 32, 6, 8
+# Pieces for each rank into which tokens are cut for interleaved placements.
+_INTERLEAVED = (4, 8, 16)
+
+
+class JointPlans(NamedTuple):
+    """Plans that share one placement, in the order of their masks.
+
+    imbalance: the weighted sum over masks of the largest area, over that of the mean areas.
+    """
+
+    plans: tuple[Plan, ...]
+    imbalance: float
+
+
+def make_joint_plans(
+    masks: Sequence[SliceTable],
+    weights: Sequence[float] | None = None,
+    *,
+    total_seqlen: int,
+    cp_size: int,
+    chunk_size: int = 512,
+    num_stages: int | None = None,
+    ranks_per_node: int | None = None,
+    search_effort: int = 0,
+    costs: RowCosts = DEFAULT_COSTS,
+    hardware: Hardware = DEFAULT_HARDWARE,
+) -> JointPlans:
+    """Plans for several masks of self-attention over the same tokens, with one placement for all.
+
+    Args:
+        masks: disjoint banded rectangles of each mask.
+        weights: how many layers have each mask, or any numbers in proportion; None: one each.
+        total_seqlen, cp_size, chunk_size, num_stages, ranks_per_node, search_effort, costs, hardware:
+            as in `make_dispatch_plan`. Queries stay where they are.
+
+    Raises:
+        ValueError: no masks, or weights that are not one finite number above 0 for each.
+    """
+    weights = [1.0] * len(masks) if weights is None else [float(w) for w in weights]
+    if not masks or len(weights) != len(masks) or not all(math.isfinite(w) and w > 0 for w in weights):
+        raise ValueError(
+            f"{len(masks)} masks with weights {weights}: give at least one mask, and for each a finite weight above 0"
+        )
+    if cp_size < 1 or chunk_size < 1 or total_seqlen < 0:
+        raise ValueError(
+            f"total_seqlen {total_seqlen}, cp_size {cp_size}, chunk_size {chunk_size}: need at least 0, 1 and 1"
+        )
+    placement = place_jointly(
+        masks,
+        weights,
+        total_seqlen=total_seqlen,
+        cp_size=cp_size,
+        chunk_size=chunk_size,
+        search_effort=search_effort,
+        costs=costs,
+        hardware=hardware,
+    )
+    plans = tuple(
+        assemble_plan(
+            *keys_schedule(mask, placement),
+            placement,
+            placement,
+            num_stages=num_stages,
+            ranks_per_node=ranks_per_node,
+            costs=costs,
+            hardware=hardware,
+        )
+        for mask in masks
+    )
+    return JointPlans(plans, joint_imbalance(masks, weights, placement))
+
+
+def joint_imbalance(masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement) -> float:
+    """Weighted sum over masks of the largest area of a rank, over that of the mean areas; at least 1."""
+    largest = mean = 0.0
+    for mask, weight in zip(masks, weights, strict=True):
+        areas = rank_areas(mask, placement)
+        largest += weight * float(areas.max())
+        mean += weight * float(areas.mean())
+    return largest / mean if mean else 1.0
+
+
+def place_jointly(
+    masks: Sequence[SliceTable],
+    weights: Sequence[float],
+    *,
+    total_seqlen: int,
+    cp_size: int,
+    chunk_size: int,
+    search_effort: int = 0,
+    costs: RowCosts = DEFAULT_COSTS,
+    hardware: Hardware = DEFAULT_HARDWARE,
+) -> Placement:
+    """The placement with the shortest layers by the cost model, balanced for all masks together.
+
+    Candidates: the best placement of each mask alone, equal pieces, two and more interleaved pieces for
+    each rank, and dense with sparse tokens of the weighted sum of the masks' densities; each also after
+    swaps that even it out.
+    """
+    if len(masks) == 1:
+        return place_balanced(
+            masks[0], total_seqlen=total_seqlen, cp_size=cp_size, chunk_size=chunk_size, search_effort=search_effort
+        )
+    best: tuple[tuple[float, float], Placement] | None = None
+    candidates = list(_candidates(masks, weights, total_seqlen, cp_size, chunk_size, search_effort))
+    candidates += [_even_out(masks, weights, placement) for placement in candidates]
+    for placement in candidates:
+        uneven = int(np.ptp(placement.num_tokens)) > max(chunk_size, 1)
+        excess = max(joint_imbalance(masks, weights, placement) - WORST_JOINT, 0.0) + (1e6 if uneven else 0.0)
+        seconds = _layer_seconds(masks, weights, placement, costs.heads, hardware)
+        if best is None or (excess, seconds) < best[0]:
+            best = (excess, seconds), placement
+    assert best is not None
+    return best[1]
+
+
+def _layer_seconds(
+    masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement, heads: Heads, hardware: Hardware
+) -> float:
+    """Forward seconds of all layers: the busiest rank's kernel and transfer overlap, but for a part of the shorter."""
+    link = hardware.across if placement.cp_size > hardware.ranks_per_node else hardware.within
+    seconds = 0.0
+    for mask, weight in zip(masks, weights, strict=True):
+        work = float(rank_areas(mask, placement).max()) * heads.forward_flop / hardware.forward_flops
+        move = float(kv_rows_received(mask, placement).max()) * heads.row_bytes().kv / link.bytes_per_s
+        seconds += weight * (max(work, move) + _EXPOSED * min(work, move))
+    return seconds
+
+
+def _even_out(
+    masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement
+) -> Placement:
+    """Swap equal pieces between ranks until every mask is in balance, or no swap helps.
+
+    Token counts stay as they are. The rank with the largest overload under some mask swaps with the
+    ranks that have the least of that mask; of all pairs of pieces the one that lowers the squared
+    overloads of all masks most is swapped. A fixed number of swaps at most.
+    """
+    cp_size, total = placement.cp_size, placement.total_seqlen
+    grain = max(1, total // (cp_size * _SWAP_PIECES))
+    ends = np.unique(np.concatenate([placement.ends, np.arange(grain, total, grain)]))
+    lengths = np.diff(ends, prepend=0)
+    owners = placement.owner_of(ends - 1)
+    areas = np.stack([_areas_before(mask, ends, total) for mask in masks])
+    scale = np.array(weights)[:, None] / sum(w * float(a.sum()) for w, a in zip(weights, areas, strict=True)) * cp_size
+    areas = areas * scale
+    loads = np.stack([np.bincount(owners, column, cp_size) for column in areas])
+    target = loads.mean(axis=1, keepdims=True) * (1 + 0.75 * (JOINT_LIMIT - 1))
+    for _ in range(_SWAPS_PER_RANK * cp_size):
+        over = loads - target
+        mask, rank = np.unravel_index(int(over.argmax()), over.shape)
+        if over[mask, rank] <= 0:
+            break
+        mine = np.flatnonzero((owners == rank) & (lengths == grain))
+        others = np.argsort(loads[mask], kind="stable")[:_SWAP_PARTNERS]
+        theirs = np.flatnonzero(np.isin(owners, others) & (lengths == grain) & (owners != rank))
+        if not len(mine) or not len(theirs):
+            break
+        given = areas[:, mine][:, :, None] - areas[:, theirs][:, None, :]
+        before = np.maximum(over, 0) ** 2
+        partner = owners[theirs]
+        now = np.maximum(over[:, rank][:, None, None] - given, 0) ** 2
+        now += np.maximum(over[:, partner][:, None, :] + given, 0) ** 2
+        gain = (before[:, rank][:, None, None] + before[:, partner][:, None, :] - now).sum(axis=0)
+        a, b = np.unravel_index(int(gain.argmax()), gain.shape)
+        if gain[a, b] <= 0:
+            break
+        other = partner[b]
+        owners[mine[a]], owners[theirs[b]] = other, rank
+        loads[:, rank] -= given[:, a, b]
+        loads[:, other] += given[:, a, b]
+    return Placement.from_runs(ends, owners, cp_size=cp_size)
+
+
+def _areas_before(mask: SliceTable, ends: IntArray, total: int) -> IntArray:
+    """Visible pairs of the queries of each piece, [n]."""
+    cut = DensityProfile.from_table(mask, total).cut(ends[:-1])
+    areas: IntArray = np.bincount(np.searchsorted(ends, cut.starts, side="right"), cut.areas, len(ends))
+    return areas
+
+
+def _candidates(
+    masks: Sequence[SliceTable],
+    weights: Sequence[float],
+    total_seqlen: int,
+    cp_size: int,
+    chunk_size: int,
+    search_effort: int,
+) -> Iterator[Placement]:
+    yield place_contiguous(total_seqlen, cp_size)
+    if total_seqlen < 2 * cp_size or cp_size == 1:
+        return
+    yield place_zigzag(total_seqlen, cp_size)
+    for mask in masks:
+        yield place_balanced(
+            mask, total_seqlen=total_seqlen, cp_size=cp_size, chunk_size=chunk_size, search_effort=search_effort
+        )
+    profile = weighted_profile(masks, weights, total_seqlen)
+    yield place_by_density(profile, total_seqlen=total_seqlen, cp_size=cp_size)
+    for pieces in _INTERLEAVED:
+        if total_seqlen >= pieces * cp_size:
+            yield _interleaved(total_seqlen, cp_size, pieces)
+    # Pieces sorted by the density of one mask and dealt back and forth: even under that mask, and each
+    # rank's sample of tokens is like any other's under the rest.
+    for pieces in _INTERLEAVED[1:]:
+        if total_seqlen >= pieces * cp_size:
+            yield _dealt_by_density(profile, total_seqlen, cp_size, pieces)
+
+
+def weighted_profile(masks: Sequence[SliceTable], weights: Sequence[float], total_seqlen: int) -> DensityProfile:
+    """The weighted sum of the masks' densities, scaled to integers (the smallest weight counts 64)."""
+    scale = 64 / min(weights)
+    profiles = [DensityProfile.from_table(mask, total_seqlen) for mask in masks]
+    cuts = np.unique(np.concatenate([profile.starts for profile in profiles]))
+    profiles = [profile.cut(cuts) for profile in profiles]
+    base = profiles[0]
+    counts = [round(weight * scale) for weight in weights]
+
+    def total(name: str) -> IntArray:
+        column: IntArray = np.sum([n * getattr(p, name) for n, p in zip(counts, profiles, strict=True)], axis=0)
+        return column
+
+    return DensityProfile(base.starts, base.ends, total("first"), total("slopes"), total("areas"))
+
+
+def _interleaved(total_seqlen: int, cp_size: int, pieces: int) -> Placement:
+    """Equal pieces dealt back and forth: 0, 1, ..., P - 1, P - 1, ..., 1, 0, 0, ..."""
+    count = pieces * cp_size
+    ends = np.arange(1, count + 1) * total_seqlen // count
+    return Placement.from_runs(ends, _back_and_forth(count, cp_size), cp_size=cp_size)
+
+
+def _dealt_by_density(profile: DensityProfile, total_seqlen: int, cp_size: int, pieces: int) -> Placement:
+    """Equal pieces, densest first, dealt back and forth."""
+    count = pieces * cp_size
+    ends = np.arange(1, count + 1) * total_seqlen // count
+    cut = profile.cut(ends[:-1])
+    areas = np.bincount(np.searchsorted(ends, cut.starts, side="right"), cut.areas, count)
+    owners = np.empty(count, dtype=np.int64)
+    owners[np.argsort(-areas, kind="stable")] = _back_and_forth(count, cp_size)
+    return Placement.from_runs(ends, owners, cp_size=cp_size)
+
+
+def _back_and_forth(count: int, cp_size: int) -> IntArray:
+    turn, at = np.divmod(np.arange(count), cp_size)
+    owners: IntArray = np.where(turn % 2 == 0, at, cp_size - 1 - at)
+    return owners
