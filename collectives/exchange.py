@@ -255,9 +255,10 @@ def _all_to_all(
 ) -> dist.Work | None:
     if group is None or not active:
         return None
-    return dist.all_to_all_single(
+    work: dist.Work | None = dist.all_to_all_single(
         received, send, list(recv_splits), list(send_splits), group=group, async_op=True
     )
+    return work
 
 
 def _row_bytes(shape: torch.Size, dtype: torch.dtype) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cpattn.kv_cache import PagedKVCache
     from cpattn.layout import dispatch, position_ids, roll, undispatch
     from cpattn.mask_spec import AttnMaskSpec
+    from cpattn.planning import ReadyPlan, make_plan, plan_ahead
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "AttnMaskSpec",
     "ModelShape",
     "PagedKVCache",
+    "ReadyPlan",
     "__version__",
     "attention",
     "attention_checkpoint_contexts",
@@ -29,6 +31,8 @@ __all__ = [
     "dispatch",
     "generate",
     "make_key",
+    "make_plan",
+    "plan_ahead",
     "position_ids",
     "roll",
     "undispatch",
@@ -37,6 +41,7 @@ __all__ = [
 _MODULE_OF = {
     "AttnKey": "key",
     "AttnMaskSpec": "mask_spec",
+    "ReadyPlan": "planning",
     "ModelShape": "generation",
     "PagedKVCache": "kv_cache",
     "attention": "attention_op",
@@ -45,6 +50,8 @@ _MODULE_OF = {
     "dispatch": "layout",
     "generate": "generation",
     "make_key": "key",
+    "make_plan": "planning",
+    "plan_ahead": "planning",
     "position_ids": "layout",
     "roll": "layout",
     "undispatch": "layout",

@@ -10,7 +10,7 @@ Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k,
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,42 @@ from .execute import accumulator_dtype, row_delta, run_backward, run_forward
 from .key import AttnKey, key_of_handle
 
 
+@overload
+def attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGE: Tensor,
+    key: AttnKey,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGE: Tensor,
+    key: AttnKey,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGE: Tensor,
+    key: AttnKey,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q_TND: Tensor,
     k_TGD: Tensor,

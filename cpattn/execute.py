@@ -95,7 +95,7 @@ def run_backward(
         for side in _work_order(plan, number):
             if side == "guest" and number == 0:
                 pending_queries.wait()
-                sides["guest"] = _guest_rows(*guests, dtype)
+                sides["guest"] = _guest_rows(guests, dtype)
             dout_, q_, out_, lse_, dq_ = sides[side]
             work = stage.host_work if side == "host" else stage.guest_work
             plan.backend.backward(
@@ -124,9 +124,10 @@ def _work_order(plan: BoundPlan, number: int) -> tuple[str, ...]:
 
 
 def _guest_rows(
-    dout: Tensor, q: Tensor, lse: Tensor, delta: Tensor, dtype: torch.dtype
+    received: tuple[Tensor, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout, q, out, lse of received queries, and an accumulator for their gradient."""
+    """dout, q, out, lse of received queries (dout, q, lse, delta), and an accumulator for dq."""
+    dout, q, lse, delta = received
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     return dout, q, _out_of_delta(dout, delta), lse, dq
 

@@ -7,7 +7,6 @@ all layers; keys are cached, so asking for the same one again costs microseconds
 from __future__ import annotations
 
 import itertools
-import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,19 +23,23 @@ from cpattn.backends import Backend, Problem, backend_names, choose_backend, exp
 from cpattn.collectives import Fp8Rows, RowCodec, RowRoutes
 from cpattn.solver import (
     Exchange,
+    Heads,
     Layout,
     Plan,
+    PlanReport,
     RankPlan,
     ScheduleKind,
     SliceTable,
     assemble_plan,
     keys_schedule,
     make_dispatch_plan,
+    plan_report,
     row_costs,
 )
 
 from .agreement import require_agreement
 from .mask_spec import AttnMaskSpec, lower_mask
+from .planning import ReadyPlan, normal_window
 
 MAX_CACHED_KEYS = 64
 
@@ -176,7 +179,7 @@ class AttnKey:
                 f"with_mask: the key is over {mine} query and key tokens and the mask over {theirs}: "
                 f"masks of one placement are over the same sequence"
             )
-        options = replace(self.options, window=_normal_window(window, spec))
+        options = replace(self.options, window=normal_window(window, spec))
         identity = ("with_mask", int(self.handle), spec.fingerprint(), options)
         return _cached(self.cp_group, identity, lambda: self._plan_with_mask(spec, options))
 
@@ -205,14 +208,15 @@ class AttnKey:
     def _plan_with_mask(self, spec: AttnMaskSpec, options: KeyOptions) -> AttnKey:
         q_placement, k_placement = self.plan.q_placement, self.plan.k_placement
         schedule = keys_schedule(lower_mask(spec, options.window), q_placement)
+        heads = (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
         plan = assemble_plan(
             *schedule,
             q_placement,
             k_placement,
             num_stages=options.num_stages,
             ranks_per_node=options.ranks_per_node,
+            costs=row_costs(*heads),
         )
-        heads = (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
         return _bind_to_group(spec, options, plan, self.cp_group, heads)
 
     def describe(self, dtype: torch.dtype = torch.bfloat16, device: str | None = None) -> str:
@@ -240,8 +244,15 @@ class AttnKey:
                 f"({share}), {received.max(initial=0) * row:,} on the busiest",
                 f"stages: {plan.num_stages} remote",
                 f"backend ({str(dtype).removeprefix('torch.')} on {device}): {backend}",
+                *self._report(dtype).lines(),
             ]
         )
+
+    def _report(self, dtype: torch.dtype) -> PlanReport:
+        """The plan against lower bounds and the usual alternatives, for q, k and v of a dtype."""
+        heads = Heads(self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v, dtype.itemsize)
+        mask = lower_mask(self.spec, self.options.window)
+        return plan_report(self.plan, mask=mask, heads=heads, chunk_size=self.options.chunk_size)
 
     def _problem(self, device_type: str, dtype: torch.dtype, softcap: bool) -> Problem:
         return Problem(
@@ -272,6 +283,7 @@ def make_key(
     window: int | Sequence[int | None] | None = None,
     search_effort: int = 0,
     wire: str | None = None,
+    plan: ReadyPlan | None = None,
 ) -> AttnKey:
     """Plan attention under a mask for a context-parallel group.
 
@@ -298,6 +310,9 @@ def make_key(
         wire: "e4m3" or "e5m2": k and v, and q and the gradient of out where they move, travel as
             8-bit floats with a scale for each row and head; half the bytes of bf16, and its error
             (docs/te_ops.md has figures; prefer e4m3). None: as they are.
+        plan: what `make_plan` or `plan_ahead` made for this mask, these heads and this number of ranks;
+            nothing is planned then, and the plan's own chunk_size, layout, schedule, num_stages,
+            ranks_per_node and search_effort hold, whatever is given here. All ranks pass theirs.
 
     Raises:
         ValueError: a value is out of range, this rank is not in the group, or ranks differ.
@@ -325,13 +340,24 @@ def make_key(
         backend,
         num_stages,
         ranks_per_node,
-        _normal_window(window, spec),
+        normal_window(window, spec),
         search_effort,
         wire,
     )
     heads = (int(heads[0]), int(heads[1]), int(heads[2]), int(heads[3]))  # numpy's too: ranks compare by repr
+    if plan is not None:
+        plan.require_fit(spec, heads, options.window, 1 if group is None else dist.get_world_size(group))
+        options = replace(
+            options,
+            chunk_size=plan.chunk_size,
+            layout=plan.layout,
+            schedule=plan.schedule,
+            num_stages=plan.num_stages,
+            ranks_per_node=plan.ranks_per_node,
+            search_effort=plan.search_effort,
+        )
     identity = (spec.fingerprint(), heads, options)
-    return _cached(group, identity, lambda: _make_key(spec, options, group, heads))
+    return _cached(group, identity, lambda: _make_key(spec, options, group, heads, plan))
 
 
 def clear_key_cache() -> None:
@@ -381,7 +407,10 @@ def _make_key(
     options: KeyOptions,
     group: dist.ProcessGroup | None,
     heads: tuple[int, int, int, int],
+    ready: ReadyPlan | None,
 ) -> AttnKey:
+    if ready is not None:
+        return _bind_to_group(spec, options, ready.plan, group, heads)
     plan = make_dispatch_plan(
         lower_mask(spec, options.window),
         total_seqlen=spec.total_seqlen,
@@ -441,32 +470,6 @@ def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
             f"not in it; pass a ProcessGroup or DeviceMesh that contains this rank, or None for one rank"
         )
     return cp_group if dist.get_world_size(cp_group) > 1 else None
-
-
-def _normal_window(
-    window: int | Sequence[int | None] | None, spec: AttnMaskSpec
-) -> tuple[int | None, int | None] | None:
-    if window is None:
-        return None
-    if spec.is_cross:
-        raise ValueError(
-            f"window is {window!r} and the mask is cross-attention: queries and keys share no positions; "
-            f"pass window=None"
-        )
-    left: int | None
-    right: int | None
-    try:
-        if isinstance(window, Sequence):
-            left, right = (None if side is None else operator.index(side) for side in window)
-        else:
-            left, right = operator.index(window) - 1, None
-    except (TypeError, ValueError):
-        left = right = -1
-    if any(side is not None and side < 0 for side in (left, right)):
-        raise ValueError(
-            f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
-        )
-    return (left, right)
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ the oracle that tests compare against.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class AttnMaskSpec:
         sums = _int_list(cu_seqlens, "cu_seqlens")
         if not sums or sums[0] != 0:
             raise ValueError(f"cu_seqlens is {_brief(sums)}: it must start at 0")
-        return cls.varlen([b - a for a, b in zip(sums, sums[1:], strict=False)], causal)
+        return cls.varlen([b - a for a, b in itertools.pairwise(sums)], causal)
 
     @classmethod
     def from_position_ids(cls, position_ids: Any, causal: bool = True) -> AttnMaskSpec:
@@ -279,7 +280,7 @@ class AttnMaskSpec:
         parents = _tree_parents(sample_paths, len(spans))
         spec = cls([], [], [], spans[-1][1] if spans else 0)
         seen: set[tuple[int, int]] = set()
-        depth = {node: 0 for node in range(len(spans))}
+        depth = dict.fromkeys(range(len(spans)), 0)
         for path in sample_paths:
             for at, node in enumerate(path):
                 depth[node] = sum(spans[a][1] - spans[a][0] for a in path[:at])

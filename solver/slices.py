@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 IntArray = NDArray[np.int64]
 
@@ -89,10 +89,10 @@ class SliceTable:
 
     @classmethod
     def from_columns(
-        cls, q0: object, q1: object, k0: object, k1: object, lo: object, hi: object
+        cls, q0: ArrayLike, q1: ArrayLike, k0: ArrayLike, k1: ArrayLike, lo: ArrayLike, hi: ArrayLike
     ) -> SliceTable:
         """Table of the non-empty rows of six columns (arrays or scalars that broadcast)."""
-        columns = np.broadcast_arrays(q0, q1, k0, k1, lo, hi)
+        columns = np.broadcast_arrays(*(np.asarray(column) for column in (q0, q1, k0, k1, lo, hi)))
         return cls(np.stack(columns, axis=-1).astype(np.int64).reshape(-1, 6)).canonical().table
 
     @classmethod
@@ -180,7 +180,8 @@ class SliceTable:
     def is_full(self) -> NDArray[np.bool_]:
         """Which rows are full rectangles, [n]."""
         q0, q1, k0, k1, lo, hi = self.data.T
-        return (lo <= k0 - q1 + 1) & (hi >= k1 - 1 - q0)
+        full: NDArray[np.bool_] = (lo <= k0 - q1 + 1) & (hi >= k1 - 1 - q0)
+        return full
 
     def crop(self, parent: IntArray, q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray) -> Cropped:
         """Row parent[i] cut to the rectangle [q0[i], q1[i]) x [k0[i], k1[i]); empty results dropped."""
@@ -240,10 +241,10 @@ def _pairs_below(rows: IntArray, keys: IntArray, c: IntArray) -> IntArray:
 
     def prefix(x: IntArray) -> IntArray:  # sum over t <= x of clamp(t, 0, keys)
         inside = np.clip(x, 0, keys)
-        return inside * (inside + 1) // 2 + np.maximum(x - keys, 0) * keys
+        total: IntArray = inside * (inside + 1) // 2 + np.maximum(x - keys, 0) * keys
+        return total
 
-    result: IntArray = prefix(c + rows) - prefix(c)
-    return result
+    return prefix(c + rows) - prefix(c)
 
 
 def pairs_in_rows(table: SliceTable, end: IntArray) -> IntArray:

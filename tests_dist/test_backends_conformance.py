@@ -14,6 +14,8 @@ from tests_dist.backend_cases import CASES, DTYPES, LARGE, check_backend
 from tests_dist.oracle import dense_attention, make_inputs
 
 BACKENDS = {"reference": ReferenceBackend(), "sdpa": CpuSdpaBackend(), "flex": FlexBackend()}
+# Cases that every dtype and number of parts runs.
+OFTEN = {"causal", "window", "documents", "random_2", "empty", "softcap"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,8 +28,11 @@ def test_backend_is_as_exact_as_plain_attention(backend: str, name: str, dtype: 
         pytest.skip(refusal)
     if name in LARGE and dtype not in (torch.float32, torch.bfloat16):
         pytest.skip("large cases run in one wide and one narrow dtype")
+    if backend == "flex" and dtype in (torch.float64, torch.float16) and name not in OFTEN:
+        pytest.skip("flex is traced anew for every shape and dtype: two dtypes of most cases are enough")
     check_backend(kernel, name, dtype)
-    check_backend(kernel, name, dtype, num_parts=1)
+    if backend == "sdpa" or name in OFTEN:
+        check_backend(kernel, name, dtype, num_parts=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

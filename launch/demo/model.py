@@ -27,7 +27,7 @@ NO_LABEL = -100
 class ModelConfig:
     """Sizes of the model."""
 
-    num_layers: int = 3
+    num_layers: int = 2
     dim: int = 128
     num_heads_q: int = 4
     num_heads_kv: int = 2

@@ -1,8 +1,8 @@
-"""Runtime layer: the caller's mistakes. Each gets a ValueError that names the value, the rule and the way out.
+"""Runtime layer: the caller's mistakes. Each gets a ValueError with the value, the rule and the way out.
 
-A mistake that all ranks share, or that one rank can see alone, is raised before any collective: `no_collectives`
-makes any collective an error. One that only shows between ranks is raised on all of them, naming field and ranks,
-and the group goes on working.
+A mistake that all ranks share, or that one rank can see alone, is raised before any collective:
+`no_collectives` makes any collective an error. One that only shows between ranks is raised on all of
+them, naming field and ranks, and the group goes on working.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from cpattn import AttnMaskSpec
 from tests_dist.harness import fresh_group, run_on_ranks
 
 SPEC = AttnMaskSpec.varlen([40, 24])
-COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "barrier")
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all_single",
+    "all_reduce",
+    "broadcast",
+    "barrier",
+)
 
 
 @contextlib.contextmanager
@@ -44,7 +51,13 @@ def refused(message: str) -> Iterator[None]:
 
 
 def make_key(spec: AttnMaskSpec = SPEC, **options: Any) -> cpattn.AttnKey:
-    defaults = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 8, "cp_group": dist.group.WORLD, "chunk_size": 8}
+    defaults = {
+        "num_heads_q": 4,
+        "num_heads_kv": 2,
+        "head_dim": 8,
+        "cp_group": dist.group.WORLD,
+        "chunk_size": 8,
+    }
     return cpattn.make_key(spec, **{**defaults, **options})
 
 
@@ -114,7 +127,9 @@ def groups_without_this_rank() -> None:
         assert make_key(cp_group=other).cp_size == 2
         assert make_key(cp_group=mesh).cp_rank == rank - 2
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    with refused("cp_group is a mesh with axes ('dp', 'tp'): pass a 1-D mesh, or name the context-parallel axis"):
+    with refused(
+        "cp_group is a mesh with axes ('dp', 'tp'): pass a 1-D mesh, or name the context-parallel axis"
+    ):
         make_key(cp_group=square)
 
 
@@ -146,7 +161,9 @@ def bad_calls() -> None:
         f"v has shape ({rows}, 2, 4): the key expects": attend(v=v[..., :4]),
         f"q has shape (1, {rows}, 4, 8): the key expects": attend(q=q[None]),
         f"q has shape ({rows}, 32): the key expects": attend(q=q.flatten(1)),
-        "k is torch.bfloat16 on cpu and q is torch.float32 on cpu: q, k and v must agree": attend(k=k.bfloat16()),
+        "k is torch.bfloat16 on cpu and q is torch.float32 on cpu: q, k and v must agree": attend(
+            k=k.bfloat16()
+        ),
         "v is torch.float64 on cpu and q is torch.float32 on cpu": attend(v=v.double()),
         "v is torch.float32 on meta and q is torch.float32 on cpu": attend(v=v.to("meta")),
         "dtype int64 is not one of float64, float32, bfloat16, float16": attend(q.long(), k.long(), v.long()),
@@ -159,15 +176,17 @@ def bad_calls() -> None:
         "softcap is 0.0: it must be a finite number above 0, or None": attend(softcap=0.0),
         "softcap is -3.0: it must be": attend(softcap=-3.0),
         "softcap is nan: it must be": attend(softcap=float("nan")),
-        "dispatch: the tensor has 63 rows at dim 0 (shape (63, 2)), expected 64, the tokens of the key's mask": (
+        "dispatch: the tensor has 63 rows at dim 0 (shape (63, 2)), expected 64, the tokens of the key's": (
             lambda: cpattn.dispatch(torch.zeros(63, 2), key)
         ),
-        "dispatch: dim is 2, the tensor has shape (64, 2)": lambda: cpattn.dispatch(torch.zeros(64, 2), key, dim=2),
+        "dispatch: dim is 2, the tensor has shape (64, 2)": lambda: cpattn.dispatch(
+            torch.zeros(64, 2), key, dim=2
+        ),
         "dispatch: dim is 0, the tensor has shape ()": lambda: cpattn.dispatch(torch.zeros(()), key),
         "side is 'v': 'q' for query tokens or 'k' for key tokens": (
             lambda: cpattn.dispatch(torch.zeros(64), key, side="v")
         ),
-        f"undispatch: the tensor has 64 rows at dim 1 (shape (1, 64)), expected {rows}, the rows of rank {rank}": (
+        f"undispatch: the tensor has 64 rows at dim 1 (shape (1, 64)), expected {rows}, the rows of": (
             lambda: cpattn.undispatch(torch.zeros(1, 64), key, dim=1)
         ),
         f"roll: the tensor has 64 rows at dim 0 (shape (64,)), expected {rows}": (
@@ -191,7 +210,9 @@ def without_documents() -> None:
     way_out = "pass documents=[(start, end), ...] to AttnMaskSpec (position_ids also takes stream=True)"
     for call in ("position_ids", "roll"):
         with refused(f"{call}: the mask has no documents, so positions within them are unknown; {way_out}"):
-            cpattn.position_ids(key) if call == "position_ids" else cpattn.roll(torch.zeros(key.num_tokens), key)
+            cpattn.position_ids(key) if call == "position_ids" else cpattn.roll(
+                torch.zeros(key.num_tokens), key
+            )
     assert len(cpattn.position_ids(key, stream=True)) == key.num_tokens
     documents = [(0, 30), (30, 64)]
     key = make_key(AttnMaskSpec([[0, 64]], [[0, 64]], ["causal"], 64, documents=documents))
@@ -253,7 +274,9 @@ def differing_keys() -> None:
         "key options": {"layout": "zigzag" if odd else "contiguous"},
     }
     for field, options in cases.items():
-        with pytest.raises(ValueError, match=f"make_key: {field} differs between ranks: ranks \\[1, 2\\]") as raised:
+        with pytest.raises(
+            ValueError, match=f"make_key: {field} differs between ranks: ranks \\[1, 2\\]"
+        ) as raised:
             make_key(**options)
         message = str(raised.value)
         assert f"rank {rank} has " in message
@@ -313,7 +336,9 @@ def differing_calls() -> None:
         "sink": lambda: cpattn.attention(q, k, v, key, sink=torch.zeros(4) if odd else None),
     }
     for field, call in cases.items():
-        with pytest.raises(ValueError, match=rf"attention: {field} differs between ranks: ranks \[2\] of the group"):
+        with pytest.raises(
+            ValueError, match=rf"attention: {field} differs between ranks: ranks \[2\] of the group"
+        ):
             call()
     cpattn.attention(q, k, v, key)
 

@@ -78,9 +78,19 @@ def cast_and_reduce(seed: int) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     world = make_world(seed, size)
     routes = world.routes(rank)
-    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.float16, torch.float64)
+    dtypes = (
+        torch.float32,
+        torch.bfloat16,
+        torch.int64,
+        torch.bool,
+        torch.uint8,
+        torch.float16,
+        torch.float64,
+    )
     shapes = ((2, 3), (5,), (), (1, 1), (3,), (7, 1), (2, 2))
-    everyone = [values_of(world, seed + i, *s, dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))]
+    everyone = [
+        values_of(world, seed + i, *s, dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
     expected = [world.received(values, rank) for values in everyone]
     mine = [values[rank] for values in everyone]
     group = dist.group.WORLD
@@ -116,7 +126,7 @@ def test_rows_arrive_once_and_sums_go_home(size):
 
 
 def reduce_by_lse(seed: int) -> None:
-    """Each rank attends to its own keys for its own rows and for the rows it received; home they are merged."""
+    """Each rank attends to its own keys, for its own rows and those it received; home they are merged."""
     rank, size = dist.get_rank(), dist.get_world_size()
     world = make_world(seed, size)
     routes = world.routes(rank)
@@ -147,13 +157,17 @@ def test_lse_reduce_is_attention_over_all_keys(size):
 
 
 def two_level_cast_and_reduce(seed: int) -> None:
-    """Two nodes of two ranks: a row crosses once, to the rank in its owner's place, and is passed on there."""
+    """Two nodes of two ranks: a row crosses once, to the rank in its owner's place, which passes it on."""
     rank, size, per_node = dist.get_rank(), dist.get_world_size(), 2
     direct = make_world(seed, size)
     landing = [[[] for _ in range(size)] for _ in range(size)]
     for sender in range(size):
         for node in range(size // per_node):
-            needed = {row for to in range(node * per_node, (node + 1) * per_node) for row in direct.sends[sender][to]}
+            needed = {
+                row
+                for to in range(node * per_node, (node + 1) * per_node)
+                for row in direct.sends[sender][to]
+            }
             if node != sender // per_node:
                 landing[sender][node * per_node + sender % per_node] = sorted(needed)
     across = World(direct.counts, landing)
@@ -179,13 +193,17 @@ def two_level_cast_and_reduce(seed: int) -> None:
     sources = [pair for via in range(size) for pair in origin[via][rank]]
     expected = torch.stack([everyone[s][r] for s, r in sources]) if sources else torch.zeros(0, 3)
     for eager in (False, True):
-        (got, _), pending = group_cast((everyone[rank], everyone[rank].long()), hops, dist.group.WORLD, async_op=True)
+        (got, _), pending = group_cast(
+            (everyone[rank], everyone[rank].long()), hops, dist.group.WORLD, async_op=True
+        )
         if eager:
             pending.advance()
         pending.wait()
         assert torch.equal(got, expected)
     into = everyone[rank].clone()
-    pending = group_reduce((torch.full_like(expected, rank + 1),), (into,), hops, dist.group.WORLD, async_op=True)
+    pending = group_reduce(
+        (torch.full_like(expected, rank + 1),), (into,), hops, dist.group.WORLD, async_op=True
+    )
     pending.advance()
     pending.wait()
     total = everyone[rank].clone()
@@ -237,7 +255,9 @@ def takes_any_strides() -> None:
         into = torch.zeros_like(everyone[rank])
         group_reduce((backwards,), (into,), world.routes(rank), dist.group.WORLD)
         parts = [world.received(tensors, r) for r in range(dist.get_world_size())]
-        assert torch.equal(into.double(), sums_of(world, parts, [torch.zeros_like(t) for t in everyone])[rank]), name
+        assert torch.equal(
+            into.double(), sums_of(world, parts, [torch.zeros_like(t) for t in everyone])[rank]
+        ), name
 
 
 def test_any_strides():
@@ -290,7 +310,9 @@ def repeats_bit_for_bit() -> Tensor:
 def test_the_order_of_reduction_is_fixed():
     first = run_on_ranks(4, repeats_bit_for_bit)
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run_on_ranks(4, repeats_bit_for_bit), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(first, run_on_ranks(4, repeats_bit_for_bit), strict=True)
+        )
 
 
 def test_merge_of_partials():
@@ -327,5 +349,7 @@ def test_merge_keeps_a_nan_visible():
 
 def test_merge_refuses_other_shapes():
     out, lse = torch.zeros(3, 2, 4), torch.zeros(3, 2)
-    with pytest.raises(ValueError, match=r"partials of shapes \(3, 2, 4\), \(3, 2\) and \(2, 2, 4\), \(2, 2\): both"):
+    with pytest.raises(
+        ValueError, match=r"partials of shapes \(3, 2, 4\), \(3, 2\) and \(2, 2, 4\), \(2, 2\): both"
+    ):
         merge_partials(out, lse, out[:2], lse[:2])

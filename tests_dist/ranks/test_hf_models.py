@@ -5,6 +5,9 @@ Logits at real tokens, loss and every parameter gradient within 1e-5 by norm.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -63,3 +66,16 @@ def test_vision_model_equals_eager(name):
 def test_vision_model_all_layouts(cp_size, name):
     kinds = [(kind, n) for kind in ("plain", "right", "left") for n in (1, 3)]
     check(cp_size, {f"{kind} {n}": (name, [vision_batch(name, kind, rows=n)]) for kind, n in kinds})
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("example", ["hf_finetune", "rl_prefix_tree", "fsdp2_custom"])
+def test_example_runs_and_learns(example):
+    """Under torchrun on four CPU ranks; the number that each prints first gets better."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["-m", f"cpattn.launch.examples.{example}", "--steps", "12"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=280)
+    values = [float(line.split()[3]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(values) == 12
+    better = values[-1] > values[0] if example == "rl_prefix_tree" else values[-1] < values[0]
+    assert better, values

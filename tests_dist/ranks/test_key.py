@@ -1,4 +1,4 @@
-"""Runtime layer: keys. Their cache, several of them in one process, subgroups and meshes, with_mask, windows."""
+"""Runtime layer: keys. Their cache, several in one process, subgroups and meshes, with_mask, windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ SPEC = AttnMaskSpec.varlen([30, 1, 47])
 
 
 def make_key(spec: AttnMaskSpec = SPEC, **options: Any) -> cpattn.AttnKey:
-    defaults = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 8, "cp_group": dist.group.WORLD, "chunk_size": 8}
+    defaults = {
+        "num_heads_q": 2,
+        "num_heads_kv": 1,
+        "head_dim": 8,
+        "cp_group": dist.group.WORLD,
+        "chunk_size": 8,
+    }
     return cpattn.make_key(spec, **{**defaults, **options})
 
 
@@ -34,7 +40,9 @@ def inputs_for(spec: AttnMaskSpec, seed: int = 0) -> Inputs:
 def assert_serves(key: cpattn.AttnKey, spec: AttnMaskSpec, seed: int = 0) -> None:
     """The key computes this mask, and no other."""
     inputs = inputs_for(spec, seed)
-    for name, mine, exact in zip(Results._fields, run_with_key(key, inputs), oracle(spec, inputs), strict=True):
+    for name, mine, exact in zip(
+        Results._fields, run_with_key(key, inputs), oracle(spec, inputs), strict=True
+    ):
         torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -46,7 +54,9 @@ def equal_arguments_give_the_same_key() -> None:
     others = [
         make_key(AttnMaskSpec.varlen([30, 1, 47], causal=False)),
         make_key(AttnMaskSpec.varlen([31, 47])),
-        make_key(AttnMaskSpec(SPEC.q_ranges, SPEC.k_ranges, SPEC.mask_types, 78)),  # the same, without documents
+        make_key(
+            AttnMaskSpec(SPEC.q_ranges, SPEC.k_ranges, SPEC.mask_types, 78)
+        ),  # the same, without documents
         make_key(num_heads_q=4),
         make_key(num_heads_q=4, num_heads_kv=2),
         make_key(head_dim=16),
@@ -91,7 +101,7 @@ def test_the_cache_is_bounded():
 
 
 def evictions_agree() -> None:
-    """Rank 0 is in a second group whose keys fill its cache; ranks still agree on what is cached for the first."""
+    """Keys of a second group, which only rank 0 is in, push none of the first group's out of its cache."""
     clear_key_cache()
     pair = fresh_group([0, 1])
     lone = fresh_group([0, 2])
@@ -167,7 +177,9 @@ def subgroups() -> None:
     """The same mask in groups of 2 and 3 at the same time, and in groups of the same size."""
     rank = dist.get_rank()
     groups = [fresh_group(ranks) for ranks in ([0, 1], [2, 3, 4], [5, 6], [0, 3], [7])]
-    mine = [g for g, ranks in zip(groups, ([0, 1], [2, 3, 4], [5, 6], [0, 3], [7]), strict=True) if rank in ranks]
+    mine = [
+        g for g, ranks in zip(groups, ([0, 1], [2, 3, 4], [5, 6], [0, 3], [7]), strict=True) if rank in ranks
+    ]
     keys = [make_key(cp_group=group) for group in mine]
     for key, group in zip(keys, mine, strict=True):
         assert key.cp_size == dist.get_world_size(group)
@@ -219,7 +231,9 @@ def masks_of_one_placement() -> None:
     }
     for name, (spec, options) in others.items():
         other = key.with_mask(spec, **options)
-        assert torch.equal(cpattn.position_ids(other, stream=True), cpattn.position_ids(key, stream=True)), name
+        assert torch.equal(cpattn.position_ids(other, stream=True), cpattn.position_ids(key, stream=True)), (
+            name
+        )
         assert key.with_mask(spec, **options) is other, name
         truth = AttnMaskSpec.sliding_window([30, 1, 47], 9) if options else spec
         assert_serves(other, truth)
@@ -228,7 +242,10 @@ def masks_of_one_placement() -> None:
     assert_serves(key.with_mask(tree), tree)
     assert cpattn.undispatch(cpattn.position_ids(key.with_mask(tree)), key)[31] == 30
     cross = make_key(AttnMaskSpec.cross([9, 4], [30, 2]))
-    assert_serves(cross.with_mask(AttnMaskSpec.cross([13], [32], causal=True)), AttnMaskSpec.cross([13], [32], causal=True))
+    assert_serves(
+        cross.with_mask(AttnMaskSpec.cross([13], [32], causal=True)),
+        AttnMaskSpec.cross([13], [32], causal=True),
+    )
 
 
 def test_with_mask():
@@ -297,7 +314,15 @@ def test_describe(cp_size):
     """Balance, bytes, stages and backend, the same on every rank."""
     texts = run_on_ranks(cp_size, description)
     assert len(set(texts)) == 1
-    for words in ("820 x 820 tokens", f"ranks: {cp_size}", "max/mean", "bytes", "stages: ", "sdpa", "float32"):
+    for words in (
+        "820 x 820 tokens",
+        f"ranks: {cp_size}",
+        "max/mean",
+        "bytes",
+        "stages: ",
+        "sdpa",
+        "float32",
+    ):
         assert words in texts[0]
 
 

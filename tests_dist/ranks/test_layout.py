@@ -35,7 +35,10 @@ def round_trip(layout: str) -> None:
     """dispatch is a choice of rows, undispatch its inverse: any dim, any dtype, both sides."""
     for name, spec in MASKS.items():
         key = key_of(spec, layout=layout)
-        for side, total, local in (("q", spec.total_seqlen, key.num_tokens), ("k", spec.seqlen_k, key.num_keys)):
+        for side, total, local in (
+            ("q", spec.total_seqlen, key.num_tokens),
+            ("k", spec.seqlen_k, key.num_keys),
+        ):
             for dim, shape in ((0, (total,)), (0, (total, 3)), (1, (2, total, 3)), (-1, (2, 3, total))):
                 for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8):
                     x = integers(*shape, dtype=dtype)

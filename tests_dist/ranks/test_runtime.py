@@ -1,7 +1,7 @@
-"""Runtime layer: attention over ranks in fp64 against the dense oracle, where masks, plans and options get odd.
+"""Runtime layer: attention over ranks in fp64 against the dense oracle, for odd masks, plans and options.
 
-fp64 leaves no room for "about right": a pair that is lost, doubled or masked wrongly is off by far more than 1e-11.
-The grid over dtypes is in test_exactness.py.
+fp64 leaves no room for "about right": a pair that is lost, doubled or masked wrongly is off by far more
+than 1e-11. The grid over dtypes is in test_exactness.py.
 """
 
 from __future__ import annotations
@@ -225,7 +225,9 @@ def test_fewer_tokens_than_fit_the_ranks():
     """17 tokens on 8 ranks, and ranks that own no row at all."""
     owned = run_on_ranks(8, tiny_totals_on_rank)
     assert any(0 in mine for mine in owned)
-    assert [sum(column) for column in zip(*owned, strict=True)] == [n for n in (17, 8, 7, 3, 1, 0) for _ in LAYOUTS]
+    assert [sum(column) for column in zip(*owned, strict=True)] == [
+        n for n in (17, 8, 7, 3, 1, 0) for _ in LAYOUTS
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -368,13 +370,17 @@ def test_softcap(softcap):
 def head_dims_on_rank(head_dim: int, head_dim_v: int, backend: str) -> None:
     for name in ("causal", "cross_causal"):
         spec = MASKS[name]
-        inputs = make_inputs(spec, heads=(2, 1), head_dim=head_dim, head_dim_v=head_dim_v, dtype=torch.float64)
+        inputs = make_inputs(
+            spec, heads=(2, 1), head_dim=head_dim, head_dim_v=head_dim_v, dtype=torch.float64
+        )
         got = run_attention(spec, inputs, key_options={"chunk_size": 8, "backend": backend})
         assert_exact(got, oracle(spec, inputs), f"{name} {head_dim} {head_dim_v}:")
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(8, 8), (1, 3), (24, 100), (192, 128), (64, 256), (256, 256)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"), [(8, 8), (1, 3), (24, 100), (192, 128), (64, 256), (256, 256)]
+)
 def test_head_dims(head_dim, head_dim_v, backend):
     run_on_ranks(2, head_dims_on_rank, head_dim, head_dim_v, backend)
 

@@ -1,4 +1,4 @@
-"""Runtime layer: attention inside training. DDP, FSDP2, autocast, checkpointing, and how often backward may run."""
+"""Runtime layer: attention inside training. DDP, FSDP2, autocast, checkpointing, backward more than once."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def key_for(group: Any, **options: Any) -> cpattn.AttnKey:
 def train_on_rank(wrap: str, dp_size: int, schedule: str) -> None:
     """One step over a dp x cp mesh; the model is wrapped over all ranks, whose mean it takes.
 
-    The loss of a rank: the sum over its own labels, over the number of labels of all ranks, times the number of
-    ranks (the mean divides by it).
+    The loss of a rank: the sum over its own labels, over the number of labels of all ranks, times the
+    number of ranks (the mean divides by it).
     """
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (dp_size, world // dp_size), mesh_dim_names=("dp", "cp"))
@@ -124,7 +124,9 @@ def train_on_rank(wrap: str, dp_size: int, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(("dp_size", "cp_size", "schedule"), [(1, 2, "keys"), (1, 3, "tiles"), (2, 2, "keys")])
+@pytest.mark.parametrize(
+    ("dp_size", "cp_size", "schedule"), [(1, 2, "keys"), (1, 3, "tiles"), (2, 2, "keys")]
+)
 def test_gradients_of_one_process(wrap, dp_size, cp_size, schedule):
     """Every parameter, sinks among them, gets the gradient of the mean loss of one process."""
     run_on_ranks(dp_size * cp_size, train_on_rank, wrap, dp_size, schedule)
@@ -134,7 +136,9 @@ def fsdp_low_precision() -> None:
     """FSDP2's mixed precision hands bf16 parameters to the attention; sinks stay what they are given as."""
     key = key_for(dist.group.WORLD)
     model = Model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(
+        model, mesh=init_device_mesh("cpu", (2,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    )
     tokens, labels, _ = batch(0)
     logits = model(cpattn.dispatch(tokens, key), cpattn.position_ids(key), key)
     assert logits.dtype == torch.bfloat16
@@ -155,7 +159,7 @@ def test_fsdp2_in_bf16():
 
 
 def autocast_on_rank() -> None:
-    """fp32 tensors are computed in bf16, bit for bit as if they had been cast by hand, and get fp32 gradients."""
+    """fp32 tensors are computed in bf16, the same bits as if cast by hand, and get fp32 gradients."""
     key = key_for(dist.group.WORLD)
     inputs = make_inputs(SPEC, heads=(HEADS, KV_HEADS), head_dim=HEAD_DIM)
     *tensors, dout = (cpattn.dispatch(t, key) for t in inputs)
@@ -172,7 +176,9 @@ def autocast_on_rank() -> None:
     for mine, hand in zip(leaves, by_hand, strict=True):
         assert mine.grad.dtype == torch.float32
         assert torch.equal(mine.grad, hand.grad.float())
-    with torch.autocast("cpu", torch.bfloat16):  # a model's mixture: rotary embeddings in fp32, v from a linear
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # a model's mixture: rotary embeddings in fp32, v from a linear
         mixed = cpattn.attention(tensors[0], tensors[1].double().float(), tensors[2].bfloat16(), key)
         assert torch.equal(mixed, expected)
         assert cpattn.undispatch(cpattn.roll(mixed, key), key).dtype == torch.bfloat16
@@ -218,6 +224,21 @@ def test_activation_checkpointing(mode, schedule):
         "keep attention": {"use_reentrant": False, "context_fn": cpattn.attention_checkpoint_contexts},
     }
     run_on_ranks(3, checkpointed_on_rank, schedule, modes[mode])
+
+
+def offloaded_on_rank() -> None:
+    """Saved tensors go through hooks and come back as copies."""
+    key = key_for(dist.group.WORLD)
+    leaves, dout = leaves_of(key)
+    expected = torch.autograd.grad(cpattn.attention(*leaves, key), leaves, dout)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        out = cpattn.attention(*leaves, key)
+    for mine, truth in zip(torch.autograd.grad(out, leaves, dout), expected, strict=True):
+        assert torch.equal(mine, truth)
+
+
+def test_offloaded_activations():
+    run_on_ranks(2, offloaded_on_rank)
 
 
 def backward_twice_on_rank(schedule: str) -> None:

@@ -1,13 +1,18 @@
 """Solver layer, one process: plans of all ranks replayed on token indices.
 
-`replay` hands token indices round along the exchanges of all rank plans, as the runtime does with rows, and counts
-which global (query, key) pairs the slices over the local buffers then compute.
+`replay` hands token indices round along the exchanges of all rank plans, as the runtime does with rows,
+and counts which global (query, key) pairs the slices over the local buffers then compute.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,13 +39,13 @@ STAGES = (1, 2, 3, 8)
 
 
 def hop(exchanges: list[Exchange], rows: list[np.ndarray]) -> list[np.ndarray]:
-    """What each rank receives when rank r sends rows[r] along exchanges[r]; checks that the two ends agree."""
+    """What each rank receives when rank r sends rows[r] along exchanges[r]; both ends must agree."""
     sent = []
     for exchange, mine in zip(exchanges, rows, strict=True):
         order = [row for start, end in exchange.send_runs.tolist() for row in range(start, end)]
         assert len(order) == exchange.num_sent
-        bounds = np.cumsum((0, *exchange.send_splits))
-        parts = [mine[order[a:b]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        bounds = np.cumsum((0, *exchange.send_splits)).tolist()
+        parts = [mine[order[a:b]] for a, b in itertools.pairwise(bounds)]
         assert all(len(np.unique(part)) == len(part) for part in parts), "a receiver gets a row twice"
         sent.append(parts)
     received = []
@@ -49,7 +54,9 @@ def hop(exchanges: list[Exchange], rows: list[np.ndarray]) -> list[np.ndarray]:
         assert tuple(len(part) for part in parts) == exchange.recv_splits
         received.append(np.concatenate(parts))
     moved = any(len(r) for r in received)
-    assert all(exchange.active == moved for exchange in exchanges), "active is not equal on all ranks, or idle"
+    assert all(exchange.active == moved for exchange in exchanges), (
+        "active is not equal on all ranks, or idle"
+    )
     return received
 
 
@@ -170,7 +177,9 @@ def test_every_pair_once_where_queries_travel(mask):
         assert_exact(plan_of(spec, cp_size, schedule="tiles", num_stages=1 + cp_size % 3), spec)
 
 
-@given(specs(length=24), st.integers(1, 5), st.integers(1, 9), st.sampled_from(STAGES), st.sampled_from(LAYOUTS))
+@given(
+    specs(length=24), st.integers(1, 5), st.integers(1, 9), st.sampled_from(STAGES), st.sampled_from(LAYOUTS)
+)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_every_pair_once_of_random_masks(spec, cp_size, chunk_size, num_stages, layout):
     assert_exact(plan_of(spec, cp_size, chunk_size=chunk_size, num_stages=num_stages, layout=layout), spec)
@@ -281,6 +290,30 @@ def test_planning_again_gives_the_same_plan():
     for mask, spec in MASKS.items():
         plans = [plan_of(spec, 4) for _ in range(2)]
         assert flat(plans[0]) == flat(plans[1]), mask
+
+
+def test_planning_does_not_depend_on_the_process():
+    """Other hash seeds, as ranks have them: the same plans. No torch is needed on the way."""
+    code = (
+        "import sys; from tests_dist.solver.test_plan import *\n"
+        "assert 'torch' not in sys.modules\n"
+        "for layout, schedule in (('balanced', 'keys'), ('balanced', 'tiles'), ('zigzag', 'keys')):\n"
+        "    for name in ('varlen', 'prefix_tree', 'holes', 'from_dense'):\n"
+        "        print(plan_of(MASKS[name], 4, layout=layout, schedule=schedule).fingerprint)"
+    )
+    prints = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints[0].split())) == 12
 
 
 def test_fingerprints_tell_plans_apart():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,7 +92,7 @@ def test_merge_intervals_is_the_union_of_each_rank(intervals):
         expected = {t for r, (start, end) in intervals if r == rank for t in range(start, end)}
         mine = [(s, e) for r, s, e in zip(*merged, strict=True) if r == rank]
         assert [t for s, e in mine for t in range(s, e)] == sorted(expected)
-        assert all(b[0] > a[1] for a, b in zip(mine, mine[1:], strict=False)), "touching intervals are joined"
+        assert all(b[0] > a[1] for a, b in itertools.pairwise(mine)), "touching intervals are joined"
     assert sorted(merged.ranks) == list(merged.ranks)
 
 
@@ -117,7 +119,10 @@ def test_routes_bring_each_missing_row_once(tasks, placement, num_stages, random
             assert table.rows_sent(3).tolist() == [sum(s == r for _, s, _ in expected) for r in range(3)]
         assert rows_missing(needed, placement).tolist() == routes.rows_received(3).tolist()
         for rank in range(3):
-            mine = [[t for st_, dst, _, t in rows_of(staged) if (st_, dst) == (stage, rank)] for stage in range(num_stages)]
+            mine = [
+                [t for st_, dst, _, t in rows_of(staged) if (st_, dst) == (stage, rank)]
+                for stage in range(num_stages)
+            ]
             sizes = [len(tokens) for tokens in mine]
             assert max(sizes) - min(sizes) <= 1, "a receiver's rows are divided evenly"
             in_order = [t for tokens in mine for t in sorted(tokens)]

@@ -122,9 +122,7 @@ def test_transpose_and_shift(table, dq, dk):
     )
     np.testing.assert_array_equal(table.transpose().transpose().data, table.data)
     moved = table.shift(dq, dk).to_dense(LENGTH + 5, LENGTH + 5)
-    np.testing.assert_array_equal(
-        moved[dq : dq + LENGTH, dk : dk + LENGTH], table.to_dense(LENGTH, LENGTH)
-    )
+    np.testing.assert_array_equal(moved[dq : dq + LENGTH, dk : dk + LENGTH], table.to_dense(LENGTH, LENGTH))
     assert moved.sum() == table.to_dense(LENGTH, LENGTH).sum()
     np.testing.assert_array_equal(table.shift(dq, dk).areas(), table.areas())
 

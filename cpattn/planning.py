@@ -10,6 +10,7 @@ and neither this module nor the solver loads torch. All ranks must see the same 
 from __future__ import annotations
 
 import multiprocessing
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -74,16 +75,28 @@ def normal_window(
     """A window as (left, right), None on a side for no limit; None for no window.
 
     Raises:
-        ValueError: a number is negative, or the mask is one of cross-attention.
+        ValueError: it is not an int or a pair, a number is negative, or the mask is one of cross-attention.
     """
     if window is None:
         return None
-    left, right = (window - 1, None) if isinstance(window, int) else tuple(window)
     if spec.is_cross:
-        raise ValueError("window with a cross-attention mask: queries and keys share no positions")
-    for side in (left, right):
-        if side is not None and side < 0:
-            raise ValueError(f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each")
+        raise ValueError(
+            f"window is {window!r} and the mask is cross-attention: queries and keys share no positions; "
+            f"pass window=None"
+        )
+    left: int | None
+    right: int | None
+    try:
+        if isinstance(window, Sequence):
+            left, right = (None if side is None else operator.index(side) for side in window)
+        else:
+            left, right = operator.index(window) - 1, None
+    except (TypeError, ValueError):
+        left = right = -1
+    if any(side is not None and side < 0 for side in (left, right)):
+        raise ValueError(
+            f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
+        )
     return (left, right)
 
 

@@ -1,0 +1,89 @@
+"""Solver layer: bytes and seconds of the cost model, the presets, and the choice of stages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cpattn import AttnMaskSpec
+from cpattn.mask_spec import lower_mask
+from cpattn.solver import (
+    DEFAULT_HARDWARE,
+    HARDWARE,
+    Hardware,
+    Heads,
+    Link,
+    choose_num_stages,
+    hardware_named,
+    make_dispatch_plan,
+    row_costs,
+)
+
+
+def test_row_bytes_by_hand() -> None:
+    """Heads 32:8 of 128 in bf16: k and v are 8 * 128 * 2 bytes each, their gradients twice that."""
+    row = Heads(32, 8, 128, 128).row_bytes()
+    assert row.kv == 2 * 8 * 128 * 2
+    assert row.dkv == 2 * row.kv
+    assert row.q == 32 * 128 * 2
+    assert row.partial == row.q + 32 * 4
+    assert row.q_again == 2 * row.q + 2 * 32 * 4
+    costs = row_costs(32, 8, 128, 128)
+    assert costs.kv == 2 * row.kv + row.dkv
+    assert costs.q == row.q + row.partial + row.q_again + row.dq
+
+
+def test_backward_is_five_halves_of_forward_at_equal_dims() -> None:
+    heads = Heads(8, 8, 64, 64)
+    assert heads.backward_flop == 2.5 * heads.forward_flop
+
+
+def test_a_transfer_of_nothing_takes_no_time() -> None:
+    link = Link(1e-5, 1e9)
+    assert link.seconds(np.array([0.0, 1e9])).tolist() == [0.0, 1.0 + 1e-5]
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_presets_survive_json_and_name_their_source(name: str) -> None:
+    hardware = hardware_named(name)
+    assert Hardware.from_json(hardware.to_json()) == hardware
+    assert "assumed" in hardware.source
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": "x"}', "3"])
+def test_bad_hardware_files_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a hardware description"):
+        Hardware.from_json(text)
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    text = DEFAULT_HARDWARE.to_json().replace("645000000000000.0", "-1")
+    with pytest.raises(ValueError, match="rates must be finite and above 0"):
+        Hardware.from_json(text)
+    with pytest.raises(ValueError, match="unknown: use one of h100"):
+        hardware_named("abacus")
+
+
+def stages(area: float, rows: int, *, latency: float = 1e-5, per_node: int = 4) -> int:
+    """The choice for 16 equal ranks that own 1000 rows each."""
+    hardware = Hardware("x", 1e14, 1e14, 0.0, 1e-5, 1e12, Link(latency, 1e11), Link(latency, 1e10), 16)
+    areas, received, owned = np.full(16, int(area)), np.full(16, rows), np.full(16, 1000)
+    options = {"heads": Heads(), "hardware": hardware, "ranks_per_node": per_node, "most": 8}
+    return choose_num_stages(areas, received, owned, **options)  # type: ignore[arg-type]
+
+
+def test_stages_follow_the_transfer() -> None:
+    assert stages(1e9, 0) == 1
+    assert stages(1e9, 100) == 1, "a short transfer hides behind the work on own keys"
+    assert stages(1e6, 1_000) == 1, "tiny work: launches and latencies decide"
+    long = stages(2e9, 100_000)
+    assert 2 <= long <= 8
+    assert stages(2e9, 100_000, latency=1e-2) <= long, "a dear start means fewer stages"
+
+
+def test_plans_choose_their_stages() -> None:
+    table = lower_mask(AttnMaskSpec.causal(1 << 20))
+    many = make_dispatch_plan(table, total_seqlen=1 << 20, cp_size=64)
+    one = make_dispatch_plan(lower_mask(AttnMaskSpec.causal(512)), total_seqlen=512, cp_size=4, chunk_size=32)
+    assert many.num_stages > 1
+    assert one.num_stages == 1

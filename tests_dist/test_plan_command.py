@@ -1,0 +1,212 @@
+"""Layer 1: `cpattn plan`, `cpattn calibrate` and planning ahead."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cpattn
+from cpattn.solver import Hardware
+
+typer_testing = pytest.importorskip("typer.testing")
+HEADS = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 8}
+
+
+def run(*args: str) -> Any:
+    from cpattn.launch.commands import app
+
+    return typer_testing.CliRunner().invoke(app, ["plan", *args], env={"COLUMNS": "140"})
+
+
+def report(*args: str) -> dict[str, Any]:
+    done = run(*args, "--json")
+    assert done.exit_code == 0, done.output
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
+
+
+def test_table_names_balance_bounds_and_rivals() -> None:
+    done = run("--seqlen", "64K", "--ranks", "8")
+    assert done.exit_code == 0, done.output
+    for word in ("visible pairs", "bound", "ring", "all-gather", "Ulysses", "zigzag", "min-heap"):
+        assert word in done.output
+
+
+def test_json_holds_the_report() -> None:
+    values = report("--lengths", "8K,3000,512", "--ranks", "4", "--schedule", "keys")
+    assert values["seqlen_q"] == 8192 + 3000 + 512
+    assert values["kv_rows_bound"] <= values["kv_rows"]
+    assert {rival["name"] for rival in values["rivals"]} >= {"ring", "Ulysses"}
+
+
+def test_millions_of_tokens_on_thousands_of_ranks() -> None:
+    values = report("--seqlen", "4M", "--ranks", "4096")
+    assert values["imbalance"] < 1.03
+    assert values["planning_cpu_seconds"] < 15
+
+
+@pytest.mark.parametrize(
+    ("mask", "tokens"),
+    [
+        ([3, 50, 7], 60),
+        ({"lengths": [100, 28], "window": 16}, 128),
+        ({"lengths": [100, 28], "window": [8, 4]}, 128),
+        ({"lengths": [100, 28], "block_size": 32}, 128),
+        ({"lengths": [100, 28], "prefix_lengths": [10, 0]}, 128),
+        ({"lengths": [100, 28], "causal": False}, 128),
+        ({"node_lengths": [64, 32, 32], "paths": [[0, 1], [0, 2]]}, 128),
+        ({"seqlens_q": [60, 4], "seqlens_k": [10, 90]}, 64),
+        ({"q_ranges": [[0, 64]], "k_ranges": [[0, 64]], "mask_types": ["causal"], "total_seqlen": 64}, 64),
+    ],
+)
+def test_masks_from_json(mask: Any, tokens: int, tmp_path: Path) -> None:
+    file = tmp_path / "mask.json"
+    file.write_text(json.dumps(mask))
+    assert report("--file", str(file), "--ranks", "3")["seqlen_q"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("3", "describes no mask"),
+        ('{"length": [3]}', "describes no mask"),
+        ('{"lengths": [3], "windows": 2}', "has windows: the fields are"),
+        ('{"lengths": [3], "window": 2, "block_size": 2}', "do not go together"),
+        ('{"lengths": [-3]}', "lengths are at least 0"),
+        ('{"lengths": "abc"}', "lengths|expected|seqlens"),
+        ('{"node_lengths": [3]}', "'paths' is missing"),
+        ('{"q_ranges": [[0, 9]], "k_ranges": [[0, 3]], "mask_types": ["full"], "total_seqlen": 4}', "range needs"),
+    ],
+)
+def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mask.json"
+    file.write_text(text)
+    done = run("--file", str(file))
+    assert done.exit_code == 2
+    assert any(part in done.output.replace("\n", " ") for part in message.split("|")), done.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "give the tokens once"),
+        (("--seqlen", "1K", "--lengths", "3"), "give the tokens once"),
+        (("--seqlen", "1Q"), "is not a number of tokens"),
+        (("--seqlen", "1K", "--ranks", "0"), "--ranks is 0"),
+        (("--seqlen", "1K", "--ranks", "12", "--ranks-per-node", "5"), "nodes must be of equal size"),
+        (("--seqlen", "1K", "--heads", "5:2"), "multiple of key heads"),
+        (("--seqlen", "1K", "--heads", "5"), "give query and key heads"),
+        (("--seqlen", "1K", "--mask", "window"), "needs --window"),
+        (("--seqlen", "1K", "--layout", "contiguous", "--imbalance", "1.1"), "above --imbalance 1.1"),
+        (("--seqlen", "1K", "--imbalance", "0.5"), "at least 1"),
+        (("--seqlen", "1K", "--hardware", "no_such_file.json"), "cannot be read"),
+        (("--file", "no_such_file.json"), "cannot be read"),
+        (("--seqlen", "1K", "--num-stages", "99"), "num_stages is 99"),
+    ],
+)
+def test_bad_options_are_refused(args: tuple[str, ...], message: str) -> None:
+    done = run(*args)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " "), done.output
+
+
+def test_pictures_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = run("--lengths", "3000,1000,96", "--ranks", "5", "--plot", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.png", "plan.pdf"}
+    assert (tmp_path / "out/plan.png").stat().st_size > 20_000
+
+
+def test_the_mask_picture_shows_who_computes() -> None:
+    pytest.importorskip("matplotlib")
+    from cpattn.launch.plan_pictures import mask_image, rank_colours
+
+    options: dict[str, Any] = {**HEADS, "layout": "contiguous", "schedule": "keys"}
+    plan = cpattn.make_plan(cpattn.AttnMaskSpec.causal(32), cp_size=2, **options).plan
+    image, colours = mask_image(plan, 32), rank_colours(2)
+    assert (image[0, 1] == 1).all()
+    assert (image[3, 2] == colours[0]).all()
+    assert (image[20, 2] == colours[1]).all()
+
+
+def test_planning_needs_no_torch() -> None:
+    """The plan command and ready-made plans work where torch is not loaded."""
+    code = (
+        "import sys; sys.argv = ['cpattn', 'plan', '--seqlen', '4K', '--json']\n"
+        "import cpattn.launch.commands, cpattn.planning\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: cpattn.launch.commands.app()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_calibration_fits_and_writes(tmp_path: Path) -> None:
+    from cpattn.launch.commands import app
+
+    file = tmp_path / "hardware.json"
+    done = typer_testing.CliRunner().invoke(app, ["calibrate", "--tokens", "256", "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    hardware = Hardware.from_json(file.read_text())
+    assert 1e8 < hardware.forward_flops < 1e16
+    assert report("--seqlen", "4K", "--hardware", str(file))["seconds"] > 0
+
+
+def causal(seqlen: int) -> cpattn.AttnMaskSpec:
+    return cpattn.AttnMaskSpec.causal(seqlen)
+
+
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_plans_come_in_order_and_are_taken(workers: Any) -> None:
+    lengths = [64, 100, 7, 300]
+    seen = []
+    for seqlen, ready in cpattn.plan_ahead(lengths, causal, workers=workers, cp_size=1, **HEADS):
+        key = cpattn.make_key(causal(seqlen), plan=ready, **HEADS)
+        assert key.plan.fingerprint == cpattn.make_plan(causal(seqlen), cp_size=1, **HEADS).plan.fingerprint
+        seen.append(seqlen)
+    assert seen == lengths
+
+
+def test_a_ready_plan_pickles() -> None:
+    ready = cpattn.make_plan(causal(100), cp_size=4, **HEADS)
+    assert pickle.loads(pickle.dumps(ready)).plan.fingerprint == ready.plan.fingerprint
+
+
+def test_a_plan_for_something_else_is_refused() -> None:
+    ready = cpattn.make_plan(causal(100), cp_size=1, **HEADS)
+    other: list[tuple[Callable[[], object], str]] = [
+        (lambda: cpattn.make_key(causal(99), plan=ready, **HEADS), "another mask"),
+        (lambda: cpattn.make_key(causal(100), plan=ready, **{**HEADS, "head_dim": 16}), "heads and head dims"),
+        (lambda: cpattn.make_key(causal(100), plan=ready, window=5, **HEADS), "window"),
+        (
+            lambda: cpattn.make_key(causal(100), plan=cpattn.make_plan(causal(100), cp_size=2, **HEADS), **HEADS),
+            "number of ranks 2",
+        ),
+    ]
+    for make, message in other:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_errors_of_a_worker_reach_the_caller() -> None:
+    items = cpattn.plan_ahead([64], causal, workers="thread", cp_size=0, **HEADS)
+    with pytest.raises(ValueError, match="cp_size is 0"):
+        next(items)
+    with pytest.raises(ValueError, match="depth 0"):
+        cpattn.plan_ahead([64], causal, depth=0, cp_size=1, **HEADS)
+
+
+def test_a_key_describes_its_plan_against_bounds() -> None:
+    text = cpattn.make_key(causal(100), **HEADS).describe()
+    assert "received, forward and backward" in text
