@@ -158,7 +158,7 @@ def _kernel_seconds(lengths: list[int], heads: Heads, device: torch.device, dtyp
     return _seconds(lambda: cpattn.attention(q, k, v, key), device), _seconds(backward, device)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
     """The least time of a few runs: other work on the machine only ever adds."""
     import torch
 

@@ -43,6 +43,9 @@ _RANKS_OF_PEELING = 192
 _COMPONENTS_PER_RANK = 16
 _MOST_PEELINGS = 8
 
+# With more components than this for each rank, the tiny ones are bundled.
+_MOST_COMPONENTS_PER_RANK = 16
+
 # Contiguous pieces are evened out only where they start near enough to balance: packed documents
 # do not, and evening them out one exchange at a time would take long and scatter them.
 _EVENED_BELOW = 1.5
@@ -136,8 +139,10 @@ def _constructions(problem: _Problem, contiguous: _Scored, search_effort: int) -
         yield place_in_levels(problem.profile, **size, chunk_size=problem.chunk_size)
     work = max(problem.cp_size, problem.num_components // _COMPONENTS_PER_RANK)
     tries = 1 if one_component else min(max(_RANKS_OF_PEELING // work, 1), _MOST_PEELINGS)
+    many = problem.num_components > _MOST_COMPONENTS_PER_RANK * problem.cp_size
+    bundle_size = problem.chunk_size // 2 if many else 0
     for options in _peel_options(tries + search_effort, problem.limit - 1.0):
-        pool = TokenPool(problem.table, problem.profile, problem.total_seqlen)
+        pool = TokenPool(problem.table, problem.profile, problem.total_seqlen, bundle_size=bundle_size)
         peeled = place_peeled(pool, **size, chunk_size=problem.chunk_size, options=options)
         yield problem.even_out(peeled)
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-import numpy as np
-
 from .balance_pool import TokenPool
 from .placement import Placement
 
@@ -28,6 +26,8 @@ from .placement import Placement
 _LOOKAHEAD = 64
 # Candidates for the piece that closes a rank's token count.
 _NUM_CLOSERS = 16
+# Points at which the loss by closing a gap is computed; between them it is taken as straight.
+_CURVE_STEPS = 8
 # Ranks that need this share of what the dearest one needs set the time of the exchange: they take
 # their component's own bottom, which they would receive otherwise, even where it is less sparse.
 _DEAREST = 0.985
@@ -42,6 +42,7 @@ class PeelOptions:
     run_ahead: gaps longer than this many next fillers are filled without choosing.
     gap_price: weight of area, against rows, when a rank's token count is closed.
     own_bias: the own bottom goes before fillers while its area is at most this many times theirs.
+    pair_from: components of at least this share of a rank's tokens are paired; 1 pairs none.
     """
 
     area_slack: float = 0.019
@@ -49,6 +50,8 @@ class PeelOptions:
     run_ahead: float = 3.2
     gap_price: float = 1.0
     own_bias: float = 1.0
+    pair_from: float = 1.0
+    pair_spend: float = 1.0
 
 
 @dataclass(slots=True)
@@ -88,21 +91,18 @@ class _Peeler:
         self.budget = _Budget(0, 0, 0.0, 0.0)
         self.dearest_need = pool.by_need[-1][0] if pool.by_need else 0
         self.area_price = 0.0  # rows that one pair of area is worth on this rank
-        self.starts: list[int] = []
         self.ends: list[int] = []
         self.owners: list[int] = []
 
     def place(self) -> Placement:
-        for rank in range(self.cp_size):
+        for rank in range(self._fill_with_pairs(), self.cp_size):
             self.rank = rank
             self.budget = self._next_budget(self.cp_size - rank)
             if self.pool.by_need and self.budget.most > 0:
                 self._fill_rank()
         while self.pool.by_need:
             self._give(*self.pool.take_all(self.pool.by_need[-1][1]))
-        order = np.argsort(np.array(self.starts, dtype=np.int64), kind="stable")
-        ends, owners = np.array(self.ends, dtype=np.int64), np.array(self.owners, dtype=np.int64)
-        return Placement.from_runs(ends[order], owners[order], cp_size=self.cp_size)
+        return self.pool.layout.placement(self.ends, self.owners, cp_size=self.cp_size)
 
     def _next_budget(self, ranks_left: int) -> _Budget:
         """Bounds that leave the ranks after this one inside theirs."""
@@ -118,7 +118,6 @@ class _Peeler:
         return _Budget(min(least, most), most, limit, floor)
 
     def _give(self, start: int, end: int, area: int) -> None:
-        self.starts.append(start)
         self.ends.append(end)
         self.owners.append(self.rank)
         self.tokens_left -= end - start
@@ -160,6 +159,47 @@ class _Peeler:
                 area -= self.pool.areas[j] if size <= tokens else self.pool.bottom_area(j, tokens)
                 tokens -= size
         return area >= 0
+
+    # Two middling components on one rank.
+
+    def _fill_with_pairs(self) -> int:
+        """Fill ranks with two components each, their bottoms left in the pool; how many ranks.
+
+        Components of half a rank's tokens or more find no partner that fits, and as fillers they
+        would be cut wherever a gap ends. Cut at the bottom instead, a pair fills a rank for few
+        rows, and the bottoms are as sparse as fillers can be. A pair may hold less than its share of
+        area as long as the slack of all ranks together makes up for it.
+        """
+        spare = self.options.pair_spend * self.cp_size * self.mean_area * self.options.area_slack
+        limit = self.mean_area * (1 + self.options.area_slack)
+        for short, large, small, counts in sorted(self._pairs(limit)):
+            spare -= short
+            if spare < 0 or self.rank >= self.cp_size - 1:
+                break
+            self._take_top(large, counts[0])
+            self._take_top(small, counts[1])
+            self.rank += 1
+        return self.rank
+
+    def _pairs(self, limit: float) -> list[tuple[float, int, int, tuple[int, int]]]:
+        """Pairs of large with small: area short of the limit, both components, tokens of each."""
+        pool, most, pairs = self.pool, self.most, []
+        low = bisect_left(pool.by_size, (int(self.options.pair_from * most), -1))
+        high = bisect_left(pool.by_size, (most, -1))
+        order = [i for _, i in pool.by_size[low:high]]
+        while len(order) > 1:
+            large, small = order[-1], order[0]
+            over = pool.size(large) + pool.size(small) - most
+            counts = pool.size(large) - over // 2, pool.size(small) - (over - over // 2)
+            if over < 0 or counts[1] <= 0:
+                del order[0]
+                continue
+            area = pool.top_area(large, counts[0]) + pool.top_area(small, counts[1])
+            if area <= limit:
+                pairs.append((limit - area, large, small, counts))
+                del order[0]
+            del order[-1]
+        return pairs
 
     # A component too large for one rank.
 
@@ -240,7 +280,15 @@ class _Peeler:
             count = budget.most - size
             return budget.area - pool.top_area(top, count) if count <= size_of_top else float("inf")
 
-        best, choice = self._closing_loss(top, gap), None
+        curve = [self._closing_loss(top, gap * x / _CURVE_STEPS) for x in range(_CURVE_STEPS + 1)]
+        steps_per_token = _CURVE_STEPS / gap
+
+        def loss(open_gap: float) -> float:
+            x = open_gap * steps_per_token
+            i = int(x)
+            return curve[i] + (x - i) * (curve[i + 1] - curve[i]) if 0.0 < x < _CURVE_STEPS else 0.0
+
+        best, choice = curve[-1], None
         closes = [item[0] for item in items]
         for x, (closed, i, area, size) in enumerate(items):
             if area >= best:
@@ -250,7 +298,7 @@ class _Peeler:
                 if lost < best and lost - area <= spare:
                     best, choice = lost, [i]
                 continue
-            lost = area + self._closing_loss(top, gap - closed)
+            lost = area + loss(gap - closed)
             if lost < best:
                 best, choice = lost, [i]
             partner = bisect_left(closes, gap - closed, x + 1)
@@ -265,7 +313,7 @@ class _Peeler:
                     if lost - area - area_y > spare:
                         continue
                 else:
-                    lost = area + area_y + self._closing_loss(top, gap - closed - closed_y)
+                    lost = area + area_y + loss(gap - closed - closed_y)
                 if lost < best:
                     best, choice = lost, [i, j]
         return choice

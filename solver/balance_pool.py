@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
+from .balance_bundles import BundledLayout
 from .balance_profile import AreaRamp, DensityProfile
 from .slices import IntArray, SliceTable
 
@@ -47,9 +48,14 @@ class TokenPool:
     Mutable on purpose: it is the working state of one placement and never leaves it.
     """
 
-    def __init__(self, table: SliceTable, profile: DensityProfile, total_seqlen: int) -> None:
-        self.ramp: AreaRamp = profile.ramp()
+    def __init__(
+        self, table: SliceTable, profile: DensityProfile, total_seqlen: int, *, bundle_size: int = 0
+    ) -> None:
+        """bundle_size: components of at most half as many tokens are joined; see BundledLayout."""
         starts, ends = find_components(table, total_seqlen)
+        self.layout = BundledLayout.make(profile, starts, ends, bundle_size=bundle_size)
+        self.ramp: AreaRamp = self.layout.profile.ramp()
+        starts, ends = self.layout.starts, self.layout.ends
         self.lo: list[int] = starts.tolist()
         self.hi: list[int] = ends.tolist()
         below = self.ramp.below

@@ -20,7 +20,7 @@ from .balance import place_balanced
 from .balance_metric import kv_rows_received, rank_areas
 from .balance_profile import DensityProfile
 from .balance_queues import place_by_density
-from .cost import DEFAULT_HARDWARE, Hardware, Heads, RowCosts
+from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads, RowCosts
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, Plan, assemble_plan, keys_schedule
 from .slices import IntArray, SliceTable
@@ -174,9 +174,9 @@ def _even_out(
     ends = np.unique(np.concatenate([placement.ends, np.arange(grain, total, grain)]))
     lengths = np.diff(ends, prepend=0)
     owners = placement.owner_of(ends - 1)
-    areas = np.stack([_areas_before(mask, ends, total) for mask in masks])
-    scale = np.array(weights)[:, None] / sum(w * float(a.sum()) for w, a in zip(weights, areas, strict=True)) * cp_size
-    areas = areas * scale
+    pairs = np.stack([_piece_areas(mask, ends, total) for mask in masks])
+    mean = sum(weight * float(column.sum()) for weight, column in zip(weights, pairs, strict=True)) / cp_size
+    areas = pairs * (np.array(weights)[:, None] / max(mean, 1.0))
     loads = np.stack([np.bincount(owners, column, cp_size) for column in areas])
     target = loads.mean(axis=1, keepdims=True) * (1 + 0.75 * (JOINT_LIMIT - 1))
     for _ in range(_SWAPS_PER_RANK * cp_size):
@@ -205,10 +205,10 @@ def _even_out(
     return Placement.from_runs(ends, owners, cp_size=cp_size)
 
 
-def _areas_before(mask: SliceTable, ends: IntArray, total: int) -> IntArray:
+def _piece_areas(mask: SliceTable, ends: IntArray, total: int) -> FloatArray:
     """Visible pairs of the queries of each piece, [n]."""
     cut = DensityProfile.from_table(mask, total).cut(ends[:-1])
-    areas: IntArray = np.bincount(np.searchsorted(ends, cut.starts, side="right"), cut.areas, len(ends))
+    areas: FloatArray = np.bincount(np.searchsorted(ends, cut.starts, side="right"), cut.areas, len(ends))
     return areas
 
 

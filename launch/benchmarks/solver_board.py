@@ -86,7 +86,7 @@ def random_slices(total: int, seed: int) -> AttnMaskSpec:
 def other_lengths(name: str, total: int, seed: int) -> list[int]:
     """Document lengths of other distributions: uniform, heavy-tailed, two sizes, all equal."""
     rng = np.random.default_rng(seed)
-    draw: dict[str, Callable[[], float]] = {
+    draw: dict[str, Callable[[], Any]] = {
         "uniform": lambda: rng.integers(1, 8192),
         "pareto": lambda: 512 * (1 + rng.pareto(1.1)),
         "two sizes": lambda: 32768 if rng.random() < 0.05 else 1024,
@@ -276,13 +276,13 @@ def other_cases(seeds: int) -> list[dict[str, Any]]:
     return cases
 
 
-GROWTH = [
+GROWTH: list[dict[str, Any]] = [
     *({"mask": m, "seqlen": M, "ranks": r, "schedule": "keys"} for m in WORKLOADS for r in (256, 1024)),
     *({"mask": "causal", "seqlen": M, "ranks": r, "schedule": "auto"} for r in (16, 64, 256, 1024)),
     *({"mask": "varlen causal", "seqlen": s * M, "ranks": 64, "schedule": "keys"} for s in (1, 4, 16)),
     {"mask": "causal", "seqlen": 4 * M, "ranks": 4096, "schedule": "auto"},
 ]
-EFFORT = [
+EFFORT: list[dict[str, Any]] = [
     {"mask": m, "seqlen": s, "ranks": r, "schedule": "keys", "search_effort": e}
     for m, s, r in (("varlen causal", 64 * K, 8), ("varlen causal", 256 * K, 64), ("varlen causal", M, 64))
     for e in (0, 16, 64)

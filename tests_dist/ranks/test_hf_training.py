@@ -99,7 +99,10 @@ def wrapped_step_on_rank(name, batches, wrapper):
     return StepResult(out.shard.gather(out.logits).detach(), out.loss.detach(), whole)
 
 
-@pytest.mark.parametrize(("name", "wrapper"), [("gemma3", "fsdp2"), ("gpt_oss", "fsdp2"), ("llama", "ddp")])
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [("gemma3", "fsdp2"), pytest.param("gpt_oss", "fsdp2", marks=pytest.mark.nightly), ("llama", "ddp")],
+)
 def test_data_parallel_by_context_parallel(name, wrapper):
     """2 x 2 ranks, a different batch for each replica: one mean over all of their targets."""
     batches = [text_batch("left", 2, seed=3), few_labels(text_batch("right", 2, seed=4), 3)]
