@@ -23,10 +23,10 @@ from .balance_pool import TokenPool
 from .placement import Placement
 
 # Fillers looked at for one gap. More find better fits and cost time; results hardly change past 48.
-_LOOKAHEAD = 64
+_LOOKAHEAD = 48
 # Candidates for the piece that closes a rank's token count.
 _NUM_CLOSERS = 16
-# Points at which the loss by closing a gap is computed; between them it is taken as straight.
+# The loss by closing a gap is computed for gaps rounded to this part of the whole one.
 _CURVE_STEPS = 8
 # Ranks that need this share of what the dearest one needs set the time of the exchange: they take
 # their component's own bottom, which they would receive otherwise, even where it is less sparse.
@@ -280,15 +280,16 @@ class _Peeler:
             count = budget.most - size
             return budget.area - pool.top_area(top, count) if count <= size_of_top else float("inf")
 
-        curve = [self._closing_loss(top, gap * x / _CURVE_STEPS) for x in range(_CURVE_STEPS + 1)]
-        steps_per_token = _CURVE_STEPS / gap
+        step = gap / _CURVE_STEPS
+        curve: dict[int, float] = {}
 
         def loss(open_gap: float) -> float:
-            x = open_gap * steps_per_token
-            i = int(x)
-            return curve[i] + (x - i) * (curve[i + 1] - curve[i]) if 0.0 < x < _CURVE_STEPS else 0.0
+            at = int(open_gap / step + 0.5)
+            if at not in curve:
+                curve[at] = self._closing_loss(top, at * step)
+            return curve[at]
 
-        best, choice = curve[-1], None
+        best, choice = loss(gap), None
         closes = [item[0] for item in items]
         for x, (closed, i, area, size) in enumerate(items):
             if area >= best:
@@ -428,8 +429,10 @@ class _Peeler:
         sparsest = pool.by_density[0][0]
         wanted = max(budget.floor, 0.0) / budget.least
         at = bisect_left(pool.by_density, (wanted, 0, 0))
+        # Small components leave the last word to those after them.
+        look = 16 if 16 * pool.by_density[min(at, len(pool.by_density) - 1)][1] > budget.least else 3
         best, choice = float("inf"), None
-        for _, size, i in pool.by_density[max(at - 16, 0) : at + 16]:
+        for _, size, i in pool.by_density[max(at - look, 0) : at + look]:
             area_after = budget.area - pool.areas[i]
             tokens_after = max(0, budget.least - size)
             if size > budget.most or area_after < tokens_after * sparsest:

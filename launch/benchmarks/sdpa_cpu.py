@@ -1,6 +1,6 @@
 """Visible pairs per second of the CPU kernel under masks, against one causal call of torch's kernel.
 
-    python -m cpattn.launch.benchmarks.sdpa_cpu [--out FILE.json] [--repeats 3] [--tokens 32768]
+    python -m cpattn.launch.benchmarks.sdpa_cpu [--out FILE.json] [--repeats 3] [--tokens 32768] [--dtype bfloat16]
 
 One thread, CPU time, forward and backward, 8 heads of 64. The yardstick, torch's own flash kernel on one
 causal sequence of 8192 tokens, runs before and after every mask, so that a busy machine slows both.
@@ -12,7 +12,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,32 +115,44 @@ def _cpu_seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measure(tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """A row per mask and dtype: pairs per second over the yardstick's, the median of the repeats."""
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+def measure(tokens: int, repeats: int, dtypes: list[torch.dtype]) -> Iterator[list[dict[str, Any]]]:
+    """After every repeat, a row per mask and dtype: pairs per second over the yardstick's, the median so far."""
+    ratios: dict[tuple[str, torch.dtype], list[tuple[float, float, float]]] = {}
+    for dtype in dtypes:
         yardstick(dtype)  # warm up
-        for mask, table, targets in board(tokens):
-            ratios = []
-            for _ in range(repeats):
+    for _ in range(repeats):
+        for dtype in dtypes:
+            for mask, table, _ in board(tokens):
                 before, mine, after = yardstick(dtype), seconds_per_pair(table, tokens, dtype), yardstick(dtype)
                 theirs = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
-                ratios.append((theirs[0] / mine[0], theirs[1] / mine[1], sum(theirs) / sum(mine)))
-            forward, backward, both = (float(np.median(column)) for column in zip(*ratios, strict=True))
-            rows.append(
-                {
-                    "mask": mask,
-                    "dtype": name,
-                    "visible_pairs": table.area(),
-                    "forward": forward,
-                    "backward": backward,
-                    "forward_and_backward": both,
-                    "target": targets[name],
-                }
-            )
-            print(_line(rows[-1]), flush=True)
-    return rows
+                measured = (theirs[0] / mine[0], theirs[1] / mine[1], sum(theirs) / sum(mine))
+                ratios.setdefault((mask, dtype), []).append(measured)
+        yield [
+            _row(mask, table, targets, dtype, ratios[mask, dtype])
+            for dtype in dtypes
+            for mask, table, targets in board(tokens)
+        ]
+
+
+def _row(
+    mask: str,
+    table: SliceTable,
+    targets: dict[str, float | None],
+    dtype: torch.dtype,
+    ratios: list[tuple[float, float, float]],
+) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    forward, backward, both = (float(np.median(column)) for column in zip(*ratios, strict=True))
+    return {
+        "mask": mask,
+        "dtype": name,
+        "visible_pairs": table.area(),
+        "forward": forward,
+        "backward": backward,
+        "forward_and_backward": both,
+        "target": targets[name],
+        "repeats": len(ratios),
+    }
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -157,13 +169,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| mask | dtype | forward | backward | both | target |\n|---|---|---|---|---|---|")
-    rows = measure(arguments.tokens, arguments.repeats)
-    if arguments.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-        arguments.out.write_text(json.dumps({**machine, "tokens": arguments.tokens, "rows": rows}, indent=2) + "\n")
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes = [names[arguments.dtype]] if arguments.dtype else list(names.values())
+    for rows in measure(arguments.tokens, arguments.repeats, dtypes):
+        print(f"\nafter {rows[0]['repeats']} of {arguments.repeats} repeats\n")
+        print("| mask | dtype | forward | backward | both | target |\n|---|---|---|---|---|---|")
+        print("\n".join(_line(row) for row in rows), flush=True)
+        if arguments.out:
+            machine = {"cpu": platform.machine(), "torch": torch.__version__, "threads": 1, "clock": "CPU time"}
+            result = {**machine, "tokens": arguments.tokens, "rows": rows}
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,8 @@ def choose_ranks(wanted: int | None) -> tuple[int, str]:
     return wanted or num_gpus, f"{num_gpus} GPUs"
 
 
-DataOption = Annotated[
-    Path | None, typer.Option(help="Folder of text to train on, instead of the standard library.")
-]
-RanksOption = Annotated[
-    int | None, typer.Option(min=1, help="Ranks; the default is one per GPU, or 4 on the CPU.")
-]
+DataOption = Annotated[Path | None, typer.Option(help="Folder of text to train on, instead of the standard library.")]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="Ranks; the default is one per GPU, or 4 on the CPU.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Training steps.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="Tokens per step.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of documents.")]

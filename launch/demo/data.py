@@ -39,9 +39,7 @@ class Batch(NamedTuple):
 def stdlib_files() -> list[Path]:
     """The source files of the running Python's standard library, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(
-        path for path in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts)
-    )
+    return sorted(path for path in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
 
 
 def folder_files(folder: Path) -> list[Path]:

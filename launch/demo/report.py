@@ -106,11 +106,11 @@ def print_report(console: Console, spread: list[Step], single: list[Step], *, by
     cp_size = len(spread[0]["plan"]["tokens"])
     differences = [relative_difference(a["loss"], b["loss"]) for a, b in zip(spread, single, strict=True)]
     console.print(Group(loss_table(spread, single), "", plan_table(spread, bytes_per_row), ""))
-    drawn_step = max(range(len(spread)), key=lambda step: len(spread[step]["seqlens"]))
-    seqlens = spread[drawn_step]["seqlens"]
-    lengths = ", ".join(map(str, seqlens))
-    console.print(f"the plan of step {drawn_step + 1}, documents of {lengths} tokens:", soft_wrap=True)
-    console.print(spread[drawn_step]["plan"]["describe"], highlight=False, soft_wrap=True)
+    for number, step in enumerate(spread, start=1):
+        if "description" in step:
+            lengths = ", ".join(map(str, step["seqlens"]))
+            console.print(f"the plan of step {number}, documents of {lengths} tokens:", soft_wrap=True)
+            console.print(step["description"], highlight=False, soft_wrap=True)
     console.print()
     console.print(
         f"loss {spread[0]['loss']:.3f} -> {spread[-1]['loss']:.3f}; largest relative difference "

@@ -72,20 +72,17 @@ def plan_figures(key: cpattn.AttnKey) -> dict[str, Any]:
         "tokens": plan.q_placement.num_tokens.tolist(),
         "kv_rows": plan.kv_routes.rows_received(plan.cp_size).tolist(),
         "q_rows": plan.q_routes.rows_received(plan.cp_size).tolist(),
-        "describe": key.describe(torch.float32),
     }
 
 
-def train(
-    recipe: Recipe, group: dist.ProcessGroup, device: torch.device, mask_path: Path
-) -> list[dict[str, Any]]:
-    """All steps; one record for each. Rank 0 also draws the plan of the batch with most documents."""
+def train(recipe: Recipe, group: dist.ProcessGroup, device: torch.device, mask_path: Path) -> list[dict[str, Any]]:
+    """All steps; one record for each. The plan of the batch with most documents is drawn and described."""
     rank = dist.get_rank(group)
     model = Transformer(recipe.model, seed=recipe.seed).to(device)
     optimizer = make_optimizer(model)
     stream = batches(recipe.folder, num_tokens=recipe.num_tokens, seed=recipe.seed)
     steps: list[dict[str, Any]] = []
-    drawn: cpattn.AttnKey | None = None
+    shown_key, shown_step = None, -1
     title = f"{dist.get_world_size(group)} ranks, cpattn"
     with progress_bar(title, recipe.num_steps, shown=rank == 0) as advance:
         for step in range(recipe.num_steps):
@@ -107,11 +104,12 @@ def train(
                     "plan": plan_figures(key),
                 }
             )
-            if drawn is None or len(batch.seqlens) > len(drawn.spec.q_ranges):
-                drawn = key
+            if shown_key is None or len(batch.seqlens) > len(steps[shown_step]["seqlens"]):
+                shown_key, shown_step = key, step
             advance(steps[-1]["loss"])
-    if rank == 0 and drawn is not None:
-        draw_plan(drawn.plan, mask_path)
+    if rank == 0 and shown_key is not None:
+        draw_plan(shown_key.plan, mask_path)
+        steps[shown_step]["description"] = shown_key.describe(torch.float32)
     return steps
 
 

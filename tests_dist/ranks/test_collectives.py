@@ -103,7 +103,8 @@ def cast_and_reduce(seed: int) -> None:
         assert pending.wait()[0] is alone
         assert torch.equal(alone, truth)
 
-    parts = [torch.full_like(world.received(everyone[0], r), r + 1) for r in range(size)]
+    received = [len(world.received(everyone[0], r)) for r in range(size)]
+    parts = values_of(World(received, []), seed + 50, 2, 3)
     into = mine[0].clone()
     group_reduce((parts[rank],), (into,), routes, group)
     assert torch.equal(into.double(), sums_of(world, parts, everyone[0])[rank])
@@ -202,14 +203,18 @@ def two_level_cast_and_reduce(seed: int) -> None:
         assert torch.equal(got, expected)
     into = everyone[rank].clone()
     pending = group_reduce(
-        (torch.full_like(expected, rank + 1),), (into,), hops, dist.group.WORLD, async_op=True
+        (100.0 * rank + torch.tensor([[float(row)] * 3 for _, row in sources]).reshape(-1, 3),),
+        (into,),
+        hops,
+        dist.group.WORLD,
+        async_op=True,
     )
     pending.advance()
     pending.wait()
     total = everyone[rank].clone()
     for to in range(size):
         for row in direct.sends[rank][to]:
-            total[row] += to + 1
+            total[row] += 100 * to + row
     assert torch.equal(into, total)
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 HEADS, HEAD_DIM = 8, 64
 TOLERANCE = 0.20
 TRIES = 3
-RANK_SECONDS = 200
+RANK_SECONDS = 180
 
 
 def sh(command: str) -> None:
@@ -127,7 +127,7 @@ def main(schedule: str, seqlen: int) -> None:
     from cpattn.launch.calibrate import calibrate
     from cpattn.solver import Heads, simulate
 
-    faulthandler.dump_traceback_later(RANK_SECONDS - 10)
+    faulthandler.dump_traceback_later(RANK_SECONDS / 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     heads = Heads(HEADS, HEADS, HEAD_DIM, HEAD_DIM, itemsize=4)
