@@ -37,10 +37,11 @@ __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.01
 
-# Peelings tried by default: about this many ranks' worth, so that small groups get more tries. A
-# rank costs as much as this many components.
-_RANKS_OF_PEELING = 192
-_COMPONENTS_PER_RANK = 16
+# Peelings tried by default: as many as take about 80 ms, or 0.24 ms for each rank if that is more.
+# In units of 0.1 ms a peeling costs one for each rank and 0.4 for each component.
+_PEELING_BUDGET = 800
+_PEELING_BUDGET_PER_RANK = 2.4
+_COST_OF_COMPONENT = 0.4
 _MOST_PEELINGS = 8
 
 # With more components than this for each rank, the tiny ones are bundled.
@@ -137,8 +138,9 @@ def _constructions(problem: _Problem, contiguous: _Scored, search_effort: int) -
     one_component = problem.num_components == 1
     if one_component and len(problem.profile) > 2:
         yield place_in_levels(problem.profile, **size, chunk_size=problem.chunk_size)
-    work = max(problem.cp_size, problem.num_components // _COMPONENTS_PER_RANK)
-    tries = 1 if one_component else min(max(_RANKS_OF_PEELING // work, 1), _MOST_PEELINGS)
+    budget = max(_PEELING_BUDGET, _PEELING_BUDGET_PER_RANK * problem.cp_size)
+    cost = problem.cp_size + _COST_OF_COMPONENT * problem.num_components
+    tries = 1 if one_component else min(max(int(budget / cost), 1), _MOST_PEELINGS)
     many = problem.num_components > _MOST_COMPONENTS_PER_RANK * problem.cp_size
     bundle_size = problem.chunk_size // 2 if many else 0
     for options in _peel_options(tries + search_effort, problem.limit - 1.0):
@@ -151,15 +153,21 @@ def _peel_options(count: int, area_slack: float) -> Iterator[PeelOptions]:
     """The first `count` of a fixed sequence of options, the generally best ones first."""
     slack = area_slack - 0.0005
     first = (
-        PeelOptions(slack, lean=0.8, run_ahead=3.2, gap_price=1.0, own_bias=0.0),
-        PeelOptions(slack, lean=1.0, run_ahead=4.5, gap_price=0.7, own_bias=2.0),
-        PeelOptions(slack - 0.001, lean=1.0, run_ahead=2.2, gap_price=2.0, own_bias=0.0),
-        PeelOptions(slack - 0.001, lean=0.0, run_ahead=3.2, gap_price=0.7, own_bias=0.0),
-        PeelOptions(slack, lean=0.3, run_ahead=2.2, gap_price=0.7, own_bias=2.0),
+        PeelOptions(slack, 0.8, 3.2, 1.0, 0.0, tops_from=0.5, tops_spend=0.4),
+        PeelOptions(slack - 0.001, 1.0, 2.2, 2.0, 0.0, tops_from=0.5, tops_spend=0.7),
+        PeelOptions(slack - 0.001, 1.0, 2.2, 2.0, 0.0, tops_from=0.5, tops_spend=0.0),
+        PeelOptions(slack, 1.0, 4.5, 0.7, 2.0, tops_from=0.5, tops_spend=0.7),
+        PeelOptions(slack, 0.3, 2.2, 0.7, 2.0, tops_from=0.5, tops_spend=0.7),
+        PeelOptions(slack, 0.8, 3.2, 1.0, 0.0, tops_from=0.9, tops_spend=0.8),
+        PeelOptions(slack, 0.8, 3.2, 1.0, 0.0, tops_from=0.5, tops_spend=0.0),
+        PeelOptions(slack - 0.001, 0.0, 3.2, 0.7, 0.0, tops_from=0.46, tops_spend=0.4),
     )
     yield from first[:count]
     rng = np.random.default_rng(0)
     for _ in range(count - len(first)):
-        a, b, c, d, e = rng.random(5).tolist()
+        a, b, c, d, e, f, g = rng.random(7).tolist()
         own_bias = 0.0 if e < 0.3 else 4.0 * e - 1.0
-        yield PeelOptions(slack - 0.002 * a, b, 2.0 + 3.0 * c, 0.5 * 4.0**d, own_bias)
+        spend = 0.0 if g < 0.2 else g
+        yield PeelOptions(
+            slack - 0.002 * a, b, 2.0 + 3.0 * c, 0.5 * 4.0**d, own_bias, 0.45 + 0.2 * f, spend
+        )

@@ -33,6 +33,10 @@ _CURVE_STEPS = 8
 _DEAREST = 0.985
 
 
+# Area left unused on a rank, and the components and token counts whose tops fill it.
+_Tops = tuple[float, list[tuple[int, int]]]
+
+
 @dataclass(frozen=True, slots=True)
 class PeelOptions:
     """Knobs of `place_peeled`; different ones suit different masks, so several are tried.
@@ -42,7 +46,8 @@ class PeelOptions:
     run_ahead: gaps longer than this many next fillers are filled without choosing.
     gap_price: weight of area, against rows, when a rank's token count is closed.
     own_bias: the own bottom goes before fillers while its area is at most this many times theirs.
-    pair_from: components of at least this share of a rank's tokens are paired; 1 pairs none.
+    tops_from: components of this share of a rank's tokens are paired, on ranks without fillers.
+    tops_spend: share of all area slack that ranks without fillers may use up; 0 for no such ranks.
     """
 
     area_slack: float = 0.019
@@ -50,8 +55,8 @@ class PeelOptions:
     run_ahead: float = 3.2
     gap_price: float = 1.0
     own_bias: float = 1.0
-    pair_from: float = 1.0
-    pair_spend: float = 1.0
+    tops_from: float = 0.5
+    tops_spend: float = 0.4
 
 
 @dataclass(slots=True)
@@ -95,7 +100,7 @@ class _Peeler:
         self.owners: list[int] = []
 
     def place(self) -> Placement:
-        for rank in range(self._fill_with_pairs(), self.cp_size):
+        for rank in range(self._fill_with_tops(), self.cp_size):
             self.rank = rank
             self.budget = self._next_budget(self.cp_size - rank)
             if self.pool.by_need and self.budget.most > 0:
@@ -160,31 +165,39 @@ class _Peeler:
                 tokens -= size
         return area >= 0
 
-    # Two middling components on one rank.
+    # Ranks that need no fillers.
 
-    def _fill_with_pairs(self) -> int:
-        """Fill ranks with two components each, their bottoms left in the pool; how many ranks.
+    def _fill_with_tops(self) -> int:
+        """Fill ranks with nothing but the tops of one or two components; how many ranks.
 
-        Components of half a rank's tokens or more find no partner that fits, and as fillers they
-        would be cut wherever a gap ends. Cut at the bottom instead, a pair fills a rank for few
-        rows, and the bottoms are as sparse as fillers can be. A pair may hold less than its share of
-        area as long as the slack of all ranks together makes up for it.
+        A component of half a rank's tokens finds no partner that fits, one of two ranks' tokens is
+        too sparse for a rank of its own; as fillers they would be cut wherever a gap ends. With the
+        bottom cut off instead, they fill a rank for few rows, and the bottoms are as sparse as
+        fillers can be. Such a rank may hold less than its share of area as long as the slack of all
+        ranks together makes up for it; the fullest come first.
         """
-        spare = self.options.pair_spend * self.cp_size * self.mean_area * self.options.area_slack
+        spare = self.options.tops_spend * self.cp_size * self.mean_area * self.options.area_slack
         limit = self.mean_area * (1 + self.options.area_slack)
-        for short, large, small, counts in sorted(self._pairs(limit)):
+        for short, tops in sorted(self._single_tops(limit) + self._paired_tops(limit)):
             spare -= short
             if spare < 0 or self.rank >= self.cp_size - 1:
                 break
-            self._take_top(large, counts[0])
-            self._take_top(small, counts[1])
+            for i, count in tops:
+                self._take_top(i, count)
             self.rank += 1
         return self.rank
 
-    def _pairs(self, limit: float) -> list[tuple[float, int, int, tuple[int, int]]]:
-        """Pairs of large with small: area short of the limit, both components, tokens of each."""
+    def _single_tops(self, limit: float) -> list[_Tops]:
+        """Components of more tokens than a rank takes whose top, as long as that, is not too much area."""
+        pool, most = self.pool, self.most
+        at = bisect_left(pool.by_size, (most, -1))
+        tops = [(limit - pool.top_area(i, most), [(i, most)]) for _, i in pool.by_size[at:]]
+        return [top for top in tops if top[0] >= 0]
+
+    def _paired_tops(self, limit: float) -> list[_Tops]:
+        """Pairs of a large and a small component of `tops_from` ranks' tokens or more."""
         pool, most, pairs = self.pool, self.most, []
-        low = bisect_left(pool.by_size, (int(self.options.pair_from * most), -1))
+        low = bisect_left(pool.by_size, (int(self.options.tops_from * most), -1))
         high = bisect_left(pool.by_size, (most, -1))
         order = [i for _, i in pool.by_size[low:high]]
         while len(order) > 1:
@@ -196,7 +209,7 @@ class _Peeler:
                 continue
             area = pool.top_area(large, counts[0]) + pool.top_area(small, counts[1])
             if area <= limit:
-                pairs.append((limit - area, large, small, counts))
+                pairs.append((limit - area, [(large, counts[0]), (small, counts[1])]))
                 del order[0]
             del order[-1]
         return pairs

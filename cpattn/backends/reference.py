@@ -49,9 +49,9 @@ class ReferenceBackend:
         fresh: bool = False,
     ) -> None:
         groups = q_QND.shape[1] // k_KGD.shape[1]
-        for rows, keys, masked in _blocks(work, q_QND):
-            k, v = _per_query_head(k_KGD[keys], groups, out_QNE), _per_query_head(v_KGE[keys], groups, out_QNE)
-            scores, _ = _scores(q_QND[rows].to(out_QNE.dtype), k, masked, scale, softcap)
+        for rows, keys, masked in row_blocks(work, q_QND):
+            k, v = per_query_head(k_KGD[keys], groups, out_QNE), per_query_head(v_KGE[keys], groups, out_QNE)
+            scores, _ = masked_scores(q_QND[rows].to(out_QNE.dtype), k, masked, scale, softcap)
             lse = torch.logsumexp(scores, dim=-1)
             out = torch.einsum("nqk,kne->qne", torch.exp(scores - lse[..., None]), v)
             merge_partials(out_QNE[rows], lse_QN[rows], out, lse.T)
@@ -73,10 +73,10 @@ class ReferenceBackend:
         dv_KGE: Tensor,
     ) -> None:
         groups = q_QND.shape[1] // k_KGD.shape[1]
-        for rows, keys, masked in _blocks(work, q_QND):
-            k, v = _per_query_head(k_KGD[keys], groups, dq_QND), _per_query_head(v_KGE[keys], groups, dq_QND)
+        for rows, keys, masked in row_blocks(work, q_QND):
+            k, v = per_query_head(k_KGD[keys], groups, dq_QND), per_query_head(v_KGE[keys], groups, dq_QND)
             q, dout = q_QND[rows].to(dq_QND.dtype), dout_QNE[rows].to(dq_QND.dtype)
-            scores, slope = _scores(q, k, masked, scale, softcap)
+            scores, slope = masked_scores(q, k, masked, scale, softcap)
             p = torch.exp(scores - lse_QN[rows].T[..., None])
             delta = (dout * out_QNE[rows].to(dq_QND.dtype)).sum(-1)
             dp = torch.einsum("qne,kne->nqk", dout, v)
@@ -84,11 +84,11 @@ class ReferenceBackend:
             if slope is not None:
                 ds = ds * slope
             dq_QND[rows] += torch.einsum("nqk,knd->qnd", ds, k)
-            dk_KGD[keys] += _per_key_head(torch.einsum("nqk,qnd->knd", ds, q), groups)
-            dv_KGE[keys] += _per_key_head(torch.einsum("nqk,qne->kne", p, dout), groups)
+            dk_KGD[keys] += per_key_head(torch.einsum("nqk,qnd->knd", ds, q), groups)
+            dv_KGE[keys] += per_key_head(torch.einsum("nqk,qne->kne", p, dout), groups)
 
 
-def _blocks(work: tuple[MaskSlice, ...], q_QND: Tensor):  # type: ignore[no-untyped-def]
+def row_blocks(work: tuple[MaskSlice, ...], q_QND: Tensor):  # type: ignore[no-untyped-def]
     """(rows, keys, masked pairs) of blocks of rows small enough to hold all their scores."""
     for s in work:
         keys = slice(s.k.start, s.k.end)
@@ -100,7 +100,7 @@ def _blocks(work: tuple[MaskSlice, ...], q_QND: Tensor):  # type: ignore[no-unty
             yield rows, keys, (diff < s.lo) | (diff > s.hi)
 
 
-def _scores(
+def masked_scores(
     q_QND: Tensor, k_KND: Tensor, masked_QK: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Masked scores [N, Q, K], and the derivative of the softcap where there is one."""
@@ -112,9 +112,9 @@ def _scores(
     return scores.masked_fill(masked_QK, -torch.inf), slope
 
 
-def _per_query_head(x_KGX: Tensor, groups: int, like: Tensor) -> Tensor:
+def per_query_head(x_KGX: Tensor, groups: int, like: Tensor) -> Tensor:
     return x_KGX.to(like.dtype).repeat_interleave(groups, dim=1)
 
 
-def _per_key_head(x_KNX: Tensor, groups: int) -> Tensor:
+def per_key_head(x_KNX: Tensor, groups: int) -> Tensor:
     return x_KNX.unflatten(1, (-1, groups)).sum(2)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.backends.reference import _blocks, _per_key_head, _per_query_head, _scores
+from cpattn.backends.reference import masked_scores, per_key_head, per_query_head, row_blocks
 from cpattn.collectives import merge_partials
 from cpattn.solver import SliceTable
 
@@ -62,7 +62,7 @@ def forward(
     """Attention merged into the accumulators, as a Backend's forward does it; lse is that without dropout."""
     groups = q_QND.shape[1] // k_KGD.shape[1]
     for sequence, rows, keys, masked in _all_blocks(sequences, q_QND):
-        k, v = (_per_query_head(t[keys], groups, out_QNE) for t in (k_KGD, v_KGE))
+        k, v = (per_query_head(t[keys], groups, out_QNE) for t in (k_KGD, v_KGE))
         scores = _biased_scores(q_QND[rows].to(out_QNE.dtype), k, masked, scale, extras, sequence, rows, keys)
         lse = torch.logsumexp(scores, dim=-1)
         # A row of the block that sees nothing (a band may leave some out) has lse -inf.
@@ -92,7 +92,7 @@ def backward(
     groups = q_QND.shape[1] // k_KGD.shape[1]
     dtype = dq_QND.dtype
     for sequence, rows, keys, masked in _all_blocks(sequences, q_QND):
-        k, v = (_per_query_head(t[keys], groups, dq_QND) for t in (k_KGD, v_KGE))
+        k, v = (per_query_head(t[keys], groups, dq_QND) for t in (k_KGD, v_KGE))
         q, dout = q_QND[rows].to(dtype), dout_QNE[rows].to(dtype)
         scores = _biased_scores(q, k, masked, scale, extras, sequence, rows, keys)
         p = torch.exp(scores - lse_QN[rows].T[..., None])
@@ -103,9 +103,9 @@ def backward(
         ds = p * (dp - delta.T[..., None])
         ds_rounded = _rounded(ds, extras.dp_quantizer) * scale
         dq_QND[rows] += torch.einsum("nqk,knd->qnd", ds_rounded, k)
-        dk_KGD[keys] += _per_key_head(torch.einsum("nqk,qnd->knd", ds_rounded, q), groups)
+        dk_KGD[keys] += per_key_head(torch.einsum("nqk,qnd->knd", ds_rounded, q), groups)
         dropped = _rounded(p, extras.s_quantizer) * factor
-        dv_KGE[keys] += _per_key_head(torch.einsum("nqk,qne->kne", dropped, dout), groups)
+        dv_KGE[keys] += per_key_head(torch.einsum("nqk,qne->kne", dropped, dout), groups)
         if dbias is not None:
             view = _bias_block(dbias, sequence, rows, keys)
             view += _summed_to(ds, view.shape)
@@ -118,7 +118,7 @@ def max_logit(
     groups = q_QND.shape[1] // k_KGD.shape[1]
     best = torch.full((q_QND.shape[1],), -torch.inf, dtype=dtype, device=q_QND.device)
     for sequence, rows, keys, masked in _all_blocks(sequences, q_QND):
-        k = _per_query_head(k_KGD[keys], groups, best)
+        k = per_query_head(k_KGD[keys], groups, best)
         scores = _biased_scores(q_QND[rows].to(dtype), k, masked, scale, extras, sequence, rows, keys)
         best = torch.maximum(best, scores.amax((1, 2)))
     return best
@@ -176,7 +176,7 @@ def _all_blocks(
     sequences: list[SequenceSlices], q_QND: Tensor
 ) -> Iterator[tuple[SequenceSlices, slice, slice, Tensor]]:
     for sequence in sequences:
-        for rows, keys, masked in _blocks(tuple(sequence.table), q_QND):
+        for rows, keys, masked in row_blocks(tuple(sequence.table), q_QND):
             yield sequence, rows, keys, masked
 
 
@@ -190,7 +190,7 @@ def _biased_scores(
     rows: slice,
     keys: slice,
 ) -> Tensor:
-    scores, _ = _scores(q_QND, k_KND, masked, scale, None)
+    scores, _ = masked_scores(q_QND, k_KND, masked, scale, None)
     if extras.bias is None:
         return scores
     return scores + _bias_block(extras.bias, sequence, rows, keys).to(scores.dtype)

@@ -135,10 +135,14 @@ def changed_after() -> None:
     key = make_key(spec)
     spec.q_ranges[0][1] = 10
     spec.mask_types[2] = "full"
+    spec.documents[:] = AttnMaskSpec.causal(78).documents
     assert_serves(key, SPEC)
+    assert key.spec.fingerprint() == SPEC.fingerprint()
+    assert cpattn.undispatch(cpattn.position_ids(key), key).max() == 46
     assert make_key() is key
     assert make_key(spec) is not key
     assert_serves(make_key(spec), spec)
+    assert cpattn.undispatch(cpattn.position_ids(make_key(spec)), key).max() == 77
     sums = torch.tensor([0, 30, 31, 78], dtype=torch.int32)
     assert make_key(AttnMaskSpec.from_cu_seqlens(sums)) is key
     sums[1] = 20  # the next batch in the same tensor
