@@ -38,11 +38,11 @@ AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.01
 
 # Peelings tried by default: as many as take about 80 ms, or 0.24 ms for each rank if that is more.
-# In units of 0.1 ms a peeling costs one for each rank and 0.4 for each component.
+# In units of 0.1 ms a peeling costs one for each rank and 0.25 for each component.
 _PEELING_BUDGET = 800
 _PEELING_BUDGET_PER_RANK = 2.4
-_COST_OF_COMPONENT = 0.4
-_MOST_PEELINGS = 8
+_COST_OF_COMPONENT = 0.25
+_MOST_PEELINGS = 24
 
 # With more components than this for each rank, the tiny ones are bundled.
 _MOST_COMPONENTS_PER_RANK = 16
@@ -155,12 +155,12 @@ def _peel_options(count: int, area_slack: float) -> Iterator[PeelOptions]:
     first = (
         PeelOptions(slack, 0.8, 3.2, 1.0, 0.0, tops_from=0.5, tops_spend=0.4),
         PeelOptions(slack - 0.001, 1.0, 2.2, 2.0, 0.0, tops_from=0.5, tops_spend=0.7),
-        PeelOptions(slack - 0.001, 1.0, 2.2, 2.0, 0.0, tops_from=0.5, tops_spend=0.0),
         PeelOptions(slack, 1.0, 4.5, 0.7, 2.0, tops_from=0.5, tops_spend=0.7),
+        PeelOptions(slack, 1.0, 3.2, 1.0, 0.0, tops_from=0.5, tops_spend=0.0),
+        PeelOptions(slack - 0.001, 1.0, 4.5, 0.5, 0.0, tops_from=0.5, tops_spend=0.0),
+        PeelOptions(slack - 0.001, 0.0, 3.2, 0.7, 0.0, tops_from=0.46, tops_spend=0.4),
         PeelOptions(slack, 0.3, 2.2, 0.7, 2.0, tops_from=0.5, tops_spend=0.7),
         PeelOptions(slack, 0.8, 3.2, 1.0, 0.0, tops_from=0.9, tops_spend=0.8),
-        PeelOptions(slack, 0.8, 3.2, 1.0, 0.0, tops_from=0.5, tops_spend=0.0),
-        PeelOptions(slack - 0.001, 0.0, 3.2, 0.7, 0.0, tops_from=0.46, tops_spend=0.4),
     )
     yield from first[:count]
     rng = np.random.default_rng(0)

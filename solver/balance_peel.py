@@ -16,6 +16,7 @@ sequence per rank, and this placement is the well-known zigzag.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -23,11 +24,12 @@ from .balance_pool import TokenPool
 from .placement import Placement
 
 # Fillers looked at for one gap. More find better fits and cost time; results hardly change past 48.
-_LOOKAHEAD = 48
+_LOOKAHEAD = 64
 # Candidates for the piece that closes a rank's token count.
 _NUM_CLOSERS = 16
-# The loss by closing a gap is computed for gaps rounded to this part of the whole one.
-_CURVE_STEPS = 8
+# The loss by closing a gap is computed for gaps rounded up to this many bits, once for each. Never
+# down: no gap may look free, a single token costs as much as a cut.
+_GAP_BITS = 3
 # Ranks that need this share of what the dearest one needs set the time of the exchange: they take
 # their component's own bottom, which they would receive otherwise, even where it is less sparse.
 _DEAREST = 0.985
@@ -191,15 +193,26 @@ class _Peeler:
         """Components of more tokens than a rank takes whose top, as long as that, is not too much area."""
         pool, most = self.pool, self.most
         at = bisect_left(pool.by_size, (most, -1))
-        tops = [(limit - pool.top_area(i, most), [(i, most)]) for _, i in pool.by_size[at:]]
+        tops = [
+            (limit - pool.top_area(i, most), [(i, most)])
+            for size, i in pool.by_size[at:]
+            if self._is_cheap_cut(i, size - most)
+        ]
         return [top for top in tops if top[0] >= 0]
+
+    def _is_cheap_cut(self, i: int, count: int) -> bool:
+        """Whether component i without its bottom `count` tokens leaves one that needs clearly fewer keys.
+
+        Every part of a full document needs all of it: there a cut is as dear as a whole copy.
+        """
+        return count <= 0 or 4 * self.pool.bottom_need(i, count) <= 3 * self.pool.top_need(i)
 
     def _paired_tops(self, limit: float) -> list[_Tops]:
         """Pairs of a large and a small component of `tops_from` ranks' tokens or more."""
         pool, most, pairs = self.pool, self.most, []
         low = bisect_left(pool.by_size, (int(self.options.tops_from * most), -1))
         high = bisect_left(pool.by_size, (most, -1))
-        order = [i for _, i in pool.by_size[low:high]]
+        order = [i for size, i in pool.by_size[low:high] if self._is_cheap_cut(i, size // 4)]
         while len(order) > 1:
             large, small = order[-1], order[0]
             over = pool.size(large) + pool.size(small) - most
@@ -293,14 +306,15 @@ class _Peeler:
             count = budget.most - size
             return budget.area - pool.top_area(top, count) if count <= size_of_top else float("inf")
 
-        step = gap / _CURVE_STEPS
-        curve: dict[int, float] = {}
+        known: dict[int, float] = {}
 
         def loss(open_gap: float) -> float:
-            at = int(open_gap / step + 0.5)
-            if at not in curve:
-                curve[at] = self._closing_loss(top, at * step)
-            return curve[at]
+            tokens = math.ceil(open_gap)
+            shift = max(tokens.bit_length() - _GAP_BITS, 0)
+            tokens = -(-tokens >> shift) << shift
+            if tokens not in known:
+                known[tokens] = self._closing_loss(top, tokens)
+            return known[tokens]
 
         best, choice = loss(gap), None
         closes = [item[0] for item in items]
@@ -443,7 +457,7 @@ class _Peeler:
         wanted = max(budget.floor, 0.0) / budget.least
         at = bisect_left(pool.by_density, (wanted, 0, 0))
         # Small components leave the last word to those after them.
-        look = 16 if 16 * pool.by_density[min(at, len(pool.by_density) - 1)][1] > budget.least else 3
+        look = 16 if 64 * pool.by_density[min(at, len(pool.by_density) - 1)][1] > budget.least else 3
         best, choice = float("inf"), None
         for _, size, i in pool.by_density[max(at - look, 0) : at + look]:
             area_after = budget.area - pool.areas[i]

@@ -177,7 +177,7 @@ def _even_out(
     pairs = np.stack([_piece_areas(mask, ends, total) for mask in masks])
     mean = sum(weight * float(column.sum()) for weight, column in zip(weights, pairs, strict=True)) / cp_size
     areas = pairs * (np.array(weights)[:, None] / max(mean, 1.0))
-    loads = np.stack([np.bincount(owners, column, cp_size) for column in areas])
+    loads = np.stack([np.bincount(owners, column, cp_size).astype(np.float64) for column in areas])
     target = loads.mean(axis=1, keepdims=True) * (1 + 0.75 * (JOINT_LIMIT - 1))
     for _ in range(_SWAPS_PER_RANK * cp_size):
         over = loads - target
@@ -208,8 +208,8 @@ def _even_out(
 def _piece_areas(mask: SliceTable, ends: IntArray, total: int) -> FloatArray:
     """Visible pairs of the queries of each piece, [n]."""
     cut = DensityProfile.from_table(mask, total).cut(ends[:-1])
-    areas: FloatArray = np.bincount(np.searchsorted(ends, cut.starts, side="right"), cut.areas, len(ends))
-    return areas
+    areas = np.bincount(np.searchsorted(ends, cut.starts, side="right"), cut.areas, len(ends))
+    return areas.astype(np.float64)
 
 
 def _candidates(

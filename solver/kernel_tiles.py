@@ -22,7 +22,7 @@ SMALL_SQUARE = 512
 # Most pairs of a tile that carries an explicit mask.
 MAX_MASKED_PAIRS = 1 << 22
 # Rows of the triangles that the edges of a wide window are cut into.
-TRIANGLE = 768
+TRIANGLE = 1024
 
 
 class KernelTile(NamedTuple):

@@ -28,7 +28,7 @@ SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 # Heads 32:8 of dim 128 in 16 bits.
 DEFAULT_COSTS = row_costs(32, 8, 128, 128)
 # Moving queries costs more exchanges and merges: it must save this factor in bytes to be chosen.
-TILES_GAIN = 0.9
+TILES_GAIN = 0.95
 
 # More stages than this split the remote keys into tiles too small to be worth it.
 MAX_STAGES = 8

@@ -67,6 +67,7 @@ def main() -> None:
         total = 0.0
         for batch in batches:
             loss = parallel(batch, num_targets=num_targets).loss  # cp: shards, runs, sums
+            assert loss is not None, "the batch has labels"
             loss.backward()
             total += loss.item()
         parallel.reduce_gradients()  # cp: or let FSDP2 or DDP do it (see fsdp2_custom)
