@@ -37,11 +37,11 @@ __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.01
 
-# Peelings tried by default: as many as take about 80 ms, or 0.24 ms for each rank if that is more.
-# In units of 0.1 ms a peeling costs one for each rank and 0.25 for each component.
-_PEELING_BUDGET = 800
+# Peelings tried by default: as many as take about 75 ms, or 0.3 ms for each rank if that is more.
+# In units of 0.13 ms a peeling costs one for each rank and 1/8 for each component.
+_PEELING_BUDGET = 570
 _PEELING_BUDGET_PER_RANK = 2.4
-_COST_OF_COMPONENT = 0.25
+_COST_OF_COMPONENT = 0.125
 _MOST_PEELINGS = 24
 
 # With more components than this for each rank, the tiny ones are bundled.
@@ -167,7 +167,7 @@ def _peel_options(count: int, area_slack: float) -> Iterator[PeelOptions]:
     for _ in range(count - len(first)):
         a, b, c, d, e, f, g = rng.random(7).tolist()
         own_bias = 0.0 if e < 0.3 else 4.0 * e - 1.0
-        spend = 0.0 if g < 0.2 else g
+        spend = 0.0 if g < 0.4 else g
         yield PeelOptions(
             slack - 0.002 * a, b, 2.0 + 3.0 * c, 0.5 * 4.0**d, own_bias, 0.45 + 0.2 * f, spend
         )

@@ -128,7 +128,9 @@ def assert_as_exact_as_sdpa(got: Results, spec: AttnMaskSpec, inputs: Inputs, wh
             continue
         error = (mine.double() - truth)[finite].abs().max().item()
         allowed = 2 * (theirs.double() - truth)[finite].abs().max().item()
-        rounding = 4 * eps * max(1.0, truth[finite].abs().max().item())
+        # Gradients are differences of dO.V and dO.O, which are several times larger than they are themselves.
+        steps = 8 if name.startswith("d") else 4
+        rounding = steps * eps * max(1.0, truth[finite].abs().max().item())
         assert error <= allowed + rounding, (
             f"{what}: {name} is off by {error:.3g}, plain SDPA by {allowed / 2:.3g}, rounding {rounding:.3g}"
         )
