@@ -168,6 +168,4 @@ def _peel_options(count: int, area_slack: float) -> Iterator[PeelOptions]:
         a, b, c, d, e, f, g = rng.random(7).tolist()
         own_bias = 0.0 if e < 0.3 else 4.0 * e - 1.0
         spend = 0.0 if g < 0.4 else g
-        yield PeelOptions(
-            slack - 0.002 * a, b, 2.0 + 3.0 * c, 0.5 * 4.0**d, own_bias, 0.45 + 0.2 * f, spend
-        )
+        yield PeelOptions(slack - 0.002 * a, b, 2.0 + 3.0 * c, 0.5 * 4.0**d, own_bias, 0.45 + 0.2 * f, spend)

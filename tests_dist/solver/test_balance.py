@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, disjoint_union, place_zigzag
 from cpattn.solver.balance import AREA_LIMIT, kv_rows_received, place_balanced, rank_areas
+from cpattn.solver.balance_bundles import BundledLayout
+from cpattn.solver.balance_peel import PeelOptions, place_peeled
 from cpattn.solver.balance_pool import TokenPool, find_components
 from cpattn.solver.balance_profile import DensityProfile
 from cpattn.solver.balance_queues import place_by_density, place_in_levels
@@ -271,6 +273,65 @@ def test_pool_gives_each_token_once_and_keeps_its_sums(mask, moves):
         assert area == density[start:end].sum()
         given_out += range(start, end)
     assert sorted(given_out) == list(range(seqlen))
+
+
+@settings(max_examples=100, deadline=None)
+@given(random_masks(), st.integers(0, 20), st.integers(0, 10**6))
+def test_bundles_move_components_there_and_back(mask, bundle_size, seed):
+    """What a run sees in the bundled order is what its owner sees in the sequence."""
+    table, seqlen = mask
+    density = table.to_dense(seqlen, seqlen).sum(axis=1)
+    profile = DensityProfile.from_table(table, seqlen)
+    starts, ends = find_components(table, seqlen)
+    layout = BundledLayout.make(profile, starts, ends, bundle_size=bundle_size)
+    np.testing.assert_array_equal(layout.starts[1:], layout.ends[:-1])
+    bundled = [n for n in (layout.ends - layout.starts) if n not in set(ends - starts)]
+    assert all(n < max(bundle_size, 1) for n in bundled)
+    rng = np.random.default_rng(seed)
+    cuts = np.unique(np.append(rng.integers(1, seqlen + 1, 4), seqlen))
+    owners = rng.permutation(len(cuts))
+    placement = layout.placement(cuts.tolist(), owners.tolist(), cp_size=len(cuts))
+    ramp = layout.profile.ramp()
+    for start, end, owner in zip([0, *cuts[:-1].tolist()], cuts.tolist(), owners.tolist(), strict=True):
+        tokens = placement.tokens_of(owner)
+        assert len(tokens) == end - start
+        assert density[tokens].sum() == ramp.below(end) - ramp.below(start)
+
+
+def test_thousands_of_tiny_documents_stay_whole_and_even():
+    """Bundled: balance as ever, and at most about one cut document for each rank."""
+    seqlen, cp_size = 1 << 18, 8
+    table = documents(lognormal_lengths(seqlen, 0, mean=60, sigma=1.0))
+    placement = place_balanced(table, total_seqlen=seqlen, cp_size=cp_size, chunk_size=2048)
+    areas = rank_areas(table, placement)
+    assert np.ptp(placement.num_tokens) <= 2048
+    assert areas.max() <= AREA_LIMIT * areas.mean()
+    assert kv_rows_received(table, placement).sum() <= 0.02 * seqlen
+
+
+def test_ranks_of_tops_alone_save_rows():
+    """Middling documents in pairs without their bottoms: fewer rows over a few seeds than as fillers."""
+    seqlen, rows = 1 << 20, []
+    for options in (PeelOptions(tops_spend=0.4), PeelOptions(tops_spend=0.0)):
+        total = 0
+        for seed in range(4):
+            table = documents(lognormal_lengths(seqlen, seed))
+            pool = TokenPool(table, DensityProfile.from_table(table, seqlen), seqlen)
+            size = {"total_seqlen": seqlen, "cp_size": 64, "chunk_size": 1024}
+            total += kv_rows_received(table, place_peeled(pool, **size, options=options)).sum()
+        rows.append(total)
+    assert rows[0] < 0.995 * rows[1]
+
+
+def test_full_documents_are_not_cut_for_their_bottoms():
+    """A part of a full document needs all of it, so no rank is filled with tops alone."""
+    table = documents(lognormal_lengths(1 << 18, 2), causal=False)
+    owners = []
+    for spend in (0.0, 0.7):
+        pool = TokenPool(table, DensityProfile.from_table(table, 1 << 18), 1 << 18)
+        size = {"total_seqlen": 1 << 18, "cp_size": 16, "chunk_size": 1024}
+        owners.append(place_peeled(pool, **size, options=PeelOptions(tops_spend=spend)).owners)
+    np.testing.assert_array_equal(owners[0], owners[1])
 
 
 def fewest_rows(dense, cp_size, limit):
