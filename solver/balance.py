@@ -37,10 +37,10 @@ __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.01
 
-# Peelings tried by default: as many as take about 75 ms, or 0.3 ms for each rank if that is more.
+# Peelings tried by default: as many as take about 75 ms, or 0.28 ms for each rank if that is more.
 # In units of 0.13 ms a peeling costs one for each rank and 1/8 for each component.
 _PEELING_BUDGET = 570
-_PEELING_BUDGET_PER_RANK = 2.4
+_PEELING_BUDGET_PER_RANK = 2.2
 _COST_OF_COMPONENT = 0.125
 _MOST_PEELINGS = 24
 

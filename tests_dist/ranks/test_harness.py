@@ -225,7 +225,13 @@ def test_no_orphans_when_the_parent_is_killed_in_a_case(tmp_path: Path, sig: sig
         "from tests_dist.ranks.test_harness import write_pid_and_hang\n"
         f"run_on_ranks(3, write_pid_and_hang, {str(tmp_path)!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        # A job in a shell's background ignores SIGINT, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert wait_until(lambda: len(list(tmp_path.iterdir())) == 3, limit_s=60)
     finally:

@@ -90,6 +90,7 @@ def run_ranks(names: list[str], schedule: str, seqlen: int) -> dict[str, float]:
     return result
 
 
+@pytest.mark.nightly  # it compares with the clock, so it wants a quiet machine
 @pytest.mark.parametrize(
     ("size", "schedule", "seqlen"), [(2, "keys", 2048), (4, "keys", 3072), (4, "tiles", 3072)]
 )
