@@ -8,7 +8,7 @@ those of the whole attention go in. Stats are the whole log-sum-exp, natural log
 
 Versions differ in arguments (2.12 wants `dqkv_dtype`; 2.20 wants the formats of out and gradients,
 whose defaults are another layout), so the adapter looks at the signature, not at the version.
-Source: shared/notes/transformer_engine.md; TransformerEngine 2.12.0 and 2.20.2.
+Source: the code of TransformerEngine 2.12.0 and 2.20.2.
 
 Shape legend as in `base.py`.
 """
