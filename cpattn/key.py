@@ -85,7 +85,6 @@ class BoundPlan(NamedTuple):
     backend: Backend
     queries: tuple[RowRoutes, ...]
     moves_queries: bool
-    num_guests: int
     stages: tuple[BoundStage, ...]
 
 
@@ -194,13 +193,7 @@ class AttnKey:
         if heads == (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v):
             return self
         if heads not in self._by_heads:
-            for name, value in zip(("num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"), heads, strict=True):
-                _check_positive(name, value)
-            if num_heads_q % num_heads_kv:
-                raise ValueError(
-                    f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
-                    f"multiple of key heads; did they swap places?"
-                )
+            _check_heads(*heads)
             base = (self.spec, self.options, self.plan, self.rank_plan, self.cp_group, self.cp_size, self.cp_rank)
             self._by_heads[heads] = AttnKey(*base, *heads)
         return self._by_heads[heads]
@@ -320,16 +313,10 @@ def make_key(
     if not isinstance(spec, AttnMaskSpec):
         raise ValueError(f"spec is {spec!r}: expected an AttnMaskSpec, for example AttnMaskSpec.varlen(seqlens)")
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
-    for name, value in zip(("num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"), heads, strict=True):
-        _check_positive(name, value)
+    _check_heads(*heads)
     _check_positive("chunk_size", chunk_size)
     if backend != "auto" and backend not in backend_names():
         raise ValueError(f"backend {backend!r} is unknown: use auto, {', '.join(backend_names())}")
-    if num_heads_q % num_heads_kv:
-        raise ValueError(
-            f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
-            f"multiple of key heads; did they swap places?"
-        )
     if wire not in (None, "e4m3", "e5m2"):
         raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
     group = _resolve_group(cp_group)
@@ -472,6 +459,17 @@ def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
     return cp_group if dist.get_world_size(cp_group) > 1 else None
 
 
+def _check_heads(num_heads_q: Any, num_heads_kv: Any, head_dim: Any, head_dim_v: Any) -> None:
+    named = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    for name, value in named.items():
+        _check_positive(name, value)
+    if num_heads_q % num_heads_kv:
+        raise ValueError(
+            f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
+            f"multiple of key heads; did they swap places?"
+        )
+
+
 def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}: it must be an int of at least 1")
@@ -495,7 +493,7 @@ def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device) -> BoundP
         for stage in rank_plan.stages
     )
     moves_queries = any(hop.active for hop in queries)
-    return BoundPlan(backend, queries, moves_queries, num_guests, stages)
+    return BoundPlan(backend, queries, moves_queries, stages)
 
 
 def _bind_hops(hops: tuple[Exchange, ...], device: torch.device) -> tuple[RowRoutes, ...]:
