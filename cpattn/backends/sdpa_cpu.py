@@ -13,9 +13,10 @@ Shape legend as in `base.py`; B tiles of a call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +30,11 @@ from .rows import merge_rows
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Tiles with more pairs than this are called one by one: a call costs nothing beside them.
-_MAX_BATCHED_PAIRS = 1 << 20
-# Rows of queries and keys in one call, which bounds the memory of its results.
-_MAX_BATCHED_ROWS = 1 << 14
+# Tiles with more pairs than this are called one by one: a call costs nothing beside them, and the copies
+# around a call (turned inputs, gradients to add) stay in the cache.
+_MAX_BATCHED_PAIRS = 1 << 19
+# Rows of queries and keys in one call, for the same reason.
+_MAX_BATCHED_ROWS = 1 << 13
 # Windows from this width on are cut into triangles, by whether the dtype is half, and whether this is
 # backward. Half-precision products of backward are slow on few rows, so triangles pay earlier there
 # (measured, launch/benchmarks/sdpa_cpu.py).
@@ -95,6 +97,12 @@ class CpuSdpaBackend:
     def writes_once(self, work: _Work) -> bool:
         return all(c.first for dtype in (torch.float32, torch.bfloat16) for c in work.calls(dtype))
 
+    def heaviest(self, work: _Work, dtype: torch.dtype) -> _Work:
+        """A work of few calls that takes as much memory: of each kind of call those that no other outgrows."""
+        calls = {backward: work.calls(dtype, backward=backward) for backward in (False, True)}
+        planned = {(dtype in HALF_DTYPES, backward): _outgrown_by_none(some) for backward, some in calls.items()}
+        return _Work(work.slices, work.num_queries, planned)
+
     def forward(
         self,
         q_QND: Tensor,
@@ -154,6 +162,45 @@ class CpuSdpaBackend:
                 dv_KGE[keys_from : keys_from + call.num_keys] += dv[b, ..., :head_dim_v]
 
 
+def _forward_scratch(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
+    """Bytes that the forward kernel takes beyond its results: blocks of scores, for each thread.
+
+    Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (2.13), `cpu_flash_attention`.
+    """
+    rows, keys = _kernel_block(q, k)
+    elements = rows * (keys + q.shape[-1] + 2)
+    reduced = rows * keys * q.itemsize if q.dtype in HALF_DTYPES else 0
+    return torch.get_num_threads() * (elements * _opmath_bytes(q) + reduced)
+
+
+def _backward_scratch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
+    """The same of the backward kernel, which also copies dout unless its rows lie side by side.
+
+    Source: as above, `cpu_flash_attention_backward`.
+    """
+    rows, keys = _kernel_block(q, k)
+    copied = 0 if dout.transpose(1, 2).is_contiguous() else dout.numel() * dout.itemsize
+    elements = rows * (2 * keys + 1)
+    # What oneDNN packs for a half-precision product of a whole block, as measured with AVX-512 BF16.
+    reduced = 2 * rows * keys * q.itemsize + 640 * rows + 66688 if q.dtype in HALF_DTYPES else 0
+    return copied + torch.get_num_threads() * (elements * _opmath_bytes(q) + reduced)
+
+
+def _kernel_block(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """Rows of queries and of keys in a block of the kernel."""
+    num_rows = q.shape[2]
+    largest = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
+    return min(largest, num_rows), min(512, k.shape[2])
+
+
+def _opmath_bytes(x: Tensor) -> int:
+    return 8 if x.dtype == torch.float64 else 4
+
+
+# What the kernels allocate where no dispatcher sees it, in bytes, from the arguments of a call.
+SCRATCH: dict[Any, Callable[..., int]] = {_forward.default: _forward_scratch, _backward.default: _backward_scratch}
+
+
 def _call_forward(call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     tile = call.tile
     if tile.kind == INV_CAUSAL:
@@ -209,6 +256,19 @@ def _batch_tiles(tiles: list[KernelTile], num_queries: int) -> tuple[_Call, ...]
         fresh = fresh and (count == 1 or abs(q_step) >= first.q1 - first.q0)
         calls.append(_Call(first, count, q_step, k_step, fresh))
     return tuple(calls)
+
+
+def _outgrown_by_none(calls: tuple[_Call, ...]) -> tuple[_Call, ...]:
+    kept: dict[tuple[int, bool], dict[tuple[int, int, int], _Call]] = {}
+    for call in calls:
+        size = (call.num_tiles * call.num_rows, call.num_tiles * call.num_keys, call.num_rows)
+        others = kept.setdefault((call.tile.kind, call.first), {})
+        if any(all(a <= b for a, b in zip(size, other, strict=True)) for other in others):
+            continue
+        for other in [o for o in others if all(a >= b for a, b in zip(size, o, strict=True))]:
+            del others[other]
+        others[size] = call
+    return tuple(call for others in kept.values() for call in others.values())
 
 
 def _equal_steps(tiles: list[KernelTile]) -> list[list[KernelTile]]:
