@@ -10,6 +10,10 @@ the one that moves the fewest rows among those in balance is taken:
 - `place_in_levels`: a share of every density level. Best for prefix trees.
 - `place_by_density`: runs of dense and of sparse tokens. In balance for every mask there is.
 
+Where the mask has several components, what pairs of ranks then hold is divided anew: for fewer rows
+(`repack`, with which `search_effort` goes on), and so that no rank sends far more than the others
+(`relieve_senders`).
+
 All of it is counted in iterations and computed from shared data, so all ranks get the same answer.
 """
 
@@ -21,14 +25,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .balance_metric import kv_rows_received, rank_areas
+from .balance_metric import kv_rows_received, kv_rows_sent, rank_areas
 from .balance_peel import PeelOptions, place_peeled
 from .balance_pool import TokenPool, find_components
 from .balance_profile import DensityProfile
 from .balance_queues import place_by_density, place_in_levels
+from .balance_relief import relieve_senders
+from .balance_repack import Allowed, repack
 from .balance_repair import even_out
 from .placement import Placement, place_contiguous
-from .slices import SliceTable
+from .slices import IntArray, SliceTable
 
 __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 
@@ -37,18 +43,31 @@ __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.01
 
-# Peelings tried by default: as many as take about 75 ms, or 0.28 ms for each rank if that is more.
-# In units of 0.13 ms a peeling costs one for each rank and 1/8 for each component.
-_PEELING_BUDGET = 570
+# Peelings tried by default: as many as take about 40 ms, or 0.25 ms for each rank if that is more.
+# In units of 0.11 ms a peeling costs one for each rank and 1/8 for each component.
+_PEELING_BUDGET = 360
 _PEELING_BUDGET_PER_RANK = 2.2
 _COST_OF_COMPONENT = 0.125
 _MOST_PEELINGS = 24
+
+# Pairs of ranks divided anew (about 0.25 ms each), by default: at least, and for few ranks divided by their
+# number; and for each unit of search effort.
+_REPACKED_PAIRS = 24
+_REPACKED_PAIRS_OF_FEW = 6400
+_PAIRS_PER_EFFORT = 100
+# Rows sent over most received from which senders are relieved; pairs divided anew for that; what has to be
+# left of the busiest at most, and rows over those before.
+_BUSY_SENDER = 1.2
+_RELIEVED_PAIRS = 24
+_WORTH_RELIEVING = 0.9
+_ROWS_FOR_RELIEF = 1.01
 
 # With more components than this for each rank, the tiny ones are bundled.
 _MOST_COMPONENTS_PER_RANK = 16
 
 # Contiguous pieces are evened out only where they start near enough to balance: packed documents
-# do not, and evening them out one exchange at a time would take long and scatter them.
+# do not, and evening them out one exchange at a time would take long and scatter them. Nor do masks of
+# more components than ranks need it.
 _EVENED_BELOW = 1.5
 
 
@@ -61,7 +80,11 @@ class _Problem:
     total_seqlen: int
     cp_size: int
     chunk_size: int
-    num_components: int
+    components: IntArray = field(repr=False)
+
+    @property
+    def num_components(self) -> int:
+        return len(self.components)
 
     @property
     def limit(self) -> float:
@@ -72,7 +95,47 @@ class _Problem:
         """The placement with its areas brought under the limit by exchanges."""
         mean = float(self.profile.areas.sum()) / self.cp_size
         limit = (self.limit - 0.0003) * mean
+        if rank_areas(self.table, placement).max() <= limit:
+            return placement
         return even_out(placement, self.profile, limit=limit, max_exchanges=2 * self.cp_size)
+
+
+    def repack(self, placement: Placement, search_effort: int) -> Placement:
+        """The placement with what pairs of ranks hold divided anew, no less balanced."""
+        return repack(
+            placement,
+            self.profile,
+            self.components,
+            self._allowed(placement),
+            num_pairs=max(_REPACKED_PAIRS, _REPACKED_PAIRS_OF_FEW // self.cp_size, self.cp_size // 8),
+            num_searched=_PAIRS_PER_EFFORT * search_effort,
+        )
+
+    def relieve_senders(self, placement: Placement) -> Placement:
+        """The placement, or one whose busiest sender sends clearly less, for hardly more rows in all."""
+        received = kv_rows_received(self.table, placement)
+        sent = kv_rows_sent(self.table, placement)
+        busiest = int(sent.max())
+        if busiest <= _BUSY_SENDER * received.max():
+            return placement
+        allowed = self._allowed(placement)
+        relieved = relieve_senders(
+            placement, self.profile, self.components, allowed, sent=sent, num_pairs=_RELIEVED_PAIRS
+        )
+        now = kv_rows_received(self.table, relieved)
+        fewer = kv_rows_sent(self.table, relieved).max() <= _WORTH_RELIEVING * busiest
+        if fewer and now.sum() <= _ROWS_FOR_RELIEF * received.sum() and now.max() <= received.max():
+            return relieved
+        return placement
+
+    def _allowed(self, placement: Placement) -> Allowed:
+        """Bounds for every rank's share that the placement keeps, as wide as they may be."""
+        mean = float(self.profile.areas.sum()) / self.cp_size
+        largest = float(rank_areas(self.table, placement).max())
+        tokens = placement.num_tokens
+        least = min(int(tokens.min()), self.total_seqlen // self.cp_size - self.chunk_size // 2)
+        least = max(least, int(tokens.max()) - self.chunk_size)
+        return Allowed(least, least + self.chunk_size, max(largest, (self.limit - 0.0001) * mean))
 
 
 class _Scored(NamedTuple):
@@ -91,7 +154,8 @@ def place_balanced(
     Args:
         table: disjoint canonical slices, indices in [0, total_seqlen).
         chunk_size: token counts of any two ranks differ by at most this; at least 1.
-        search_effort: further peelings to try, each with other options; 0 is the fast default.
+        search_effort: further search, in units of about 25 ms; 0 is the fast default. Of use only where
+            the mask has several components.
 
     Returns:
         Runs cut at any token. The largest area is at most AREA_LIMIT times the mean (that for one
@@ -105,14 +169,19 @@ def place_balanced(
         total_seqlen,
         cp_size,
         chunk_size,
-        num_components=len(find_components(table, total_seqlen)[0]),
+        components=find_components(table, total_seqlen)[0],
     )
     contiguous = best = _score(problem, place_contiguous(total_seqlen, cp_size))
-    for placement in _constructions(problem, contiguous, search_effort):
+    for placement in _constructions(problem, contiguous):
         best = _better(best, _score(problem, placement))
-    if best.key[0] > 0 or problem.num_components == 1 or search_effort:
+    if best.key[0] > 0 or problem.num_components == 1:
         even = place_by_density(problem.profile, total_seqlen=total_seqlen, cp_size=cp_size)
         best = _better(best, _score(problem, even))
+    if problem.num_components > 1 and best.key[1] > 0:
+        peeled = best.placement
+        for effort in sorted({0, search_effort}):
+            best = _better(best, _score(problem, problem.repack(peeled, effort)))
+        return problem.relieve_senders(best.placement)
     return best.placement
 
 
@@ -130,10 +199,11 @@ def _score(problem: _Problem, placement: Placement) -> _Scored:
     return _Scored((excess, int(rows.sum()), int(rows.max())), imbalance, placement)
 
 
-def _constructions(problem: _Problem, contiguous: _Scored, search_effort: int) -> Iterator[Placement]:
+def _constructions(problem: _Problem, contiguous: _Scored) -> Iterator[Placement]:
     """The placements that suit this mask's structure, except the one that suits any."""
     size = {"total_seqlen": problem.total_seqlen, "cp_size": problem.cp_size}
-    if problem.limit < contiguous.imbalance < _EVENED_BELOW:
+    few = problem.num_components <= problem.cp_size
+    if few and problem.limit < contiguous.imbalance < _EVENED_BELOW:
         yield problem.even_out(contiguous.placement)
     one_component = problem.num_components == 1
     if one_component and len(problem.profile) > 2:
@@ -143,7 +213,7 @@ def _constructions(problem: _Problem, contiguous: _Scored, search_effort: int) -
     tries = 1 if one_component else min(max(int(budget / cost), 1), _MOST_PEELINGS)
     many = problem.num_components > _MOST_COMPONENTS_PER_RANK * problem.cp_size
     bundle_size = problem.chunk_size // 2 if many else 0
-    for options in _peel_options(tries + search_effort, problem.limit - 1.0):
+    for options in _peel_options(tries, problem.limit - 1.0):
         pool = TokenPool(problem.table, problem.profile, problem.total_seqlen, bundle_size=bundle_size)
         peeled = place_peeled(pool, **size, chunk_size=problem.chunk_size, options=options)
         yield problem.even_out(peeled)

@@ -311,9 +311,9 @@ class _Peeler:
         spare = budget.area - max(0.0, self.area_left - rest * 0.98 * self.mean_area)
         size_of_top = pool.size(top)
 
-        def lost_by_overfull(size: int) -> float:
+        def lost_by_overfull(size: int, area: int) -> float:
             count = budget.most - size
-            return budget.area - pool.top_area(top, count) if count <= size_of_top else float("inf")
+            return max(area, budget.area - pool.top_area(top, count)) if count <= size_of_top else float("inf")
 
         known: dict[int, float] = {}
 
@@ -331,7 +331,7 @@ class _Peeler:
             if area >= best:
                 continue
             if closed > room:
-                lost = lost_by_overfull(size)
+                lost = lost_by_overfull(size, area)
                 if lost < best and lost - area <= spare:
                     best, choice = lost, [i]
                 continue
@@ -343,10 +343,11 @@ class _Peeler:
                 if not x < y < len(items):
                     continue
                 closed_y, j, area_y, size_y = items[y]
-                if size + size_y > budget.most or area + area_y > budget.area:
+                # Closing what is left of the gap never gains area.
+                if size + size_y > budget.most or area + area_y > min(budget.area, best):
                     continue
                 if closed + closed_y > room:
-                    lost = lost_by_overfull(size + size_y)
+                    lost = lost_by_overfull(size + size_y, area + area_y)
                     if lost - area - area_y > spare:
                         continue
                 else:

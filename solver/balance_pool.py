@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from .balance_bundles import BundledLayout
-from .balance_profile import AreaRamp, DensityProfile
+from .balance_profile import AreaRamp, DensityProfile, Line
 from .slices import IntArray, SliceTable
 
 # How one component is listed in by_need, by_density, by_size and by_bottom.
@@ -56,17 +56,20 @@ class TokenPool:
         self.layout = BundledLayout.make(profile, starts, ends, bundle_size=bundle_size)
         self.ramp: AreaRamp = self.layout.profile.ramp()
         starts, ends = self.layout.starts, self.layout.ends
+        below = self.layout.profile.area_below()
+        below_starts, below_ends = below(starts), below(ends)
+        areas = below_ends - below_starts
+        # Components whose first half is the denser one have their top at the start.
+        flipped = 2 * (below((starts + ends) // 2) - below_starts) > 1.02 * areas
         self.lo: list[int] = starts.tolist()
         self.hi: list[int] = ends.tolist()
-        below = self.ramp.below
-        self._below_lo = [below(a) for a in self.lo]
-        self._below_hi = [below(b) for b in self.hi]
-        self.areas = [b - a for a, b in zip(self._below_lo, self._below_hi, strict=True)]
-        # Components whose first half is the denser one have their top at the start.
-        self.flipped = [
-            2 * (below((a + b) // 2) - below(a)) > 1.02 * area
-            for a, b, area in zip(self.lo, self.hi, self.areas, strict=True)
-        ]
+        self._below_lo: list[int] = below_starts.tolist()
+        self._below_hi: list[int] = below_ends.tolist()
+        self.areas: list[int] = areas.tolist()
+        self.flipped: list[bool] = flipped.tolist()
+        # How density runs on from either end: nearly all look-ups stay on that straight line.
+        self._tops = [self._line(i, at_start=top) for i, top in enumerate(self.flipped)]
+        self._bottoms = [self._line(i, at_start=not top) for i, top in enumerate(self.flipped)]
         self._keys = [self._key(i) for i in range(len(self.lo))]
         # Each list holds its sort key first and the component last.
         self.by_need: list[tuple[int, int]] = sorted(key[0] for key in self._keys)
@@ -74,26 +77,38 @@ class TokenPool:
         self.by_size: list[tuple[int, int]] = sorted(key[2] for key in self._keys)
         self.by_bottom: list[tuple[int, int, int]] = sorted(key[3] for key in self._keys)
 
+    def _line(self, i: int, *, at_start: bool) -> Line:
+        return self.ramp.line_from(self.lo[i]) if at_start else self.ramp.line_before(self.hi[i])
+
     def size(self, i: int) -> int:
         """Tokens left of component i."""
         return self.hi[i] - self.lo[i]
 
     def top_need(self, i: int) -> int:
         """Keys seen by the first token that take_top would give."""
-        return self.ramp.density(self.lo[i] if self.flipped[i] else self.hi[i] - 1)
+        return self._tops[i].first
 
     def bottom_need(self, i: int, count: int) -> int:
-        """Keys seen by the last of the `count` tokens that take_bottom would give."""
+        """Keys seen by the last of the `count` tokens that take_bottom would give; at least 1 token."""
+        first, slope, length = self._bottoms[i]
+        if count <= length:
+            return first + slope * (count - 1)
         return self.ramp.density(self.hi[i] - count if self.flipped[i] else self.lo[i] + count - 1)
 
     def top_area(self, i: int, count: int) -> int:
         """Area of the first `count` tokens from the top."""
+        first, slope, length = self._tops[i]
+        if count <= length:
+            return first * count + slope * (count * (count - 1) // 2)
         if self.flipped[i]:
             return self.ramp.below(self.lo[i] + count) - self._below_lo[i]
         return self._below_hi[i] - self.ramp.below(self.hi[i] - count)
 
     def bottom_area(self, i: int, count: int) -> int:
         """Area of the first `count` tokens from the bottom."""
+        first, slope, length = self._bottoms[i]
+        if count <= length:
+            return first * count + slope * (count * (count - 1) // 2)
         if self.flipped[i]:
             return self._below_hi[i] - self.ramp.below(self.hi[i] - count)
         return self.ramp.below(self.lo[i] + count) - self._below_lo[i]
@@ -143,6 +158,8 @@ class TokenPool:
         self.areas[i] = self._below_hi[i] - self._below_lo[i]
         area -= self.areas[i]
         if self.size(i):
+            ends = self._tops if from_start == self.flipped[i] else self._bottoms
+            ends[i] = self._line(i, at_start=from_start)
             self._insert(i)
         return start, end, area
 

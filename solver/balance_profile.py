@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,6 +98,24 @@ class DensityProfile:
         at = starts + steps
         return self.cut(at[(at > starts) & (at < ends)])
 
+    def density(self, tokens: IntArray) -> IntArray:
+        """Keys that each query token sees."""
+        i = np.searchsorted(self.starts, tokens, side="right") - 1
+        result: IntArray = self.first[i] + self.slopes[i] * (tokens - self.starts[i])
+        return result
+
+    def area_below(self) -> Callable[[IntArray], IntArray]:
+        """Visible pairs of all queries before a token, as a function on arrays of tokens."""
+        before = np.append(0, np.cumsum(self.areas))
+
+        def below(token: IntArray) -> IntArray:
+            i = np.clip(np.searchsorted(self.starts, token, side="right") - 1, 0, len(self) - 1)
+            t = token - self.starts[i]
+            result: IntArray = before[i] + self.first[i] * t + self.slopes[i] * (t * (t - 1) // 2)
+            return result
+
+        return below
+
     def ramp(self) -> AreaRamp:
         """The same profile as plain Python lists, for many single look-ups."""
         prefix = np.concatenate([[0], np.cumsum(self.areas)])
@@ -103,6 +123,14 @@ class DensityProfile:
         return AreaRamp(
             self.starts.tolist(), self.first.tolist(), self.slopes.tolist(), prefix.tolist(), total
         )
+
+
+class Line(NamedTuple):
+    """A straight stretch of density from one of its ends: token t of `length` sees first + slope * t keys."""
+
+    first: int
+    slope: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +157,19 @@ class AreaRamp:
         """Keys that query `token` sees."""
         i = bisect_right(self.starts, token) - 1
         return self.first[i] + self.slopes[i] * (token - self.starts[i])
+
+    def line_from(self, token: int) -> Line:
+        """The straight stretch that begins with `token`."""
+        i = bisect_right(self.starts, token) - 1
+        end = self.starts[i + 1] if i + 1 < len(self.starts) else self.total_seqlen
+        slope = self.slopes[i]
+        return Line(self.first[i] + slope * (token - self.starts[i]), slope, end - token)
+
+    def line_before(self, token: int) -> Line:
+        """The straight stretch that ends with token - 1, walked backwards."""
+        i = bisect_right(self.starts, token - 1) - 1
+        length, slope = token - self.starts[i], self.slopes[i]
+        return Line(self.first[i] + slope * (length - 1), -slope, length)
 
     def token_at(self, area: int) -> int:
         """About the largest token with below(token) <= area; off by one where rounding bites."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from itertools import islice
+
 import numpy as np
 
 from .balance_profile import AreaRamp, DensityProfile
@@ -19,12 +22,21 @@ def even_out(placement: Placement, profile: DensityProfile, *, limit: float, max
     enough. Rows moved may grow by the keys that the tokens given away see.
     """
     ramp = profile.ramp()
-    ranks = [_Holding(ramp, placement.runs_of(r).tolist()) for r in range(placement.cp_size)]
+    ranks = [_Holding(ramp, runs) for runs in placement.runs_by_rank()]
+    # Kept in order: at a thousand ranks, a look at all of them for every exchange is most of a plan's time.
+    areas = [(holding.area, r) for r, holding in enumerate(ranks)]
+    by_area = sorted(areas)
     for _ in range(max_exchanges):
-        heavy = max(range(len(ranks)), key=lambda r: ranks[r].area)
-        excess = ranks[heavy].area - int(limit)
-        if excess <= 0 or not _exchange(ranks, heavy, excess, int(limit)):
+        area = by_area[-1][0]
+        heavy = by_area[bisect_left(by_area, (area, -1))][1]
+        partners = list(islice((r for _, r in by_area if ranks[r].runs), _NUM_PARTNERS))
+        light = _exchange(ranks, heavy, partners, int(limit)) if area > int(limit) else None
+        if light is None:
             break
+        for r in (heavy, light):
+            del by_area[bisect_left(by_area, areas[r])]
+            areas[r] = (ranks[r].area, r)
+            insort(by_area, areas[r])
     ends = [(end, r) for r, holding in enumerate(ranks) for _, end in holding.runs]
     table = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2)
     return Placement.from_runs(table[:, 0], table[:, 1], cp_size=placement.cp_size)
@@ -68,19 +80,18 @@ class _Holding:
         self.runs.append(received)
 
 
-def _exchange(ranks: list[_Holding], heavy: int, excess: int, limit: int) -> bool:
-    """Move `excess` area, or what one pair of runs allows, off a rank; False when no rank can help."""
+def _exchange(ranks: list[_Holding], heavy: int, partners: list[int], limit: int) -> int | None:
+    """Bring a rank down to `limit`, or as far as one pair of runs allows; the partner that helped, if one can."""
     giver = ranks[heavy]
     dense, i, at_end = giver.edge(dense=True)
-    order = sorted((r for r in range(len(ranks)) if ranks[r].runs), key=lambda r: ranks[r].area)
-    edges = [(*ranks[r].edge(dense=False), r) for r in order[:_NUM_PARTNERS] if ranks[r].area < limit]
+    edges = [(*ranks[r].edge(dense=False), r) for r in partners if ranks[r].area < limit]
     if not edges:
-        return False
+        return None
     sparse, j, other_end, light = min(edges)
     taker = ranks[light]
     if sparse >= dense or light == heavy:
-        return False
-    wanted = min(excess, limit - taker.area)
+        return None
+    wanted = min(giver.area - limit, limit - taker.area)
     start, end = giver.runs[i]
     other_start, other_stop = taker.runs[j]
     least, most = 0, min(end - start, other_stop - other_start)
@@ -92,8 +103,8 @@ def _exchange(ranks: list[_Holding], heavy: int, excess: int, limit: int) -> boo
             least = middle + 1
     moved = giver.piece_area(i, at_end, least) - taker.piece_area(j, other_end, least)
     if moved <= 0 or taker.area + moved > limit + dense:
-        return False
+        return None
     given, taken = giver.piece(i, at_end, least), taker.piece(j, other_end, least)
     giver.swap(i, at_end, least, taken)
     taker.swap(j, other_end, least, given)
-    return True
+    return light

@@ -8,8 +8,7 @@ from a plan, so the bound is over all plans that are as balanced as that one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +16,16 @@ from numpy.typing import NDArray
 from .balance_pool import find_components
 from .balance_profile import DensityProfile
 from .cost import Hardware, Heads, RowCosts
-from .plan import Plan
 from .slices import IntArray, SliceTable, expand_counts
 
+if TYPE_CHECKING:
+    from .plan import Plan
+
 # Cells in which the sparsest tokens are counted: one token each up to this length, longer after it.
-_MOST_CELLS = 1 << 20
+_MOST_CELLS = 1 << 17
+_QUICK_CELLS = 1 << 12
+# Even thresholds at which all components are looked at together.
+_THRESHOLDS = 1 << 12
 # Ranks x pieces, summed over zones, beyond which a partition of the keys is not tried.
 _MOST_WORK = 1 << 21
 
@@ -62,9 +66,9 @@ class _Sparsest(NamedTuple):
     density: IntArray
 
     @classmethod
-    def of(cls, profile: DensityProfile, total_seqlen: int) -> _Sparsest:
-        """Exact up to _MOST_CELLS tokens; above, a cell counts as its sparsest token, which is less."""
-        step = max(1, -(-total_seqlen // _MOST_CELLS))
+    def of(cls, profile: DensityProfile, total_seqlen: int, *, num_cells: int) -> _Sparsest:
+        """Exact up to num_cells tokens; above, a cell counts as its sparsest token, which is less."""
+        step = max(1, -(-total_seqlen // num_cells))
         cells = profile.cut(np.arange(step, total_seqlen, step))
         count = cells.ends - cells.starts
         last = cells.first + cells.slopes * (count - 1)
@@ -108,6 +112,14 @@ def kv_rows_bound(table: SliceTable, *, total_seqlen: int, cp_size: int, limits:
     within each the stretches between the edges of its slices (a prefix tree's nodes); for each component
     the better of the two counts.
 
+    *Pooled bound.* Each component alone may find ranks that hold nothing else; all of them together do
+    not. Write N(z) for the pairs of a rank and a component of which it holds a query that sees more than
+    z keys, and D(z) for the components that have one: by (1) at least sum N(z) - total_seqlen rows
+    travel. N(z) is at least the sum of R(z) over the components, and at least the R that satisfies (2)
+    with D all queries of the mask that see more than z keys. In N(z) - D(z) every component counts its
+    ranks less one, or nothing at all, and neither grows with z: so N(z) - D(z) is at least what it is
+    known to be at any z' >= z.
+
     *Busiest rank.* At least the total over the ranks; and the rank that holds the query that sees most,
     D keys, receives at least D less what it owns.
 
@@ -117,30 +129,73 @@ def kv_rows_bound(table: SliceTable, *, total_seqlen: int, cp_size: int, limits:
     if not len(table) or cp_size == 1:
         return RowsBound(0, 0)
     profile = DensityProfile.from_table(table, total_seqlen)
-    sparsest = _Sparsest.of(profile, total_seqlen)
+    sparsest = _Sparsest.of(profile, total_seqlen, num_cells=_MOST_CELLS)
     starts, _ = find_components(table, total_seqlen)
-    coarse = _zone_rows(table, profile, sparsest, np.append(starts, total_seqlen), cp_size, limits)
+    coarse, steps = _zone_rows(table, profile, sparsest, np.append(starts, total_seqlen), cp_size, limits)
+    pooled = _pooled_rows(profile, sparsest, starts, steps, cp_size, limits)
     edges = np.unique(np.concatenate([[0, total_seqlen], table.k0, table.k1, starts]))
     if len(edges) > len(starts) + 1:
-        fine = _zone_rows(table, profile, sparsest, edges, cp_size, limits)
+        fine, _ = _zone_rows(table, profile, sparsest, edges, cp_size, limits)
         owner = np.searchsorted(starts, edges[:-1], side="right") - 1
         coarse = np.maximum(coarse, np.bincount(owner, fine, len(starts)))
-    total = int(coarse.sum())
+    total = max(int(coarse.sum()), pooled)
     at_end = profile.first + profile.slopes * (profile.ends - profile.starts - 1)
     most_seen = int(np.maximum(profile.first, at_end).max())
     return RowsBound(total, max(-(-total // cp_size), most_seen - limits.max_tokens, 0))
 
 
+def quick_rows_bound(table: SliceTable, *, total_seqlen: int, cp_size: int, limits: Limits) -> int:
+    """A looser total of `kv_rows_bound`, in a few milliseconds: zones are whole components, fillers are rough."""
+    if not len(table) or cp_size == 1:
+        return 0
+    profile = DensityProfile.from_table(table, total_seqlen)
+    sparsest = _Sparsest.of(profile, total_seqlen, num_cells=_QUICK_CELLS)
+    starts, _ = find_components(table, total_seqlen)
+    rows, steps = _zone_rows(table, profile, sparsest, np.append(starts, total_seqlen), cp_size, limits)
+    return max(int(rows.sum()), _pooled_rows(profile, sparsest, starts, steps, cp_size, limits))
+
+
+class _Steps(NamedTuple):
+    """Where R(z) of a zone falls by one: it counts the steps of the zone with value > z."""
+
+    zones: IntArray
+    values: IntArray
+
+
+def _pooled_rows(
+    profile: DensityProfile, sparsest: _Sparsest, starts: IntArray, steps: _Steps, cp_size: int, limits: Limits
+) -> int:
+    """The pooled bound of `kv_rows_bound`; starts and steps are those of the components."""
+    pieces = profile.cut(starts)
+    at_end = pieces.first + pieces.slopes * (pieces.ends - pieces.starts - 1)
+    most_seen = np.zeros(len(starts), dtype=np.int64)
+    owner = np.searchsorted(starts, pieces.starts, side="right") - 1
+    np.maximum.at(most_seen, owner, np.maximum(pieces.first, at_end))
+    one_rank = np.delete(most_seen, np.unique(steps.zones))
+    apart = np.sort(np.concatenate([steps.values, one_rank]))
+    z = np.unique(np.concatenate([np.linspace(0, most_seen.max(), _THRESHOLDS).astype(np.int64), apart]))
+    # Only cells all of whose tokens see more than z.
+    cell = np.searchsorted(sparsest.density[:-1], z, side="right")
+    tokens, pairs = sparsest.counts[-1] - sparsest.counts[cell], sparsest.area[-1] - sparsest.area[cell]
+    together = _ranks_needed(tokens, pairs, sparsest, cp_size, limits)
+    num_apart = len(apart) - np.searchsorted(apart, z, side="right")
+    num_components = len(starts) - np.searchsorted(np.sort(most_seen), z, side="right")
+    known = np.maximum(together, num_apart) - num_components
+    extra = np.maximum.accumulate(known[::-1])[::-1]
+    return int(extra[1:] @ np.diff(z) + most_seen.sum()) - int(sparsest.counts[-1])
+
+
 def _zone_rows(
     table: SliceTable, profile: DensityProfile, sparsest: _Sparsest, cuts: IntArray, cp_size: int, limits: Limits
-) -> NDArray[np.float64]:
-    """Rows that must travel in each zone of keys [cuts[i], cuts[i + 1]), [num_zones]."""
+) -> tuple[NDArray[np.float64], _Steps]:
+    """Rows that must travel in each zone of keys [cuts[i], cuts[i + 1]), [num_zones], and the zones' R(z)."""
     num_zones = len(cuts) - 1
-    rows = np.zeros(num_zones)
     pieces, _ = table.split_k(cuts[1:-1])
     zone = np.searchsorted(cuts, pieces.k0, side="right") - 1
-    threshold = _thresholds(pieces, zone, profile, sparsest, cuts, cp_size, limits)
-    np.maximum.at(rows, np.arange(num_zones), threshold)
+    steps = _thresholds(pieces, zone, profile, sparsest, cuts, cp_size, limits)
+    # The sum of R(z) over z is the sum of where it falls by one.
+    threshold = np.bincount(steps.zones, steps.values, num_zones) - np.diff(cuts)
+    rows = np.maximum(threshold, 0.0)
     width = pieces.hi - pieces.lo + 1
     q0, q1, k0, k1, lo, hi = pieces.data.T
     # Rows that see the whole band: the keys of row i are [i + lo, i + hi].
@@ -148,23 +203,22 @@ def _zone_rows(
     banded = b1 > b0
     count, width, zone, b0, b1 = (a[banded] for a in (b1 - b0, width, zone, b0, b1))
     if len(count):
-        below = _area_below(profile)
+        below = profile.area_below()
         need = _ranks_needed(count, below(b1) - below(b0), sparsest, cp_size, limits)
         np.maximum.at(rows, zone, (need - 1.0) * (width - 1))
-    return rows
+    return rows, steps
 
 
 def _ranks_needed(
     count: IntArray, area: IntArray, sparsest: _Sparsest, cp_size: int, limits: Limits
 ) -> IntArray:
     """The least R that satisfies (2) for sets of `count` tokens with `area` pairs; cp_size at most."""
-    low, high = np.zeros(len(count), dtype=np.int64), np.full(len(count), cp_size, dtype=np.int64)
-    low = np.where(count > 0, np.minimum(1, high), low)
+    low, high = np.where(count > 0, 1, 0), np.where(count > 0, cp_size, 0)
     # R * max_area - sparsest(R * min_tokens - count) is concave in R and (2) holds for all ranks together,
     # so it holds from the least R on: bisection.
     while (low < high).any():
         middle = (low + high) // 2
-        enough = (middle > 0) & _holds(middle, count, area, sparsest, limits)
+        enough = _holds(middle, count, area, sparsest, limits)
         low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
     return low
 
@@ -175,19 +229,6 @@ def _holds(ranks: IntArray, count: IntArray, area: IntArray, sparsest: _Sparsest
     return result
 
 
-def _area_below(profile: DensityProfile) -> Callable[[IntArray], IntArray]:
-    """Pairs of all queries before a token, as a function on arrays."""
-    before = np.append(0, np.cumsum(profile.areas))
-
-    def below(token: IntArray) -> IntArray:
-        i = np.clip(np.searchsorted(profile.starts, token, side="right") - 1, 0, len(profile) - 1)
-        t = token - profile.starts[i]
-        result: IntArray = before[i] + profile.first[i] * t + profile.slopes[i] * (t * (t - 1) // 2)
-        return result
-
-    return below
-
-
 def _thresholds(
     pieces: SliceTable,
     zone: IntArray,
@@ -196,17 +237,14 @@ def _thresholds(
     cuts: IntArray,
     cp_size: int,
     limits: Limits,
-) -> NDArray[np.float64]:
-    """The threshold bound of each zone: the sum of R(z) over z, less the zone's keys, at least 0.
-
-    It is summed the other way round: over R, the smallest z for which R ranks are enough.
-    """
+) -> _Steps:
+    """R(z) of each zone: for each R below the most that it needs, the smallest z for which R ranks are enough."""
     num_zones, total = len(cuts) - 1, int(cuts[-1])
     # One profile for all zones: each has its own copy of the query axis.
     seen = DensityProfile.from_table(pieces.shift(zone * total, zone * total), num_zones * total)
     seen = _only(seen, (seen.first > 0) | (seen.slopes != 0))
     # Cut where the mask's own profile bends, so that areas of sub-runs come from one piece of it.
-    starts, ends, below = seen.starts, seen.ends, _area_below(profile)
+    starts, ends, below = seen.starts, seen.ends, profile.area_below()
     owner = starts // total
     of_zone = np.searchsorted(owner, np.arange(num_zones + 1))
     sub_starts, sub_ends = starts - owner * total, ends - owner * total
@@ -218,7 +256,8 @@ def _thresholds(
     # A zone that one rank can hold moves nothing.
     most = np.where(most > 1, most, 0)
     if int((most * np.diff(of_zone)).sum()) > _MOST_WORK:
-        return np.zeros(num_zones)
+        none = np.zeros(0, dtype=np.int64)
+        return _Steps(none, none)
     group, ranks = expand_counts(most)
     row, nth = expand_counts(np.diff(of_zone)[group])
     piece = of_zone[group[row]] + nth
@@ -232,7 +271,7 @@ def _thresholds(
         pairs = np.bincount(row, below(sub_start + to) - below(sub_start + from_), len(group)).astype(np.int64)
         enough = (tokens == 0) | ((ranks > 0) & _holds(ranks, tokens, pairs, sparsest, limits))
         low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
-    return np.maximum(np.bincount(group, low, num_zones) - np.diff(cuts), 0.0)
+    return _Steps(group, low)
 
 
 def _denser(first: IntArray, slope: IntArray, length: IntArray, z: IntArray) -> tuple[IntArray, IntArray]:
@@ -281,7 +320,7 @@ def bytes_bound(
     """
     if not len(table) or cp_size == 1:
         return BytesBound(0.0, 0.0)
-    below = _area_below(DensityProfile.from_table(table, total_seqlen))
+    below = DensityProfile.from_table(table, total_seqlen).area_below()
     starts, ends = find_components(table, total_seqlen)
     n, area = (ends - starts).astype(np.float64), (below(ends) - below(starts)).astype(np.float64)
     share = np.minimum(area, max(limits.max_area, 1))

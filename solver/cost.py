@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,31 +27,48 @@ _FP32 = 4
 
 # A stage whose number could be one less at a loss of this share of the time is not worth its buffers.
 _STAGE_GAIN = 0.02
+# Point-to-point messages must take less than this share of the collective's time to be chosen.
+_P2P_GAIN = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Heads of one attention call; itemsize: bytes of an element of q, k, v and out."""
+    """Heads of one attention call.
+
+    itemsize: bytes of an element of q, k, v and out. wire_8bit: whether q, k, v and the gradient of out
+    travel as a byte for each element and one for the scale of each row and head.
+    """
 
     num_q: int = 32
     num_kv: int = 8
     head_dim: int = 128
     head_dim_v: int = 128
     itemsize: int = 2
+    wire_8bit: bool = False
 
     def row_bytes(self) -> RowBytes:
         """What a row weighs in each exchange of the two passes, in bytes."""
         q_row, out_row = self.num_q * self.head_dim, self.num_q * self.head_dim_v
         kv_row = self.num_kv * (self.head_dim + self.head_dim_v)
         statistic = _FP32 * self.num_q  # lse, or delta
+        q_sent, dout_sent = (self.num_q * self._sent(dim) for dim in (self.head_dim, self.head_dim_v))
         return RowBytes(
-            q=self.itemsize * q_row,
+            q=q_sent,
             partial=self.itemsize * out_row + statistic,
-            kv=self.itemsize * kv_row,
-            q_again=self.itemsize * (q_row + out_row) + 2 * statistic,
+            kv=self.num_kv * (self._sent(self.head_dim) + self._sent(self.head_dim_v)),
+            q_again=q_sent + dout_sent + 2 * statistic,
             dq=_FP32 * q_row,
             dkv=_FP32 * kv_row,
         )
+
+    def row_costs(self) -> RowCosts:
+        """What a row costs over forward and backward."""
+        row = self.row_bytes()
+        return RowCosts(q=row.q + row.partial + row.q_again + row.dq, kv=2 * row.kv + row.dkv, heads=self)
+
+    def _sent(self, dim: int) -> int:
+        """Bytes on the wire of one row of one head."""
+        return dim + 1 if self.wire_8bit else dim * self.itemsize
 
     @property
     def forward_flop(self) -> int:
@@ -89,12 +106,15 @@ class RowCosts:
 
 
 def row_costs(
-    num_heads_q: int, num_heads_kv: int, head_dim: int, head_dim_v: int, itemsize: int = 2
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int = 2,
+    wire_8bit: bool = False,
 ) -> RowCosts:
-    """Row costs for heads and head dims; itemsize: bytes of an element of q, k, v and out."""
-    heads = Heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, itemsize)
-    row = heads.row_bytes()
-    return RowCosts(q=row.q + row.partial + row.q_again + row.dq, kv=2 * row.kv + row.dkv, heads=heads)
+    """Row costs for heads and head dims; itemsize and wire_8bit as in `Heads`."""
+    return Heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, itemsize, wire_8bit).row_costs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +129,32 @@ class Link:
         return np.where(num_bytes > 0, self.latency_s + num_bytes / self.bytes_per_s, 0.0)
 
 
+TransportName = Literal["all_to_all", "p2p"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransportTimes:
+    """Seconds of one exchange by either transport, measured.
+
+    peers: share of the other ranks that each rank sends to, in (0, 1]. peer_bytes: bytes for each of them.
+    """
+
+    peers: float
+    peer_bytes: float
+    all_to_all_s: float
+    p2p_s: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.peers, self.peer_bytes, self.all_to_all_s, self.p2p_s)
+        if not all(math.isfinite(x) and x > 0 for x in numbers) or self.peers > 1:
+            raise ValueError(f"{self}: all must be finite and above 0, and peers at most 1")
+
+    @property
+    def faster(self) -> TransportName:
+        """p2p where it is clearly faster: measurements are noisy."""
+        return "p2p" if self.p2p_s < _P2P_GAIN * self.all_to_all_s else "all_to_all"
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Speeds of a cluster of equal devices.
@@ -120,6 +166,7 @@ class Hardware:
     within, across: links inside a node and between nodes, for one rank.
     ranks_per_node: ranks that share a node.
     source: where the numbers come from.
+    transports: what exchanges of several sparsities and sizes took by either transport; none: not measured.
     """
 
     name: str
@@ -132,6 +179,7 @@ class Hardware:
     across: Link
     ranks_per_node: int
     source: str = ""
+    transports: tuple[TransportTimes, ...] = ()
 
     def __post_init__(self) -> None:
         links = (self.within.bytes_per_s, self.across.bytes_per_s)
@@ -158,10 +206,25 @@ class Hardware:
         try:
             values: dict[str, Any] = json.loads(text)
             within, across = Link(**values.pop("within")), Link(**values.pop("across"))
-            return cls(**values, within=within, across=across)
+            transports = tuple(TransportTimes(**times) for times in values.pop("transports", ()))
+            return cls(**values, within=within, across=across, transports=transports)
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             expected = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"not a hardware description ({error}): expected a JSON object with {expected}") from error
+
+    def transport_for(self, peers: float, peer_bytes: float) -> TransportName:
+        """The faster transport where it was measured, at the nearest sparsity and there at the nearest size.
+
+        Args:
+            peers: share of the other ranks that a rank sends to. peer_bytes: bytes for each of them.
+        """
+        if not self.transports or peers <= 0 or peer_bytes <= 0:
+            return "all_to_all"
+
+        def distance(times: TransportTimes) -> tuple[float, float]:
+            return abs(math.log(times.peers / peers)), abs(math.log(times.peer_bytes / peer_bytes))
+
+        return min(self.transports, key=distance).faster
 
     def kernel_seconds(
         self, areas: FloatArray, num_slices: FloatArray, heads: Heads, *, backward: bool = False

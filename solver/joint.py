@@ -12,23 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .balance import place_balanced
-from .balance_metric import kv_rows_received, rank_areas
 from .balance_profile import DensityProfile
 from .balance_queues import place_by_density
-from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads, RowCosts
+from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import DEFAULT_COSTS, Plan, assemble_plan, keys_schedule
+from .plan import DEFAULT_COSTS, Layout, Plan, assemble_plan, check_sizes, keys_schedule
+from .routes import tokens_needed
+from .schedule import Schedule, bisect_tasks, place_for_schedule
+from .simulate import simulate
 from .slices import IntArray, SliceTable
 
 # The joint imbalance that swaps aim at, and the largest that is accepted for the sake of less traffic.
 JOINT_LIMIT, WORST_JOINT = 1.02, 1.08
-# Share of the shorter of compute and transfer that is taken to be exposed.
-_EXPOSED = 0.1
+# Candidates of more routes than this are left out, unless there are none of fewer.
+_MOST_ROUTES = 1 << 18
+# A placement this far from balance takes so many swaps that hardly a row is left beside its neighbours.
+_WORTH_EVENING = 1.5
 # Swaps that even a placement out: pieces for each rank, partners looked at, and the number of swaps.
 _SWAP_PIECES, _SWAP_PARTNERS, _SWAPS_PER_RANK = 32, 6, 8
 # Pieces for each rank into which tokens are cut for interleaved placements.
@@ -52,7 +57,9 @@ def make_joint_plans(
     total_seqlen: int,
     cp_size: int,
     chunk_size: int = 512,
+    layout: Layout = "balanced",
     num_stages: int | None = None,
+    schedule: Literal["auto", "keys"] = "keys",
     ranks_per_node: int | None = None,
     search_effort: int = 0,
     costs: RowCosts = DEFAULT_COSTS,
@@ -60,104 +67,136 @@ def make_joint_plans(
 ) -> JointPlans:
     """Plans for several masks of self-attention over the same tokens, with one placement for all.
 
+    Candidates are balanced within `WORST_JOINT` where any is, and of those the one is taken whose layers
+    are done first by the cost model: the best placement of each mask alone, equal pieces, two and more
+    interleaved pieces for each rank, dense with sparse tokens of the weighted sum of the masks' densities,
+    with schedule "auto" also tiles of one mask; those near balance also after swaps that even them out.
+
     Args:
         masks: disjoint banded rectangles of each mask.
         weights: how many layers have each mask, or any numbers in proportion; None: one each.
+        layout: "balanced" for all masks together, or "contiguous" or "zigzag" by name.
+        schedule: "keys": queries are computed where they lie. "auto": those of one mask may move.
         total_seqlen, cp_size, chunk_size, num_stages, ranks_per_node, search_effort, costs, hardware:
-            as in `make_dispatch_plan`. Queries stay where they are.
+            as in `make_dispatch_plan`.
 
     Raises:
-        ValueError: no masks, or weights that are not one finite number above 0 for each.
+        ValueError: no masks, weights that are not one finite number above 0 for each, a size out of
+            range, or an unknown layout or schedule.
     """
     weights = [1.0] * len(masks) if weights is None else [float(w) for w in weights]
     if not masks or len(weights) != len(masks) or not all(math.isfinite(w) and w > 0 for w in weights):
         raise ValueError(
             f"{len(masks)} masks with weights {weights}: give at least one mask, and for each a finite weight above 0"
         )
-    if cp_size < 1 or chunk_size < 1 or total_seqlen < 0:
-        raise ValueError(
-            f"total_seqlen {total_seqlen}, cp_size {cp_size}, chunk_size {chunk_size}: need at least 0, 1 and 1"
-        )
-    placement = place_jointly(
-        masks,
-        weights,
-        total_seqlen=total_seqlen,
-        cp_size=cp_size,
-        chunk_size=chunk_size,
-        search_effort=search_effort,
-        costs=costs,
-        hardware=hardware,
+    check_sizes(total_seqlen, None, cp_size, chunk_size, num_stages, layout)
+    if schedule not in ("auto", "keys"):
+        raise ValueError(f"schedule is {schedule!r}: masks that share a placement have 'auto' or 'keys'")
+    if layout == "balanced":
+        placements = list(_placements(masks, weights, total_seqlen, cp_size, chunk_size, search_effort))
+        candidates = list(_with_evened(masks, weights, placements))
+        if schedule == "auto" and cp_size > 2:
+            candidates += _tiled(masks, weights, total_seqlen, cp_size, costs)
+    else:
+        by_name = {"contiguous": place_contiguous, "zigzag": place_zigzag}
+        candidates = [_Candidate.of(masks, by_name[layout](total_seqlen, cp_size))]
+    assemble = partial(
+        assemble_plan, num_stages=num_stages, ranks_per_node=ranks_per_node, costs=costs, hardware=hardware
     )
-    plans = tuple(
-        assemble_plan(
-            *keys_schedule(mask, placement),
-            placement,
-            placement,
-            num_stages=num_stages,
-            ranks_per_node=ranks_per_node,
-            costs=costs,
-            hardware=hardware,
-        )
-        for mask in masks
-    )
-    return JointPlans(plans, joint_imbalance(masks, weights, placement))
-
-
-def joint_imbalance(masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement) -> float:
-    """Weighted sum over masks of the largest area of a rank, over that of the mean areas; at least 1."""
-    largest = mean = 0.0
-    for mask, weight in zip(masks, weights, strict=True):
-        areas = rank_areas(mask, placement)
-        largest += weight * float(areas.max())
-        mean += weight * float(areas.mean())
-    return largest / mean if mean else 1.0
-
-
-def place_jointly(
-    masks: Sequence[SliceTable],
-    weights: Sequence[float],
-    *,
-    total_seqlen: int,
-    cp_size: int,
-    chunk_size: int,
-    search_effort: int = 0,
-    costs: RowCosts = DEFAULT_COSTS,
-    hardware: Hardware = DEFAULT_HARDWARE,
-) -> Placement:
-    """The placement with the shortest layers by the cost model, balanced for all masks together.
-
-    Candidates: the best placement of each mask alone, equal pieces, two and more interleaved pieces for
-    each rank, and dense with sparse tokens of the weighted sum of the masks' densities; each also after
-    swaps that even it out.
-    """
-    if len(masks) == 1:
-        return place_balanced(
-            masks[0], total_seqlen=total_seqlen, cp_size=cp_size, chunk_size=chunk_size, search_effort=search_effort
-        )
-    best: tuple[tuple[float, float], Placement] | None = None
-    candidates = list(_candidates(masks, weights, total_seqlen, cp_size, chunk_size, search_effort))
-    candidates += [_even_out(masks, weights, placement) for placement in candidates]
-    for placement in candidates:
-        uneven = int(np.ptp(placement.num_tokens)) > max(chunk_size, 1)
-        excess = max(joint_imbalance(masks, weights, placement) - WORST_JOINT, 0.0) + (1e6 if uneven else 0.0)
-        seconds = _layer_seconds(masks, weights, placement, costs.heads, hardware)
-        if best is None or (excess, seconds) < best[0]:
-            best = (excess, seconds), placement
+    best: tuple[float, JointPlans] | None = None
+    for candidate in _in_balance(candidates, weights, chunk_size):
+        placement = candidate.placement
+        plans = tuple(assemble(*each, placement, placement) for each in candidate.schedules)
+        timelines = (simulate(plan, hardware, costs.heads) for plan in plans)
+        seconds = sum(weight * timeline.seconds for weight, timeline in zip(weights, timelines, strict=True))
+        if best is None or seconds < best[0]:
+            best = seconds, JointPlans(plans, candidate.imbalance(weights))
     assert best is not None
     return best[1]
 
 
-def _layer_seconds(
-    masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement, heads: Heads, hardware: Hardware
-) -> float:
-    """Forward seconds of all layers: the busiest rank's kernel and transfer overlap, but for a part of the shorter."""
-    link = hardware.across if placement.cp_size > hardware.ranks_per_node else hardware.within
-    seconds = 0.0
-    for mask, weight in zip(masks, weights, strict=True):
-        work = float(rank_areas(mask, placement).max()) * heads.forward_flop / hardware.forward_flops
-        move = float(kv_rows_received(mask, placement).max()) * heads.row_bytes().kv / link.bytes_per_s
-        seconds += weight * (max(work, move) + _EXPOSED * min(work, move))
-    return seconds
+def joint_imbalance(masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement) -> float:
+    """Weighted sum over masks of the largest area of a rank, over that of the mean areas; at least 1."""
+    return _Candidate.of(masks, placement).imbalance(weights)
+
+
+class _Candidate(NamedTuple):
+    """A placement, and for each mask who computes what on it."""
+
+    placement: Placement
+    schedules: tuple[Schedule, ...]
+
+    @classmethod
+    def of(cls, masks: Sequence[SliceTable], placement: Placement) -> _Candidate:
+        return cls(placement, tuple(keys_schedule(mask, placement) for mask in masks))
+
+    def imbalance(self, weights: Sequence[float]) -> float:
+        largest = mean = 0.0
+        for (tasks, ranks), weight in zip(self.schedules, weights, strict=True):
+            areas = np.bincount(ranks, tasks.areas(), self.placement.cp_size)
+            largest += weight * float(areas.max())
+            mean += weight * float(areas.mean())
+        return largest / mean if mean else 1.0
+
+    def num_routes(self) -> int:
+        """At most so many routes do its plans have."""
+        place, count = self.placement, 0
+        for schedule in self.schedules:
+            for needed in tokens_needed(*schedule):
+                first = np.searchsorted(place.ends, needed.starts, side="right")
+                count += int((np.searchsorted(place.ends, needed.ends, side="left") - first + 1).sum())
+        return count
+
+
+def _in_balance(candidates: list[_Candidate], weights: Sequence[float], chunk_size: int) -> list[_Candidate]:
+    """Those that are balanced well enough, or the nearest to it; of them those that are not too large to simulate.
+
+    Token counts that differ by more than a chunk weigh more than any imbalance.
+    """
+
+    def excess(candidate: _Candidate) -> float:
+        uneven = int(np.ptp(candidate.placement.num_tokens)) > chunk_size
+        return max(candidate.imbalance(weights) - WORST_JOINT, 0.0) + (1e6 if uneven else 0.0)
+
+    excesses = [excess(candidate) for candidate in candidates]
+    balanced = [c for c, each in zip(candidates, excesses, strict=True) if each == min(excesses)]
+    if len(balanced) == 1:
+        return balanced
+    sizes = [candidate.num_routes() for candidate in balanced]
+    return [c for c, size in zip(balanced, sizes, strict=True) if size <= max(_MOST_ROUTES, min(sizes))]
+
+
+def _with_evened(
+    masks: Sequence[SliceTable], weights: Sequence[float], placements: Sequence[Placement]
+) -> Iterator[_Candidate]:
+    """The placements, and those near enough to balance also after swaps that bring them there."""
+    candidates = [_Candidate.of(masks, placement) for placement in placements]
+    imbalances = [candidate.imbalance(weights) for candidate in candidates]
+    yield from candidates
+    for placement, imbalance in zip(placements, imbalances, strict=True):
+        if JOINT_LIMIT < imbalance <= max(_WORTH_EVENING, min(imbalances)):
+            yield _Candidate.of(masks, _even_out(masks, weights, placement))
+
+
+def _tiled(
+    masks: Sequence[SliceTable], weights: Sequence[float], total_seqlen: int, cp_size: int, costs: RowCosts
+) -> Iterator[_Candidate]:
+    """For each mask the placement of its tiles, as it is and evened out for the other masks.
+
+    Who computes a tile does not depend on who owns its rows, so evening out costs the mask a little
+    traffic and no balance.
+    """
+    for at, mask in enumerate(masks):
+        tiles = bisect_tasks(mask, cp_size, q_cost=costs.q, k_cost=costs.kv)
+        placement = place_for_schedule(
+            tiles, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv
+        )
+        others = [*masks[:at], *masks[at + 1 :]]
+        apart = [*weights[:at], *weights[at + 1 :]]
+        for placed in (placement, _even_out(others, apart, placement)) if others else (placement,):
+            schedules = [keys_schedule(other, placed) for other in masks]
+            schedules[at] = tiles
+            yield _Candidate(placed, tuple(schedules))
 
 
 def _even_out(
@@ -186,7 +225,9 @@ def _even_out(
             break
         mine = np.flatnonzero((owners == rank) & (lengths == grain))
         others = np.argsort(loads[mask], kind="stable")[:_SWAP_PARTNERS]
-        theirs = np.flatnonzero(np.isin(owners, others) & (lengths == grain) & (owners != rank))
+        partner_of = np.zeros(cp_size, dtype=bool)
+        partner_of[others] = True
+        theirs = np.flatnonzero(partner_of[owners] & (lengths == grain) & (owners != rank))
         if not len(mine) or not len(theirs):
             break
         given = areas[:, mine][:, :, None] - areas[:, theirs][:, None, :]
@@ -212,7 +253,7 @@ def _piece_areas(mask: SliceTable, ends: IntArray, total: int) -> FloatArray:
     return areas.astype(np.float64)
 
 
-def _candidates(
+def _placements(
     masks: Sequence[SliceTable],
     weights: Sequence[float],
     total_seqlen: int,

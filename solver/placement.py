@@ -61,6 +61,13 @@ class Placement:
         mine = self.owners == rank
         return np.stack([self.starts[mine], self.ends[mine]], axis=-1)
 
+    def runs_by_rank(self) -> list[list[list[int]]]:
+        """Runs of every rank, each a [start, end], in order."""
+        runs: list[list[list[int]]] = [[] for _ in range(self.cp_size)]
+        for start, end, owner in zip(self.starts.tolist(), self.ends.tolist(), self.owners.tolist(), strict=True):
+            runs[owner].append([start, end])
+        return runs
+
     def owner_of(self, tokens: IntArray) -> IntArray:
         """Rank that owns each token."""
         return self.owners[np.searchsorted(self.ends, tokens, side="right")]

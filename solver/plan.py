@@ -7,12 +7,15 @@ A `Plan` is pure data, equal on every rank and independent of process groups and
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .balance import place_balanced
+from .balance import AREA_LIMIT, place_balanced
+from .bounds import Limits, quick_rows_bound
 from .cost import DEFAULT_HARDWARE, Hardware, RowCosts, choose_num_stages, row_costs
 from .placement import Placement, place_contiguous, place_zigzag
 from .routes import RouteTable, make_routes, rows_missing, tokens_needed, two_level_routes
@@ -199,48 +202,52 @@ def make_dispatch_plan(
             layout "balanced" and self-attention.
         costs: what a query row and a key row cost to move.
         ranks_per_node: ranks that share a node, in a two-level network; None: one level.
-        search_effort: iterations of extra placement search; 0 is the fast default.
+        search_effort: extra placement search, in units of a fixed number of steps (about 25 ms each, the
+            same result on every rank); 0 is the fast default.
         hardware: speeds by which num_stages is chosen.
 
     Raises:
         ValueError: a size is out of range or the layout is unknown.
     """
-    _check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
+    check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
     can_tile = layout == "balanced" and total_seqlen_k is None
     if schedule not in SCHEDULES or (schedule == "tiles" and not can_tile):
         raise ValueError(
             f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
             f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
         )
-    placements = [] if schedule == "tiles" else [
-        _place(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort)
-    ]
-    schedules = [keys_schedule(slices, q_placement) for q_placement, _ in placements]
+    assemble = partial(
+        assemble_plan, num_stages=num_stages, ranks_per_node=ranks_per_node, costs=costs, hardware=hardware
+    )
+    limit = math.inf  # bytes up to which a plan that moves no query is preferred
     if schedule == "tiles" or (schedule == "auto" and can_tile and cp_size > 2):
         tiles = bisect_tasks(slices, cp_size, q_cost=costs.q, k_cost=costs.kv)
         placement = place_for_schedule(
             tiles, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv
         )
-        schedules.append(tiles)
-        placements.append((placement, placement))
-    moved = [
-        _bytes_moved(chosen, *placed, costs) for chosen, placed in zip(schedules, placements, strict=True)
-    ]
-    best = 0 if moved[0] * TILES_GAIN <= moved[-1] else len(moved) - 1
-    return assemble_plan(
-        *schedules[best],
-        *placements[best],
-        num_stages=num_stages,
-        ranks_per_node=ranks_per_node,
-        costs=costs,
-        hardware=hardware,
-    )
+        if schedule == "auto":
+            limit = _bytes_moved(tiles, placement, placement, costs) / TILES_GAIN
+        if schedule == "tiles" or limit < _least_bytes(slices, total_seqlen, cp_size, chunk_size, costs):
+            return assemble(*tiles, placement, placement)
+    placed = _place(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort)
+    keys = keys_schedule(slices, placed[0])
+    if _bytes_moved(keys, *placed, costs) <= limit:
+        return assemble(*keys, *placed)
+    return assemble(*tiles, placement, placement)
 
 
 def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:
     """The schedule in which the owner of a query computes everything for it."""
     tasks, _ = slices.split_q(q_placement.starts[1:])
     return Schedule(tasks, q_placement.owner_of(tasks.q0))
+
+
+def _least_bytes(
+    slices: SliceTable, total_seqlen: int, cp_size: int, chunk_size: int, costs: RowCosts
+) -> int:
+    """Bytes below which no balanced plan gets in which every query is computed where it lies."""
+    limits = Limits.even(slices, total_seqlen, cp_size, chunk_size=chunk_size, imbalance=AREA_LIMIT)
+    return costs.kv * quick_rows_bound(slices, total_seqlen=total_seqlen, cp_size=cp_size, limits=limits)
 
 
 def _bytes_moved(
@@ -304,7 +311,7 @@ def assemble_plan(
     )
 
 
-def _check_sizes(
+def check_sizes(
     total_seqlen: int,
     total_seqlen_k: int | None,
     cp_size: int,

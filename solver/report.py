@@ -11,7 +11,7 @@ import numpy as np
 
 from .balance_metric import kv_rows_received, rank_areas
 from .bounds import Limits, bytes_bound, kv_rows_bound, step_time_bound
-from .cost import DEFAULT_HARDWARE, Hardware, Heads, row_costs
+from .cost import DEFAULT_HARDWARE, Hardware, Heads
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import Plan, assemble_plan, keys_schedule
 from .simulate import simulate
@@ -126,7 +126,7 @@ def plan_report(
         rivals: leave the comparisons out if False (cross-attention has none).
     """
     heads = Heads() if heads is None else heads
-    costs = row_costs(heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v, heads.itemsize)
+    costs = heads.row_costs()
     table = merge_neighbours(plan.tasks) if mask is None else mask
     size, seqlen_q, seqlen_k = plan.cp_size, plan.q_placement.total_seqlen, plan.k_placement.total_seqlen
     kv, q = plan.kv_routes.rows_received(size), plan.q_routes.rows_received(size)
@@ -219,7 +219,7 @@ def compare(
         uneven = _imbalance(table, placement)
         seconds = math.nan
         if cp_size * len(placement.ends) <= _MOST_RIVAL_ROUTES:
-            costs = row_costs(heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v, heads.itemsize)
+            costs = heads.row_costs()
             schedule = keys_schedule(table, placement)
             seconds = simulate(assemble_plan(*schedule, placement, placement, costs=costs), hardware, heads).seconds
         rivals.append(Rival(name, uneven, float(each.sum()), float(each.max()), seconds))

@@ -126,15 +126,12 @@ def make_routes(needed: Intervals, placement: Placement, num_stages: int = 1) ->
         need, nth = expand_counts(counts[a:b])
         need += a
         run = first[need] + nth
-        dsts, srcs = needed.ranks[need], placement.owners[run]
-        # Sorted by (receiver, start) already; a stable sort by (receiver, sender) keeps starts ascending.
-        order = np.argsort(dsts * placement.cp_size + srcs, kind="stable")
-        order = order[dsts[order] != srcs[order]]
-        need, run = need[order], run[order]
+        travels = np.flatnonzero(needed.ranks[need] != placement.owners[run])
+        need, run = need[travels], run[travels]
         starts = np.maximum(needed.starts[need], placement.starts[run])
         ends = np.minimum(needed.ends[need], placement.ends[run])
-        block = RouteTable(dsts[order], srcs[order], starts, ends, np.zeros(len(order), dtype=np.int64))
-        blocks.append(_split_block(block, num_stages, placement.cp_size))
+        pieces = (needed.ranks[need], placement.owners[run], starts, ends)
+        blocks.append(_staged_block(*pieces, num_stages=num_stages, cp_size=placement.cp_size))
     return _by_stage(blocks, num_stages)
 
 
@@ -143,10 +140,11 @@ def split_stages(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTabl
 
     In token order, which keeps a stage's keys together, so that its tiles stay large.
     """
-    columns = (routes.dsts, routes.srcs, routes.starts, routes.ends, routes.stages)
+    order = np.lexsort((routes.starts, routes.dsts))
+    columns = tuple(column[order] for column in (routes.dsts, routes.srcs, routes.starts, routes.ends))
     blocks = [
-        _split_block(RouteTable(*(column[a:b] for column in columns)), num_stages, cp_size)
-        for a, b in _rank_blocks(routes.dsts, np.ones(len(routes), dtype=np.int64))
+        _staged_block(*(column[a:b] for column in columns), num_stages=num_stages, cp_size=cp_size)
+        for a, b in _rank_blocks(columns[0], np.ones(len(routes), dtype=np.int64))
     ]
     return _by_stage(blocks, num_stages)
 
@@ -168,12 +166,14 @@ def _by_stage(blocks: list[RouteTable], num_stages: int) -> RouteTable:
     return RouteTable(*(joined(name) for name in ("dsts", "srcs", "starts", "ends", "stages")))
 
 
-def _split_block(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTable:
-    """All routes of some receivers in stages."""
-    if num_stages <= 1 or not len(routes):
-        return routes
-    order = np.lexsort((routes.starts, routes.dsts))
-    dsts, srcs, starts, ends = (a[order] for a in (routes.dsts, routes.srcs, routes.starts, routes.ends))
+def _staged_block(
+    dsts: IntArray, srcs: IntArray, starts: IntArray, ends: IntArray, *, num_stages: int, cp_size: int
+) -> RouteTable:
+    """All routes of some receivers in stages; they come in the order of (receiver, start)."""
+    if num_stages <= 1 or not len(dsts):
+        order = np.argsort(dsts * cp_size + srcs, kind="stable")
+        stages = np.zeros(len(order), dtype=np.int64)
+        return RouteTable(dsts[order], srcs[order], starts[order], ends[order], stages)
     lengths = ends - starts
     before = np.cumsum(lengths) - lengths
     own = np.searchsorted(dsts, dsts)
@@ -188,8 +188,7 @@ def _split_block(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTabl
     shift = (starts - before)[row]
     new_starts = np.maximum(starts[row], stage * n[row] // num_stages + shift)
     new_ends = np.minimum(ends[row], (stage + 1) * n[row] // num_stages + shift)
-    # With fewer rows than stages some stages are empty. Rows are in the order of (receiver, start), which
-    # a stable sort keeps.
+    # With fewer rows than stages some stages are empty. A stable sort keeps starts ascending.
     order = np.argsort((stage * cp_size + dsts[row]) * cp_size + srcs[row], kind="stable")
     order = order[new_ends[order] > new_starts[order]]
     row = row[order]

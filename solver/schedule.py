@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .placement import Placement
 from .routes import Intervals, merge_intervals, tokens_needed
-from .slices import IntArray, SliceTable, expand_counts, pairs_in_rows
+from .slices import K0, K1, Q0, Q1, IntArray, SliceTable, expand_counts, pairs_in_rows
 
 
 class Schedule(NamedTuple):
@@ -33,30 +34,59 @@ def bisect_tasks(table: SliceTable, cp_size: int, *, q_cost: float, k_cost: floa
     the direction in which less has to be duplicated: a cut along queries makes both halves fetch
     the keys that they share, a cut along keys the queries. Any mask; all parts of a level at once.
 
+    A part also has a stretch of tokens that its ranks are to own, at first the whole sequence, and a
+    cut divides it. Along keys, those of the stretch and all others are cut apart, each where their
+    area divides: with one cut for both, keys before the stretch (a tree's root) would go to one half
+    and most of the stretch to the other, whose ranks would own either its queries or its keys.
+
     Args:
         table: disjoint canonical slices.
         cp_size: number of ranks.
         q_cost, k_cost: what a query row and a key row cost to move, in the same unit.
     """
     tasks, node = table, np.zeros(len(table), dtype=np.int64)
-    first_rank, num_ranks = np.zeros(1, dtype=np.int64), np.array([cp_size])
-    while (num_ranks > 1).any():
-        left_ranks = num_ranks // 2
-        by_q = _halves(tasks, node, left_ranks / num_ranks)
-        by_k = _halves(tasks.transpose(), node, left_ranks / num_ranks)
-        shared_q, shared_k = _duplicated(by_q, len(num_ranks)), _duplicated(by_k, len(num_ranks))
-        along_q = k_cost * shared_q <= q_cost * shared_k
+    parts = _Parts.whole(table, cp_size)
+    while (parts.num_ranks > 1).any():
+        by_q, by_k, own_cuts = _cut_both_ways(tasks, node, parts)
+        num_parts = len(parts.num_ranks)
+        shared_keys, shared_queries = _duplicated(by_q, num_parts), _duplicated(by_k, num_parts)
+        along_q = k_cost * shared_keys <= q_cost * shared_queries
         q_half, k_half = along_q[by_q.node], ~along_q[by_k.node]
         tasks = SliceTable.concat([by_q.table.take(q_half), by_k.table.take(k_half).transpose()])
         node = np.concatenate([by_q.child()[q_half], by_k.child()[k_half]])
-        first_rank = np.stack([first_rank, first_rank + left_ranks], axis=-1).ravel()
-        num_ranks = np.stack([left_ranks, num_ranks - left_ranks], axis=-1).ravel()
-        # A part of one rank has an empty left half: drop it, and renumber.
-        alive = num_ranks > 0
+        parts, alive = parts.cut(np.where(along_q, *own_cuts))
         node = (np.cumsum(alive) - 1)[node]
-        first_rank, num_ranks = first_rank[alive], num_ranks[alive]
-    order = np.lexsort((tasks.k0, tasks.q0, first_rank[node]))
-    return Schedule(tasks.take(order), first_rank[node][order])
+    first_rank = parts.first_rank[node]
+    order = np.lexsort((tasks.k0, tasks.q0, first_rank))
+    return Schedule(tasks.take(order), first_rank[order])
+
+
+class _Parts(NamedTuple):
+    """Parts of the mask: the ranks of each, and the tokens [own_start, own_end) that these are to own."""
+
+    first_rank: IntArray
+    num_ranks: IntArray
+    own_start: IntArray
+    own_end: IntArray
+
+    @classmethod
+    def whole(cls, table: SliceTable, cp_size: int) -> _Parts:
+        end = int(max(table.q1.max(initial=0), table.k1.max(initial=0)))
+        return cls(*(np.array([value], dtype=np.int64) for value in (0, cp_size, 0, end)))
+
+    def left_share(self) -> np.ndarray:
+        """Share of each part's ranks in its left half; 0 for one rank."""
+        return (self.num_ranks // 2) / self.num_ranks
+
+    def cut(self, own_cuts: IntArray) -> tuple[_Parts, NDArray[np.bool_]]:
+        """The halves, left before right, and which of them have ranks: the others are left out."""
+        left = self.num_ranks // 2
+        own_cuts = np.clip(own_cuts, self.own_start, self.own_end)
+        left_halves = (self.first_rank, left, self.own_start, own_cuts)
+        right_halves = (self.first_rank + left, self.num_ranks - left, own_cuts, self.own_end)
+        columns = [np.stack(pair, axis=-1).ravel() for pair in zip(left_halves, right_halves, strict=True)]
+        alive = columns[1] > 0
+        return _Parts(*(column[alive] for column in columns)), alive
 
 
 class _Halves(NamedTuple):
@@ -70,15 +100,52 @@ class _Halves(NamedTuple):
         return 2 * self.node + self.right
 
 
-def _halves(table: SliceTable, node: IntArray, left_share: np.ndarray) -> _Halves:
-    """Each node's slices, cut along queries where the area left of the cut is its left share."""
-    cut = _area_cuts(table, node, left_share)[node]
-    data = np.concatenate([table.data, table.data])
+def _cut_both_ways(
+    tasks: SliceTable, node: IntArray, parts: _Parts
+) -> tuple[_Halves, _Halves, tuple[IntArray, IntArray]]:
+    """Each part cut along queries, and along keys (transposed); where either divides what it owns."""
+    num_parts = len(parts.num_ranks)
+    split, parent, is_own = _split_own_keys(tasks, parts.own_start[node], parts.own_end[node])
+    # Three cuts for each part, found together: its queries, its other keys, its own keys.
+    label = np.concatenate([node, num_parts + 2 * node[parent] + is_own])
+    share = parts.left_share()
+    share = np.concatenate([share, np.repeat(share, 2)])
+    both = SliceTable.concat([tasks, split.transpose()])
+    cuts = _area_cuts(both, label, share)
+    halves, parent, right = _cut_at(both, cuts[label])
+    label = label[parent]
+    q, k = label < num_parts, label >= num_parts
+    by_q = _Halves(halves.take(q), label[q], right[q])
+    by_k = _Halves(halves.take(k), (label[k] - num_parts) // 2, right[k])
+    # A part may have no task on its own keys: then it divides them as its ranks.
+    has_own = np.bincount(label, minlength=3 * num_parts)[num_parts + 1 :: 2] > 0
+    even = parts.own_start + ((parts.own_end - parts.own_start) * parts.left_share()).astype(np.int64)
+    return by_q, by_k, (cuts[:num_parts], np.where(has_own, cuts[num_parts + 1 :: 2], even))
+
+
+def _split_own_keys(
+    tasks: SliceTable, own_start: IntArray, own_end: IntArray
+) -> tuple[SliceTable, IntArray, IntArray]:
+    """Tasks cut along keys where their part's own keys begin and end; the task of each piece, and if it is own."""
+    n = len(tasks)
+    data = np.concatenate([tasks.data] * 3)
+    before, own, after = data[:n], data[n : 2 * n], data[2 * n :]
+    before[:, K1] = np.minimum(before[:, K1], own_start)
+    own[:, K0] = np.maximum(own[:, K0], own_start)
+    own[:, K1] = np.minimum(own[:, K1], own_end)
+    after[:, K0] = np.maximum(after[:, K0], own_end)
+    pieces, parent = SliceTable(data).canonical()
+    return pieces, parent % n, (parent // n == 1).astype(np.int64)
+
+
+def _cut_at(table: SliceTable, cut: IntArray) -> tuple[SliceTable, IntArray, IntArray]:
+    """Slices cut at one query index each; the slice of each piece, and whether it is right of the cut."""
     n = len(table)
-    data[:n, 1] = np.minimum(data[:n, 1], cut)
-    data[n:, 0] = np.maximum(data[n:, 0], cut)
+    data = np.concatenate([table.data, table.data])
+    data[:n, Q1] = np.minimum(data[:n, Q1], cut)
+    data[n:, Q0] = np.maximum(data[n:, Q0], cut)
     halves, parent = SliceTable(data).canonical()
-    return _Halves(halves, node[parent % n], (parent >= n).astype(np.int64))
+    return halves, parent % n, (parent >= n).astype(np.int64)
 
 
 def _area_cuts(table: SliceTable, node: IntArray, left_share: np.ndarray) -> IntArray:

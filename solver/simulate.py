@@ -2,12 +2,15 @@
 
 The model follows the attention op. A rank issues the exchange of stage s + 1, computes stage s, waits;
 in backward it also sends each stage's key gradients home while the next stage computes, one at a time.
-A rank's exchanges take turns on its link, and one begins when all its peers have issued it. Everything
-is an array over ranks: a thousand ranks cost as much Python as two.
+Where queries travel, a rank works on its own first, on those received when they are here, and sends
+their results home behind its last work on its own. A rank's exchanges take turns on its link, and one
+begins when all its peers have issued it. Everything is an array over ranks: a thousand ranks cost as
+much Python as two.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +32,14 @@ class Span(NamedTuple):
 class PassTimeline(NamedTuple):
     """One pass of the attention call.
 
-    compute: one span for each stage, the host stage first. transfers: in the order in which they are
-    issued. seconds: when each rank is done, [cp_size].
+    compute: "stage 0" (own keys), "stage 1", ...; where queries travel, also "stage 0 guests", ..., in
+    order of time. copies: packing of what leaves and reduction of what came home, by the same thread.
+    transfers: in the order in which they are issued, each from then to its arrival. seconds: when each
+    rank is done, [cp_size].
     """
 
     compute: tuple[Span, ...]
+    copies: tuple[Span, ...]
     transfers: tuple[Span, ...]
     seconds: FloatArray
 
@@ -75,12 +81,15 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
     queries = _Wire.of(plan, plan.q_routes, hardware)
     stages = [_Wire.of(plan, plan.kv_routes.of_stage(stage), hardware) for stage in range(plan.num_stages)]
 
-    def kernels(backward: bool) -> list[FloatArray]:
-        return [hardware.kernel_seconds(w.areas, w.slices, heads, backward=backward) for w in works]
+    def kernels(backward: bool) -> list[dict[str, FloatArray]]:
+        return [
+            {side: hardware.kernel_seconds(w.areas, w.slices, heads, backward=backward) for side, w in sides.items()}
+            for sides in works
+        ]
 
-    forward = _Clock(plan.cp_size, hardware)
+    forward = _Clock(plan, hardware)
     forward.run(kernels(False), queries, stages, out_bytes=row.q, kv_bytes=row.kv, home_bytes=row.partial, dkv_bytes=0)
-    backward = _Clock(plan.cp_size, hardware)
+    backward = _Clock(plan, hardware)
     backward.run(
         kernels(True), queries, stages, out_bytes=row.q_again, kv_bytes=row.kv, home_bytes=row.dq, dkv_bytes=row.dkv
     )
@@ -94,34 +103,50 @@ class StageWork(NamedTuple):
     slices: FloatArray
 
 
-def _stage_works(plan: Plan) -> list[StageWork]:
-    """The host stage's work, then each remote stage's."""
-    own = Intervals(plan.k_placement.owners, plan.k_placement.starts, plan.k_placement.ends)
-    works = [_work_on(plan, own)]
+def _stage_works(plan: Plan) -> list[dict[str, StageWork]]:
+    """The host stage's work, then each remote stage's: on own queries, and on received ones where any are."""
+    placement = plan.k_placement
+    fetched = [Intervals(placement.owners, placement.starts, placement.ends)]
     for stage in range(plan.num_stages):
         routes = plan.kv_routes.of_stage(stage)
-        works.append(_work_on(plan, merge_intervals(routes.dsts, routes.starts, routes.ends)))
-    return works
+        fetched.append(merge_intervals(routes.dsts, routes.starts, routes.ends))
+    rows = {"host": (plan.tasks.data, plan.task_ranks)}
+    if len(plan.q_routes):
+        own = Intervals(plan.q_placement.owners, plan.q_placement.starts, plan.q_placement.ends)
+        guests = merge_intervals(plan.q_routes.dsts, plan.q_routes.starts, plan.q_routes.ends)
+        stride = plan.q_placement.total_seqlen + 1
+        rows = {side: _cut(*rows["host"], held, 0, stride) for side, held in (("host", own), ("guest", guests))}
+    return [{side: _work_on(plan, *tasks, keys) for side, tasks in rows.items()} for keys in fetched]
 
 
-def _work_on(plan: Plan, keys: Intervals) -> StageWork:
+def _work_on(plan: Plan, tasks: IntArray, ranks: IntArray, keys: Intervals) -> StageWork:
     """The work of each rank's tasks on its interval of keys."""
-    stride = plan.k_placement.total_seqlen + 1
-    order = np.argsort(keys.ranks * stride + keys.starts, kind="stable")
-    ranks, starts, ends = (column[order] for column in keys)
-    base = plan.task_ranks * stride
-    first = np.searchsorted(ranks * stride + ends, base + plan.tasks.k0, side="right")
-    last = np.searchsorted(ranks * stride + starts, base + plan.tasks.k1, side="left")
-    task, nth = expand_counts(last - first)
-    at = first[task] + nth
-    rows = plan.tasks.data[task]
-    rows[:, 2] = np.maximum(rows[:, 2], starts[at])
-    rows[:, 3] = np.minimum(rows[:, 3], ends[at])
+    rows, owners = _cut(tasks, ranks, keys, 2, plan.k_placement.total_seqlen + 1)
     table, kept = SliceTable(rows).canonical()
-    owner = plan.task_ranks[task[kept]]
+    owner = owners[kept]
     slices = np.bincount(owner, minlength=plan.cp_size)
     areas = np.bincount(owner, table.areas(), plan.cp_size).astype(np.float64)
     return StageWork(areas, slices.astype(np.float64))
+
+
+def _cut(
+    tasks: IntArray, task_ranks: IntArray, held: Intervals, column: int, stride: int
+) -> tuple[IntArray, IntArray]:
+    """The parts of slices (rows as in `SliceTable.data`) in what their rank holds, and the rank of each part.
+
+    column: 0 cuts along queries, 2 along keys. stride: more than any token.
+    """
+    order = np.argsort(held.ranks * stride + held.starts, kind="stable")
+    ranks, starts, ends = (values[order] for values in held)
+    base = task_ranks * stride
+    first = np.searchsorted(ranks * stride + ends, base + tasks[:, column], side="right")
+    last = np.searchsorted(ranks * stride + starts, base + tasks[:, column + 1], side="left")
+    task, nth = expand_counts(last - first)
+    at = first[task] + nth
+    rows = tasks[task]
+    rows[:, column] = np.maximum(rows[:, column], starts[at])
+    rows[:, column + 1] = np.minimum(rows[:, column + 1], ends[at])
+    return rows, task_ranks[task]
 
 
 class _Hop(NamedTuple):
@@ -179,22 +204,32 @@ class _Wire(NamedTuple):
         return (received, sent) if home else (sent, received)
 
 
+class _Arrival(NamedTuple):
+    """When an exchange is here on each rank, and the seconds that taking it in costs then, [cp_size]."""
+
+    at: FloatArray
+    reduction: FloatArray
+
+
 class _Clock:
     """Time on every rank while a pass is replayed."""
 
-    def __init__(self, cp_size: int, hardware: Hardware) -> None:
+    def __init__(self, plan: Plan, hardware: Hardware) -> None:
         self.hardware = hardware
-        self.now = np.zeros(cp_size)
-        self.link_free = np.zeros(cp_size)
+        # Exchanges of one kind that are under way at once: one for each hop.
+        self.depth = 2 if 1 < plan.ranks_per_node < plan.cp_size else 1
+        self.now = np.zeros(plan.cp_size)
+        self.link_free = np.zeros(plan.cp_size)
         self.compute: list[Span] = []
+        self.copies: list[Span] = []
         self.transfers: list[Span] = []
 
     def timeline(self) -> PassTimeline:
-        return PassTimeline(tuple(self.compute), tuple(self.transfers), self.now)
+        return PassTimeline(tuple(self.compute), tuple(self.copies), tuple(self.transfers), self.now)
 
     def run(
         self,
-        kernels: list[FloatArray],
+        kernels: list[dict[str, FloatArray]],
         queries: _Wire,
         stages: list[_Wire],
         *,
@@ -204,29 +239,50 @@ class _Clock:
         dkv_bytes: int,
     ) -> None:
         """Replay one pass; dkv_bytes 0: no gradients go home."""
-        arrived = self._send("queries", queries, out_bytes)
-        fetched = self._send("keys 1", stages[0], kv_bytes) if stages else self.now
-        self.now = np.maximum(self.now, arrived)
-        home = np.zeros_like(self.now)
-        for number, seconds in enumerate(kernels):
-            if number:
-                self.now = np.maximum(self.now, fetched)
-                if number < len(stages):
-                    fetched = self._send(f"keys {number + 1}", stages[number], kv_bytes)
-            self.compute.append(Span(f"stage {number}", self.now, self.now + seconds))
-            self.now = self.now + seconds
-            if number and dkv_bytes:
-                self.now = np.maximum(self.now, home)
-                home = self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True)
-        results = self._send("results", queries, home_bytes, home=True)
-        self.now = np.maximum(self.now, np.maximum(results, home))
 
-    def _send(self, name: str, wire: _Wire, row_bytes: int, *, home: bool = False) -> FloatArray:
-        """Issue an exchange now; when its rows are ready on each rank."""
+        def fetch(number: int) -> _Arrival | None:
+            return self._send(f"keys {number}", stages[number - 1], kv_bytes) if number <= len(stages) else None
+
+        guests = self._send("queries", queries, out_bytes)
+        fetches = deque(fetch(number) for number in range(1, 1 + self.depth))
+        homeward: deque[_Arrival | None] = deque()
+        for number, sides in enumerate(kernels):
+            if number:
+                self._take(fetches.popleft())
+                fetches.append(fetch(number + self.depth))
+            # Guests come last in the first stage, when they are on their way, and first in the others.
+            for side in sorted(sides, reverse=number == 0):
+                if side == "guest" and number == 0:
+                    self._take(guests)
+                self._spend(self.compute, f"stage {number}" + " guests" * (side == "guest"), sides[side])
+                if side == "guest" and number == len(kernels) - 1:
+                    homeward.append(self._send("results", queries, home_bytes, home=True))
+            if number and dkv_bytes:
+                while len(homeward) >= self.depth:
+                    self._take(homeward.popleft())
+                homeward.append(self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True))
+        for arrival in homeward:
+            self._take(arrival)
+
+    def _spend(self, spans: list[Span], name: str, seconds: FloatArray) -> None:
+        """Every rank is busy for so long."""
+        spans.append(Span(name, self.now, self.now + seconds))
+        self.now = self.now + seconds
+
+    def _take(self, arrival: _Arrival | None) -> None:
+        """Wait for an exchange, if there is one, and take it in."""
+        if arrival is None:
+            return
+        self.now = np.maximum(self.now, arrival.at)
+        if arrival.reduction.any():
+            self._spend(self.copies, "reduce", arrival.reduction)
+
+    def _send(self, name: str, wire: _Wire, row_bytes: int, *, home: bool = False) -> _Arrival | None:
+        """Issue an exchange now; None where no rank moves a row."""
         if not wire.active:
-            return self.now
+            return None
         pack, unpack = wire.packing(row_bytes, self.hardware, home=home)
-        self.now = self.now + pack
+        self._spend(self.copies, "pack", pack)
         begin = np.maximum(self.now, self.link_free)
         dsts, srcs = np.divmod(wire.pairs, len(begin))
         starts = begin.copy()
@@ -237,8 +293,9 @@ class _Clock:
         idle = ends == starts
         starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)
         self.link_free = ends
-        self.transfers.append(Span(name, starts, ends))
-        return np.where(idle, self.now, ends + unpack)
+        self.transfers.append(Span(name, begin, ends))
+        # Received rows are used where they lie; only what comes home is reduced.
+        return _Arrival(np.where(idle, self.now, ends), unpack if home else np.zeros_like(unpack))
 
 
 def traffic_matrix(plan: Plan, heads: Heads, *, bins: int | None = None) -> FloatArray:

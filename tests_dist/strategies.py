@@ -45,9 +45,11 @@ def specs(draw: st.DrawFn, length: int = 12, max_size: int = 6) -> AttnMaskSpec:
     return _spec_of(rects, total)
 
 
-def random_spec(rng: np.random.Generator, length: int = 40, max_size: int = 7) -> AttnMaskSpec:
+def random_spec(
+    rng: np.random.Generator, length: int = 40, max_size: int = 7, total: int | None = None
+) -> AttnMaskSpec:
     """The same from a numpy generator: overlaps, gaps, blind rows, empty rectangles, also no rectangle."""
-    total = int(rng.integers(0, length + 1))
+    total = int(rng.integers(0, length + 1)) if total is None else total
     rects = []
     for _ in range(rng.integers(0, max_size + 1)):
         q, k = (sorted(rng.integers(0, total + 1, 2).tolist()) for _ in range(2))

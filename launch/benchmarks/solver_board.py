@@ -194,9 +194,9 @@ def board(out: Callable[[str], None]) -> list[dict[str, Any]]:
     out("\n## Keys only\n")
     out(
         "| mask | ranks | rival: imbalance, rows | ours | rows / rival | goal | bound / rival | rows / bound | "
-        "worst / rival's (goal) | CPU s | MB | met |"
+        "worst / rival's (goal) | most sent / received | CPU s | MB | met |"
     )
-    out("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    out("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for goal in GOALS:
         if goal.schedule != "keys":
             continue
@@ -211,7 +211,8 @@ def board(out: Callable[[str], None]) -> list[dict[str, Any]]:
             f"| {goal.mask} {_named(goal.seqlen)} | {goal.ranks} | {goal.rival_imbalance:.3f}, {goal.rival_rows:,} | "
             f"{got['imbalance']:.4f}, {got['kv_rows']:,} | {ratio:.3f} | {goal.rows} | "
             f"{got['kv_rows_bound'] / goal.rival_rows:.3f} | {got['kv_rows'] / max(got['kv_rows_bound'], 1):.2f} | "
-            f"{worst:.2f} ({goal.worst or '-'}) | {got['cpu_seconds']:.3f} | {got['memory_mb']:.0f} | {_verdict(met)} |"
+            f"{worst:.2f} ({goal.worst or '-'}) | {got['kv_rows_sent_worst'] / max(got['kv_rows_worst'], 1):.1f} | "
+            f"{got['cpu_seconds']:.3f} | {got['memory_mb']:.0f} | {_verdict(met)} |"
         )
     out("\n## Queries may move: bytes, forward and backward, heads 32:8, dim 128\n")
     out(
@@ -284,8 +285,13 @@ GROWTH: list[dict[str, Any]] = [
 ]
 EFFORT: list[dict[str, Any]] = [
     {"mask": m, "seqlen": s, "ranks": r, "schedule": "keys", "search_effort": e}
-    for m, s, r in (("varlen causal", 64 * K, 8), ("varlen causal", 256 * K, 64), ("varlen causal", M, 64))
-    for e in (0, 16, 64)
+    for m, s, r in (
+        ("varlen causal", 64 * K, 8),
+        ("varlen causal", M, 64),
+        ("varlen causal", M, 256),
+        ("varlen full", M, 64),
+    )
+    for e in (0, 40, 400)
 ]
 
 

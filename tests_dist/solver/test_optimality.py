@@ -3,8 +3,9 @@
 An instance is a mask over ten chunks (or fewer) on three ranks. The search tries every assignment of whole chunks in
 which token counts differ by one chunk at most and no rank computes more than the planner's busiest does, and takes the
 one that moves the fewest key rows. Where whole chunks are too coarse for that balance, the optimum may use the best
-balance that they allow, which is looser than ours. The planner may also cut inside chunks, so it can be better than the
-"optimum": a negative gap.
+balance that they allow, which is looser than ours: such an instance says what balance costs rather than what the
+planner loses. The others are compared like for like. The planner may also cut inside chunks, so it can be better than
+the "optimum": a negative gap.
 """
 
 from __future__ import annotations
@@ -86,8 +87,17 @@ def search(case: Instance, max_area: float) -> Optimum:
     return Optimum(int(rows[best].sum()), Limits(int(tokens.min()), int(tokens.max()), int(areas[best].max())))
 
 
-def results(seeds: range) -> list[tuple[str, int, int]]:
-    """(kind, the planner's rows, the optimum's rows) for instances that have an optimum; checks the bounds."""
+class Result(NamedTuple):
+    """Rows of the planner and of the optimum, and whether the optimum is as balanced as the plan, or within 2 %."""
+
+    kind: str
+    rows: int
+    optimum: int
+    alike: bool
+
+
+def results(seeds: range) -> list[Result]:
+    """The planner against the optimum; checks the bounds."""
     found = []
     for seed in seeds:
         case = instance(seed)
@@ -101,8 +111,9 @@ def results(seeds: range) -> list[tuple[str, int, int]]:
             costs = row_costs(4, 2, 8, 8)
             any_bound = bytes_bound(case.table, costs=costs, **options)
             assert any_bound.total <= value * costs.kv
-        best = search(case, max(plan.areas().max(), 1.02 * plan.areas().mean()))
-        found.append((case.kind, rows, best.rows))
+        most = max(plan.areas().max(), 1.02 * plan.areas().mean())
+        best = search(case, most)
+        found.append(Result(case.kind, rows, best.rows, best.limits.max_area <= most))
     return found
 
 
@@ -112,22 +123,26 @@ def _searched(case: Instance, plan: Plan) -> list[tuple[int, Limits]]:
     return [(optimum.rows, optimum.limits) for optimum in best]
 
 
-def gaps(found: list[tuple[str, int, int]]) -> np.ndarray:
+def gaps(found: list[Result]) -> np.ndarray:
     """Rows of the planner over the optimum's, less one; instances whose optimum moves nothing count if ours does."""
-    return np.array([(ours - best) / max(best, CHUNK) for _, ours, best in found])
+    return np.array([(f.rows - f.optimum) / max(f.optimum, CHUNK) for f in found])
 
 
 def test_against_exhaustive_search() -> None:
-    """240 instances: within 15 % of the optimum on average, and never twice its rows."""
+    """240 instances: no worse than the optimum on average; a third above it where it is as balanced, at most."""
     found = results(range(240))
     gap = gaps(found)
     for kind in KINDS:
-        mine = gaps([f for f in found if f[0] == kind])
+        mine = gaps([f for f in found if f.kind == kind])
         print(f"{kind}: {len(mine)} instances, mean gap {mine.mean():+.1%}, worst {mine.max():+.1%}")
+    alike = gaps([f for f in found if f.alike])
     print(f"all: {len(gap)} instances, mean gap {gap.mean():+.1%}, worst {gap.max():+.1%}")
+    print(f"optimum as balanced: {len(alike)} instances, mean gap {alike.mean():+.1%}, worst {alike.max():+.1%}")
     assert len(gap) == 240
-    assert gap.mean() <= 0.15
+    assert len(alike) >= 60
+    assert gap.mean() <= 0.0
     assert gap.max() <= 1.0
+    assert alike.max() <= 0.33
 
 
 @pytest.mark.nightly
