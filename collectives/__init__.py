@@ -3,18 +3,34 @@
 Knows routes and tensors, not masks.
 """
 
-from .exchange import PendingRows, RowRoutes, all_gather, group_cast, group_reduce
+from .exchange import (
+    PendingRows,
+    RowRoutes,
+    Transport,
+    all_gather,
+    group_cast,
+    group_reduce,
+    packed_row_bytes,
+    unpack_rows,
+)
+from .heads import HeadExchange, heads_to_rows, rows_to_heads
 from .merge import merge_partials
 from .wire import Fp8Rows, RowCodec, cast_encoded
 
 __all__ = [
     "Fp8Rows",
+    "HeadExchange",
     "PendingRows",
     "RowCodec",
     "RowRoutes",
+    "Transport",
     "all_gather",
     "cast_encoded",
     "group_cast",
     "group_reduce",
+    "heads_to_rows",
     "merge_partials",
+    "packed_row_bytes",
+    "rows_to_heads",
+    "unpack_rows",
 ]

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import timedelta
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,13 @@ from torch import Tensor
 
 from .merge import merge_partials
 
+# all_to_all: one collective of all ranks. p2p: sends and receives between those that have rows for each other.
+Transport = Literal["all_to_all", "p2p"]
+
 # Views of the packed bytes are read as up to 8-byte elements.
 _ALIGN = 8
+# Of point-to-point messages, so that a caller's own on the same group are not taken for them (NCCL has no tags).
+_TAG = 0x6370
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +38,14 @@ class RowRoutes:
         one receiver no row occurs twice.
     send_splits, recv_splits: rows to and from each rank of the group.
     active: whether any rank moves a row; equal on all ranks, it decides if the collective runs.
+    transport: by which calls rows travel; equal on all ranks.
     """
 
     send_index: Tensor = field(repr=False)
     send_splits: tuple[int, ...]
     recv_splits: tuple[int, ...]
     active: bool
+    transport: Transport = "all_to_all"
 
     @property
     def num_sent(self) -> int:
@@ -61,8 +69,9 @@ class PendingRows:
         then: Callable[[], PendingRows | tuple[Tensor, ...]],
         *,
         more_hops: bool = False,
+        sending: Tensor | None = None,
     ):
-        self._work = work
+        self._work, self._sending = work, sending
         self._then: Callable[[], PendingRows | tuple[Tensor, ...]] | None = then
         self._more_hops = more_hops
         self._result: tuple[Tensor, ...] | None = None
@@ -71,6 +80,23 @@ class PendingRows:
         """Start the next hop, if there is one, when the one under way has arrived."""
         if self._more_hops:
             self._step()
+
+    @property
+    def work(self) -> dist.Work | None:
+        """The collective under way; None where there is none, or it has been waited for."""
+        return self._work
+
+    @property
+    def more_hops(self) -> bool:
+        """Whether another hop follows the one under way."""
+        return self._more_hops
+
+    def arrive(self) -> None:
+        """Block until the hop under way is here (on CUDA: make the current stream wait), and take nothing in yet."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+        self._sending = None
 
     def wait(self) -> tuple[Tensor, ...]:
         """Block until the rows are here (on CUDA: make the current stream wait), then return them."""
@@ -82,11 +108,11 @@ class PendingRows:
 
     def _step(self) -> None:
         assert self._then is not None
-        if self._work is not None:
-            self._work.wait()
+        self.arrive()
         following = self._then()
         if isinstance(following, PendingRows):
             self._work, self._then, self._more_hops = following._work, following._then, following._more_hops
+            self._sending = following._sending
         else:
             self._work, self._then, self._result, self._more_hops = None, None, following, False
 
@@ -96,30 +122,23 @@ def group_cast(
     hops: RowRoutes | Sequence[RowRoutes],
     group: dist.ProcessGroup | None,
     *,
-    async_op: bool = False,
-) -> tuple[tuple[Tensor, ...], PendingRows]:
-    """Send rows of several tensors to the ranks that need them, in one exchange.
+    into: Tensor | None = None,
+) -> PendingRows:
+    """Start to send rows of several tensors to the ranks that need them, in one exchange.
 
     Args:
         rows: tensors [T, ...] with the same number of local rows T, any dtypes.
         hops: which rows go where. Several hops are run one after the other: the rows of a later hop
             are [local rows, rows that the hop before brought], and the last hop delivers.
         group: the ranks; None is a group of one.
-        async_op: return at once; the received tensors hold nothing until `wait()` of the handle.
+        into: uint8 [sum(recv_splits), packed_row_bytes(rows)] to receive into; None: made when the last hop starts.
 
     Returns:
-        The received rows, one tensor [sum(recv_splits), ...] for each of `rows`, ordered by sender
-        and then as sent; and the handle. Tensors are views of one buffer: rows are strided, the
-        last dimension is contiguous.
+        A handle whose `wait()` gives the received rows, one tensor [sum(recv_splits), ...] for each of
+        `rows`, ordered by sender and then as sent. Tensors are views of one buffer: rows are strided,
+        the last dimension is contiguous. `rows` may be overwritten at once.
     """
-    hops = _as_hops(hops)
-    shapes = [(t.shape[1:], t.dtype) for t in rows]
-    delivered = _empty_packed(hops[-1].num_received, shapes, rows[0].device)
-    views = _unpack(delivered, shapes)
-    pending = _cast_hop(rows, rows, hops, group, delivered, views)
-    if not async_op:
-        pending.wait()
-    return views, pending
+    return _cast_hop(rows, rows, _as_hops(hops), group, into)
 
 
 def _cast_hop(
@@ -127,24 +146,23 @@ def _cast_hop(
     sendable: Sequence[Tensor],
     hops: Sequence[RowRoutes],
     group: dist.ProcessGroup | None,
-    delivered: Tensor,
-    views: tuple[Tensor, ...],
+    into: Tensor | None,
 ) -> PendingRows:
-    """Run the first of the hops; `sendable` is what its rows are chosen from."""
+    """Start the first of the hops; `sendable` is what its rows are chosen from."""
     hop, *later = hops
     shapes = [(t.shape[1:], t.dtype) for t in local]
     send = _gather_packed(sendable, hop.send_index)
-    received = _empty_packed(hop.num_received, shapes, send.device) if later else delivered
-    work = _all_to_all(received, send, hop.recv_splits, hop.send_splits, hop.active, group)
+    received = _empty_packed(hop.num_received, shapes, send.device) if later or into is None else into
+    work = exchange_rows(received, send, hop.recv_splits, hop.send_splits, hop, group)
     if not later:
-        return PendingRows(work, lambda: views)
+        return PendingRows(work, lambda: _unpack(received, shapes), sending=send)
 
     def next_hop() -> PendingRows:
         landed = _unpack(received, shapes)
         both = [torch.cat([mine, came]) for mine, came in zip(local, landed, strict=True)]
-        return _cast_hop(local, both, later, group, delivered, views)
+        return _cast_hop(local, both, later, group, into)
 
-    return PendingRows(work, next_hop, more_hops=True)
+    return PendingRows(work, next_hop, more_hops=True, sending=send)
 
 
 def group_reduce(
@@ -154,6 +172,7 @@ def group_reduce(
     group: dist.ProcessGroup | None,
     *,
     op: Literal["sum", "lse"] = "sum",
+    packed: Tensor | None = None,
     async_op: bool = False,
 ) -> PendingRows:
     """Send results back along the routes of a GroupCast and reduce them into the rows they belong to.
@@ -165,15 +184,16 @@ def group_reduce(
         group: the ranks; None is a group of one.
         op: "sum" adds each tensor; "lse" takes (out [.., H, D], lse [.., H]) partial attention
             results and merges them (`merge_partials`).
+        packed: the buffer that `rows` are views of (`unpack_rows`): it is sent as it is. None: they are copied.
         async_op: return at once; `into` is unchanged until `wait()`.
 
     The order of reduction is fixed: sender 0, 1, 2, ... Results repeat bit for bit.
     """
     *earlier, hop = _as_hops(hops)
-    shapes = [(t.shape[1:], t.dtype) for t in rows]
-    send = _pack(list(rows))
+    shapes, dtypes = [(t.shape[1:], t.dtype) for t in rows], [t.dtype for t in rows]
+    send = _pack(list(rows)) if packed is None else packed
     received = _empty_packed(hop.num_sent, shapes, send.device)
-    work = _all_to_all(received, send, hop.send_splits, hop.recv_splits, hop.active, group)
+    work = exchange_rows(received, send, hop.send_splits, hop.recv_splits, hop, group)
 
     def finish() -> PendingRows | tuple[Tensor, ...]:
         parts = _unpack(received, shapes)
@@ -185,10 +205,10 @@ def group_reduce(
         totals = _neutral_rows(into, num_local + earlier[-1].num_received, op)
         _reduce_by_sender(parts, totals, hop, op)
         _reduce_all([t[:num_local] for t in totals], into, op)
-        passed_on = [t[num_local:].to(r.dtype) for t, r in zip(totals, rows, strict=True)]
+        passed_on = [t[num_local:].to(dtype) for t, dtype in zip(totals, dtypes, strict=True)]
         return group_reduce(passed_on, into, earlier, group, op=op, async_op=True)
 
-    pending = PendingRows(work, finish, more_hops=bool(earlier))
+    pending = PendingRows(work, finish, more_hops=bool(earlier), sending=send)
     if not async_op:
         pending.wait()
     return pending
@@ -245,20 +265,71 @@ def _reduce_rows(parts: Sequence[Tensor], into: Sequence[Tensor], index: Tensor,
         total.index_add_(0, index, part.to(total.dtype))
 
 
-def _all_to_all(
+class _Exchange(Protocol):
+    """What is equal on all ranks of an exchange: whether it runs, and how."""
+
+    @property
+    def active(self) -> bool: ...
+    @property
+    def transport(self) -> Transport: ...
+
+
+def exchange_rows(
     received: Tensor,
     send: Tensor,
-    recv_splits: tuple[int, ...],
-    send_splits: tuple[int, ...],
-    active: bool,
+    recv_splits: Sequence[int],
+    send_splits: Sequence[int],
+    exchange: _Exchange,
     group: dist.ProcessGroup | None,
 ) -> dist.Work | None:
-    if group is None or not active:
+    """Start to exchange rows of two contiguous buffers, split by rank; None where there is nothing to wait for."""
+    if group is None or not exchange.active:
         return None
+    if exchange.transport == "p2p":
+        return _point_to_point(received.split(list(recv_splits)), send.split(list(send_splits)), group)
     work: dist.Work | None = dist.all_to_all_single(
         received, send, list(recv_splits), list(send_splits), group=group, async_op=True
     )
     return work
+
+
+def _point_to_point(incoming: Sequence[Tensor], outgoing: Sequence[Tensor], group: dist.ProcessGroup) -> dist.Work:
+    """Send and receive the parts that have rows. Messages of one pair of ranks match in the order of their start.
+
+    NCCL wants a collective to have run on the group before ranks may stay out of this.
+    """
+    rank = dist.get_rank(group)
+    incoming[rank].copy_(outgoing[rank])
+    peers = [peer for peer in range(len(incoming)) if peer != rank]
+    messages = [dist.P2POp(dist.irecv, incoming[p], None, group, _TAG, p) for p in peers if len(incoming[p])]
+    messages += [dist.P2POp(dist.isend, outgoing[p], None, group, _TAG, p) for p in peers if len(outgoing[p])]
+    return _Several(dist.batch_isend_irecv(messages) if messages else [])
+
+
+class _Several(dist.Work):
+    """Messages that are waited for together."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        for work in self._works:
+            work.wait(timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+def packed_row_bytes(rows: Sequence[Tensor]) -> int:
+    """Bytes of one row of several tensors side by side in a buffer, as it travels."""
+    return sum(_aligned(_row_bytes(t.shape[1:], t.dtype)) for t in rows)
+
+
+def unpack_rows(packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors that lie side by side in a packed buffer, as views; `like` has their row shapes and dtypes."""
+    return _unpack(packed, [(t.shape[1:], t.dtype) for t in like])
 
 
 def _row_bytes(shape: torch.Size, dtype: torch.dtype) -> int:

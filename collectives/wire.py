@@ -85,24 +85,36 @@ class Fp8Rows:
 
 
 class DecodedRows(PendingRows):
-    """An exchange of encoded rows under way: `wait()` gives them decoded, and fills the tensors given for them.
+    """An exchange of encoded rows under way: `wait()` gives them decoded.
 
-    pending: the exchange of what was encoded. into: for each encoded tensor the decoded one, with the rows received, in
-    the dtype wanted; further tensors of the exchange arrive as they are.
+    pending: the exchange of what was encoded. dtypes: those of the decoded tensors, which come first; further tensors
+    of the exchange arrive as they are.
     """
 
-    def __init__(self, pending: PendingRows, codec: RowCodec, into: Sequence[Tensor]) -> None:
-        self._pending, self._codec, self._into = pending, codec, tuple(into)
+    def __init__(self, pending: PendingRows, codec: RowCodec, dtypes: Sequence[torch.dtype]) -> None:
+        self._pending, self._codec, self._dtypes = pending, codec, tuple(dtypes)
+
+    @property
+    def work(self) -> dist.Work | None:
+        return self._pending.work
+
+    @property
+    def more_hops(self) -> bool:
+        return self._pending.more_hops
+
+    def arrive(self) -> None:
+        self._pending.arrive()
 
     def advance(self) -> None:
         self._pending.advance()
 
     def wait(self) -> tuple[Tensor, ...]:
         received = self._pending.wait()
-        encoded, plain = received[: len(self._into)], received[len(self._into) :]
-        for target, bits in zip(self._into, encoded, strict=True):
-            target.copy_(self._codec.decode((bits,), target.dtype)[0])
-        return (*self._into, *plain)
+        encoded, plain = received[: len(self._dtypes)], received[len(self._dtypes) :]
+        decoded = [
+            self._codec.decode((bits,), dtype)[0] for bits, dtype in zip(encoded, self._dtypes, strict=True)
+        ]
+        return (*decoded, *plain)
 
 
 def cast_encoded(
@@ -112,17 +124,15 @@ def cast_encoded(
     group: dist.ProcessGroup | None,
     codec: RowCodec,
     *,
-    like: Sequence[Tensor],
-) -> tuple[tuple[Tensor, ...], PendingRows]:
-    """`group_cast` (asynchronous) of encoded rows and plain ones in one exchange; delivers the rows decoded.
+    dtypes: Sequence[torch.dtype],
+    into: Tensor | None = None,
+) -> PendingRows:
+    """`group_cast` of encoded rows and plain ones in one exchange; delivers the rows decoded.
 
     Args:
-        encoded: what `codec.encode` gave for the tensors `like`; one encoding serves several exchanges.
+        encoded: what `codec.encode` gave; one encoding serves several exchanges.
         plain: tensors that travel beside them as they are.
-
-    Returns:
-        As `group_cast`: the received rows, which hold nothing until `wait()` of the handle, and the handle.
+        dtypes: of what was encoded, and will be delivered.
+        into: where the encoded rows are received, as in `group_cast`.
     """
-    views, pending = group_cast((*encoded, *plain), hops, group, async_op=True)
-    into = [x.new_empty((views[0].shape[0], *x.shape[1:])) for x in like]
-    return (*into, *views[len(into) :]), DecodedRows(pending, codec, into)
+    return DecodedRows(group_cast((*encoded, *plain), hops, group, into=into), codec, dtypes)

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from cpattn.kv_cache import PagedKVCache
     from cpattn.layout import dispatch, position_ids, roll, undispatch
     from cpattn.mask_spec import AttnMaskSpec
-    from cpattn.planning import ReadyPlan, make_plan, plan_ahead
+    from cpattn.planning import LayerKind, ReadyPlan, make_plan, plan_ahead
+    from cpattn.profiling import profile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttnKey",
     "AttnMaskSpec",
+    "LayerKind",
     "ModelShape",
     "PagedKVCache",
     "ReadyPlan",
@@ -34,6 +36,7 @@ __all__ = [
     "make_plan",
     "plan_ahead",
     "position_ids",
+    "profile",
     "roll",
     "undispatch",
 ]
@@ -41,6 +44,7 @@ __all__ = [
 _MODULE_OF = {
     "AttnKey": "key",
     "AttnMaskSpec": "mask_spec",
+    "LayerKind": "planning",
     "ReadyPlan": "planning",
     "ModelShape": "generation",
     "PagedKVCache": "kv_cache",
@@ -53,6 +57,7 @@ _MODULE_OF = {
     "make_plan": "planning",
     "plan_ahead": "planning",
     "position_ids": "layout",
+    "profile": "profiling",
     "roll": "layout",
     "undispatch": "layout",
 }

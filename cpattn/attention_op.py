@@ -15,8 +15,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .execute import accumulator_dtype, row_delta, run_backward, run_forward
+from .execute import accumulator_dtype, kept_bytes, row_delta, run_backward, run_forward
+from .head_sharding import gather_rows, shard_heads
 from .key import AttnKey, key_of_handle
+from .profiling import profiled
 
 
 @overload
@@ -104,8 +106,20 @@ def attention(
     softcap = None if softcap is None else float(softcap)
     if scale <= 0:  # fused kernels scale masked scores of -inf too, and make them inf or NaN
         q_TND, scale = (-q_TND, -scale) if scale < 0 else (q_TND * 0, 1.0)
-    out, lse = torch.ops.cpattn.attention_forward(q_TND, k_TGD, v_TGE, sink, key.handle, scale, softcap)
-    return (out, lse.detach()) if return_lse else out
+    num_rows, sharding = q_TND.shape[0], key.sharding
+    inner = key if sharding is None else sharding.inner
+    if sharding is not None:
+        _check_numbers(key, scale, softcap, sink)
+        sink = None if sink is None else sink[sharding.part.first : sharding.part.last]
+        q_TND, k_TGD, v_TGE = shard_heads(q_TND, k_TGD, v_TGE, key)
+    out, lse, _ = torch.ops.cpattn.attention_forward(
+        q_TND, k_TGD, v_TGE, sink, inner.handle, scale, softcap, inner.options.keep_kv
+    )
+    lse = lse.detach()
+    if sharding is not None:
+        out = gather_rows(out, key, num_rows)
+        lse = gather_rows(lse, key, num_rows) if return_lse else lse
+    return (out, lse) if return_lse else out
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
@@ -119,20 +133,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None
         raise ValueError(f"sink is on {sink.device} and q on {q.device}: move the sink to {q.device}")
 
 
-def _check_call(
-    q: Tensor, k: Tensor, v: Tensor, key: AttnKey, scale: float, softcap: float | None, sink: Tensor | None
-) -> None:
-    expected = {
-        "q": (q, (key.num_tokens, key.num_heads_q, key.head_dim)),
-        "k": (k, (key.num_keys, key.num_heads_kv, key.head_dim)),
-        "v": (v, (key.num_keys, key.num_heads_kv, key.head_dim_v)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: the key expects {shape} (rows of rank "
-                f"{key.cp_rank}, heads, head dim); did you dispatch with this key?"
-            )
+def _check_numbers(key: AttnKey, scale: float, softcap: float | None, sink: Tensor | None) -> None:
     if sink is not None and tuple(sink.shape) != (key.num_heads_q,):
         raise ValueError(
             f"sink has shape {tuple(sink.shape)}: expected ({key.num_heads_q},), one logit per query head"
@@ -145,22 +146,43 @@ def _check_call(
 
 @torch.library.custom_op("cpattn::attention_forward", mutates_args=())
 def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, key_handle: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    key_handle: Tensor,
+    scale: float,
+    softcap: float | None,
+    keep_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, and the fetched keys and values of all stages as bytes (none without keep_kv)."""
     key = key_of_handle(key_handle)
-    _check_call(q, k, v, key, scale, softcap, sink)
+    key.require_shapes(q, k, v)
+    _check_numbers(key, scale, softcap, sink)
     plan = key.bind(q.device, q.dtype, softcap is not None)
     key.agree(dtype=q.dtype, scale=scale, softcap=softcap, sink=sink is not None, device=q.device.type)
     q, k, v = (_dense_last_dim(t) for t in (q, k, v))
-    return run_forward(key, plan, q, k, v, sink, {"scale": scale, "softcap": softcap})
+    kept = q.new_empty(kept_bytes(key, plan, k, v) if keep_kv else 0, dtype=torch.uint8)
+    numbers = {"scale": scale, "softcap": softcap}
+    out, lse = profiled("forward", run_forward)(key, plan, q, k, v, sink, kept, numbers)
+    return out, lse, kept
 
 
 @_attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, key_handle: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    key_handle: Tensor,
+    scale: float,
+    softcap: float | None,
+    keep_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty((*q.shape[:2], v.shape[-1]))
-    return out, q.new_empty(q.shape[:2], dtype=accumulator_dtype(q.dtype))
+    lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q.dtype))
+    num_kept = torch.library.get_ctx().new_dynamic_size() if keep_kv else 0  # type: ignore[no-untyped-call]
+    return out, lse, q.new_empty(num_kept, dtype=torch.uint8)
 
 
 @torch.library.custom_op("cpattn::attention_backward", mutates_args=())
@@ -171,6 +193,7 @@ def _attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    kept: Tensor,
     sink: Tensor | None,
     key_handle: Tensor,
     scale: float,
@@ -179,7 +202,8 @@ def _attention_backward(
     key = key_of_handle(key_handle)
     plan = key.bind(q.device, q.dtype, softcap is not None)
     dout, q, k, v, out = (_dense_last_dim(t) for t in (dout, q, k, v, out))
-    dq, dk, dv = run_backward(key, plan, dout, q, k, v, out, lse, {"scale": scale, "softcap": softcap})
+    numbers = {"scale": scale, "softcap": softcap}
+    dq, dk, dv = profiled("backward", run_backward)(key, plan, dout, q, k, v, out, lse, kept, numbers)
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, _sink_gradient(dout, out, lse, sink)
@@ -193,6 +217,7 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    kept: Tensor,
     sink: Tensor | None,
     key_handle: Tensor,
     scale: float,
@@ -202,18 +227,19 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sink, key_handle, scale, softcap = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, sink, key_handle, scale, softcap, _keep_kv = inputs
     ctx.save_for_backward(q, k, v, *output, sink, key_handle)
     ctx.scale, ctx.softcap = scale, softcap
+    ctx.set_materialize_grads(False)  # no zeros for lse and kept; without dout there is no backward
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, sink, key_handle = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, dkept: None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, kept, sink, key_handle = ctx.saved_tensors
     dq, dk, dv, dsink = torch.ops.cpattn.attention_backward(
-        dout, q, k, v, out, lse, sink, key_handle, ctx.scale, ctx.softcap
+        dout, q, k, v, out, lse, kept, sink, key_handle, ctx.scale, ctx.softcap
     )
-    return dq, dk, dv, None if sink is None else dsink, None, None, None
+    return dq, dk, dv, None if sink is None else dsink, None, None, None, None
 
 
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -7,16 +7,23 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from . import attention_op  # noqa: F401  (registers the op that the policy names)
+from . import attention_op  # noqa: F401  (registers the ops that the policy names)
+
+_KEPT = (
+    torch.ops.cpattn.attention_forward.default,
+    torch.ops.cpattn.shard_heads.default,
+    torch.ops.cpattn.gather_rows.default,
+)
 
 
 def attention_checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep out and lse of `cpattn.attention`; recompute everything else.
+    """Keep what `cpattn.attention` computes and exchanges (out and lse; with head sharding also the head-sharded
+    q, k, v and out); recompute everything else.
 
     A policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts`, to be used alone or
     called from a policy of one's own.
     """
-    if op is torch.ops.cpattn.attention_forward.default:
+    if op in _KEPT:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

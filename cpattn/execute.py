@@ -11,34 +11,52 @@ Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k,
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpattn.collectives import PendingRows, RowRoutes, cast_encoded, group_cast, group_reduce
+from cpattn.collectives import (
+    PendingRows,
+    RowRoutes,
+    cast_encoded,
+    group_cast,
+    group_reduce,
+    packed_row_bytes,
+    unpack_rows,
+)
 
 from .key import AttnKey, BoundPlan
+from .profiling import timed, watched
 
 
 def run_forward(
-    key: AttnKey, plan: BoundPlan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, numbers: dict[str, Any]
+    key: AttnKey,
+    plan: BoundPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    kept: Tensor,
+    numbers: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
+    """out and lse. kept: uint8 [kept_bytes] that receives the fetched keys and values, or empty to let them go."""
     # Where a row's result is written once, it needs no accumulator in fp32.
     once = len(plan.stages) == 1 and not plan.moves_queries and sink is None
     once = once and plan.backend.writes_once(plan.stages[0].host_work)
     out, lse = _empty_partial(q, v, q.dtype if once else accumulator_dtype(q.dtype))
     if plan.moves_queries:
-        (q_guest,), pending_queries = _cast(key, plan.queries, (q,), _encoded(key, q))
-        out_guest, lse_guest = _empty_partial(q_guest, v, accumulator_dtype(q.dtype))
+        pending_queries = _cast(key, plan.queries, (q,), _encoded(key, q))
     encoded = _encoded(key, k, v) if len(plan.stages) > 1 else ()
-    pending = _fetch(key, plan, 1, k, v, encoded)
+    rooms = _rooms(key, plan, k, v, kept)
+    fetches = _Fetches(lambda number: _fetch(key, plan, number, k, v, encoded, rooms), plan)
     reduction = PendingRows(None, tuple)
     keys, values = k, v
     for number, stage in enumerate(plan.stages):
         if number:
-            keys, values = pending.wait()
-            pending = _fetch(key, plan, number + 1, k, v, encoded)
+            keys, values = fetches.take()
         for side in _work_order(plan, number):
             if side == "host":
                 plan.backend.forward(
@@ -46,13 +64,14 @@ def run_forward(
                 )
                 continue
             if number == 0:
-                pending_queries.wait()
+                (q_guest,) = pending_queries.wait()
+                out_guest, lse_guest = _empty_partial(q_guest, v, accumulator_dtype(q.dtype))
             plan.backend.forward(
                 q_guest, keys, values, stage.guest_work, **numbers, out_QNE=out_guest, lse_QN=lse_guest
             )
             if number == len(plan.stages) - 1:
                 results = (out_guest.to(q.dtype), lse_guest)
-                reduction = group_reduce(
+                reduction = watched(plan.queries, group_reduce)(
                     results, (out, lse), plan.queries, key.cp_group, op="lse", async_op=True
                 )
     reduction.wait()
@@ -73,8 +92,10 @@ def run_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    kept: Tensor,
     numbers: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. kept: the keys and values that forward fetched; empty: they are fetched again."""
     dtype = lse.dtype
     # exp(score - inf) = 0: rows that see nothing have no gradient, and no NaN.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
@@ -82,34 +103,46 @@ def run_backward(
     sides = {"host": (dout, q, out, lse, dq)}
     if plan.moves_queries:
         rows = (dout, q, lse, row_delta(dout, out, dtype))
-        guests, pending_queries = _cast(key, plan.queries, rows, _encoded(key, dout, q))
-    encoded = _encoded(key, k, v) if len(plan.stages) > 1 else ()
-    pending = _fetch(key, plan, 1, k, v, encoded)
+        pending_queries = _cast(key, plan.queries, rows, _encoded(key, dout, q))
+    rooms = _rooms(key, plan, k, v, kept)
+    encoded = _encoded(key, k, v) if len(plan.stages) > 1 and not rooms else ()
+    fetches = _Fetches(lambda number: _refetch(key, plan, number, k, v, encoded, rooms), plan)
     keys, values, dkeys, dvalues = k, v, dk, dv
-    reductions: list[PendingRows] = []
+    reductions: deque[PendingRows] = deque()
     for number, stage in enumerate(plan.stages):
         if number:
-            keys, values = pending.wait()
-            pending = _fetch(key, plan, number + 1, k, v, encoded)
-            dkeys, dvalues = (torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (keys, values))
+            keys, values = fetches.take()
+            packed, (dkeys, dvalues) = _packed_zeros((keys, values), dtype)
         for side in _work_order(plan, number):
             if side == "guest" and number == 0:
-                pending_queries.wait()
-                sides["guest"] = _guest_rows(guests, dtype)
+                sides["guest"] = timed("unpack", _guest_rows)(pending_queries.wait(), dtype)
             dout_, q_, out_, lse_, dq_ = sides[side]
             work = stage.host_work if side == "host" else stage.guest_work
             plan.backend.backward(
                 dout_, q_, keys, values, out_, lse_, work, **numbers, dq_QND=dq_, dk_KGD=dkeys, dv_KGE=dvalues
             )
             if side == "guest" and number == len(plan.stages) - 1:
-                reductions.append(group_reduce((dq_,), (dq,), plan.queries, key.cp_group, async_op=True))
+                send_home = watched(plan.queries, group_reduce)
+                reductions.append(send_home((dq_,), (dq,), plan.queries, key.cp_group, async_op=True))
         if number:
-            while reductions:  # at most one stage's gradients are in flight
-                reductions.pop(0).wait()
-            reductions.append(group_reduce((dkeys, dvalues), (dk, dv), stage.kv, key.cp_group, async_op=True))
+            # At most one stage's gradients are in flight; those that take two hops get two stages' work to hide behind.
+            while len(reductions) >= _depth(plan):
+                reductions.popleft().wait()
+            for reduction in reductions:
+                reduction.advance()
+            send_home = watched(stage.kv, group_reduce)
+            gradients = (dkeys, dvalues)
+            reductions.append(send_home(gradients, (dk, dv), stage.kv, key.cp_group, packed=packed, async_op=True))
     for reduction in reductions:
         reduction.wait()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _packed_zeros(like: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A buffer of zeros from which rows of these shapes travel without a copy, and the tensors in it."""
+    none = tuple(t.new_empty((0, *t.shape[1:]), dtype=dtype) for t in like)
+    packed = torch.zeros((like[0].shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like[0].device)
+    return packed, unpack_rows(packed, none)
 
 
 def _work_order(plan: BoundPlan, number: int) -> tuple[str, ...]:
@@ -132,29 +165,104 @@ def _guest_rows(
     return dout, q, _out_of_delta(dout, delta), lse, dq
 
 
+class _Fetches:
+    """The keys and values of the remote stages, each fetched while the stage before computes.
+
+    On a two-level network two stages are under way: the second hop of one, inside the nodes, and the first hop of the
+    next, between them, travel behind the same work. What a stage fetches is held in full only in its second hop.
+    """
+
+    def __init__(self, start: Callable[[int], PendingRows], plan: BoundPlan) -> None:
+        self._start, self._next = start, 1 + _depth(plan)
+        self._pending = deque(start(number) for number in range(1, self._next))
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Keys and values of the next stage; starts what travels while it computes."""
+        rows = self._pending.popleft().wait()
+        for pending in self._pending:
+            pending.advance()
+        self._pending.append(self._start(self._next))
+        self._next += 1
+        return rows
+
+
+def _depth(plan: BoundPlan) -> int:
+    """Exchanges of one kind that are under way at once: one for each hop."""
+    return len(plan.queries)
+
+
 def _fetch(
-    key: AttnKey, plan: BoundPlan, number: int, k: Tensor, v: Tensor, encoded: tuple[Tensor, ...]
+    key: AttnKey,
+    plan: BoundPlan,
+    number: int,
+    k: Tensor,
+    v: Tensor,
+    encoded: tuple[Tensor, ...],
+    rooms: tuple[Tensor, ...],
 ) -> PendingRows:
-    """Start to fetch the keys and values of a stage; nothing after the last."""
+    """Start to fetch the keys and values of a stage, into its room if there are any; nothing after the last."""
     if number >= len(plan.stages):
         return PendingRows(None, tuple)
-    _, pending = _cast(key, plan.stages[number].kv, (k, v), encoded)
-    return pending
+    return _cast(key, plan.stages[number].kv, (k, v), encoded, rooms[number - 1] if rooms else None)
+
+
+def _refetch(
+    key: AttnKey,
+    plan: BoundPlan,
+    number: int,
+    k: Tensor,
+    v: Tensor,
+    encoded: tuple[Tensor, ...],
+    rooms: tuple[Tensor, ...],
+) -> PendingRows:
+    """The same in backward: what was kept is there without an exchange."""
+    if not rooms or number >= len(plan.stages):
+        return _fetch(key, plan, number, k, v, encoded, ())
+    return PendingRows(None, lambda: _kept_rows(key, rooms[number - 1], k, v))
+
+
+def kept_bytes(key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor) -> int:
+    """Bytes of the keys and values that all stages fetch, as they travel."""
+    rows = sum(stage.kv[-1].num_received for stage in plan.stages[1:])
+    return rows * packed_row_bytes(_travelling(key, k, v))
+
+
+def _rooms(key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    """The part of `kept` that belongs to each remote stage, [rows, bytes of a row]; none if the key keeps nothing."""
+    if not key.options.keep_kv:  # and not by what there is to keep, which differs between ranks
+        return ()
+    rows = kept.view(-1, packed_row_bytes(_travelling(key, k, v)))
+    return rows.split([stage.kv[-1].num_received for stage in plan.stages[1:]])
+
+
+def _travelling(key: AttnKey, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Tensors with the row shapes and dtypes in which these rows travel, and no rows."""
+    none = tuple(t[:0] for t in rows)
+    return none if key.codec is None else key.codec.encode(none)
+
+
+def _kept_rows(key: AttnKey, room: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    views = unpack_rows(room, _travelling(key, k, v))
+    return views if key.codec is None else timed("unpack", key.codec.decode)(views, k.dtype)
 
 
 def _encoded(key: AttnKey, *rows: Tensor) -> tuple[Tensor, ...]:
     """What travels in the place of these rows where the key compresses the wire; else nothing."""
-    return () if key.codec is None else key.codec.encode(rows)
+    return () if key.codec is None else timed("encode", key.codec.encode)(rows)
 
 
 def _cast(
-    key: AttnKey, hops: tuple[RowRoutes, ...], rows: tuple[Tensor, ...], encoded: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], PendingRows]:
-    """Start to send rows, the first of them as `encoded` where that is not empty."""
+    key: AttnKey,
+    hops: tuple[RowRoutes, ...],
+    rows: tuple[Tensor, ...],
+    encoded: tuple[Tensor, ...],
+    into: Tensor | None = None,
+) -> PendingRows:
+    """Start to send rows, the first of them as `encoded` where that is not empty; received into `into` if given."""
     if key.codec is None:
-        return group_cast(rows, hops, key.cp_group, async_op=True)
-    like, plain = rows[: len(encoded)], rows[len(encoded) :]
-    return cast_encoded(encoded, plain, hops, key.cp_group, key.codec, like=like)
+        return watched(hops, group_cast)(rows, hops, key.cp_group, into=into)
+    dtypes, plain = [t.dtype for t in rows[: len(encoded)]], rows[len(encoded) :]
+    return watched(hops, cast_encoded)(encoded, plain, hops, key.cp_group, key.codec, dtypes=dtypes, into=into)
 
 
 def _empty_partial(q: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def _prefill(
     """Logits of the last tokens of the sequences that end on this rank, and which sequences those are."""
     local = dispatch(tokens, key)
     ends = torch.tensor([d.end - 1 for d in key.spec.documents or []])
-    mine = torch.from_numpy(key.plan.q_placement.tokens_of(key.cp_rank))
+    mine = torch.from_numpy(key.q_placement.tokens_of(key.cp_rank))
     # Tokens are ascending on a rank, so a binary search finds each sequence's last one, if it is here.
     at = torch.searchsorted(mine, ends).clamp(max=max(len(mine) - 1, 0))
     here = mine[at] == ends if len(mine) else torch.zeros_like(ends, dtype=torch.bool)

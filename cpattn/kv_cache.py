@@ -268,7 +268,7 @@ class PagedKVCache:
     def _make_pool(self, window: int | None, layers: list[int]) -> _Pool:
         """Pages for the prompt's rows that a later query can see, and for this rank's share of new tokens."""
         documents = self.key.spec.documents or []
-        tokens = self.key.plan.k_placement.tokens_of(self.cp_rank)
+        tokens = self.key.k_placement.tokens_of(self.cp_rank)
         starts = np.array([d.start for d in documents], dtype=np.int64)
         # Empty documents share their start with the next one: the last of those at or before a token holds it.
         sequence = np.searchsorted(starts, tokens, side="right") - 1

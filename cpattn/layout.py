@@ -91,7 +91,7 @@ def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | s
     device = torch.device(device or "cpu")
 
     def make() -> Tensor:
-        tokens = key.plan.q_placement.tokens_of(key.cp_rank)
+        tokens = key.q_placement.tokens_of(key.cp_rank)
         if stream:
             return torch.from_numpy(tokens).to(device)
         starts, _, first = _document_columns(key, "position_ids")
@@ -145,7 +145,7 @@ class _RollPlan(NamedTuple):
 
 def _roll_plan(key: AttnKey, shift: int, device: torch.device) -> _RollPlan:
     def make() -> _RollPlan:
-        placement = key.plan.q_placement
+        placement = key.q_placement
         starts, ends, _ = _document_columns(key, "roll")
         # Targets of run x document whose source t - shift lies in the same document.
         first = np.searchsorted(ends, placement.starts, side="right")
@@ -168,7 +168,7 @@ def _roll_plan(key: AttnKey, shift: int, device: torch.device) -> _RollPlan:
 def _roll_source(
     key: AttnKey, sources: Intervals, received: Any, shift: int, device: torch.device
 ) -> Tensor:
-    placement, rank = key.plan.q_placement, key.cp_rank
+    placement, rank = key.q_placement, key.cp_rank
     mine = sources.ranks == rank
     num_received = int((received.ends - received.starts).sum())
     source = np.full(key.num_tokens, key.num_tokens + num_received)  # the fill row
@@ -190,7 +190,7 @@ class _CastRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> Tensor:
         ctx.routes, ctx.group, ctx.rows = routes, group, x.shape[0]
-        (received,), _ = group_cast((x,), routes, group)
+        (received,) = group_cast((x,), routes, group).wait()
         return received
 
     @staticmethod
@@ -237,7 +237,7 @@ class _GatherRows(torch.autograd.Function):
 def _placement(key: AttnKey, side: Side) -> Placement:
     if side not in ("q", "k"):
         raise ValueError(f"side is {side!r}: 'q' for query tokens or 'k' for key tokens")
-    return key.plan.q_placement if side == "q" else key.plan.k_placement
+    return key.q_placement if side == "q" else key.k_placement
 
 
 def _check_rows(x: Tensor, dim: int, rows: int, call: str, what: str) -> None:

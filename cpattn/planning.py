@@ -9,69 +9,190 @@ and neither this module nor the solver loads torch. All ranks must see the same 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from cpattn.solver import Layout, Plan, ScheduleKind, make_dispatch_plan, row_costs
+from cpattn.solver import (
+    DEFAULT_HARDWARE,
+    Hardware,
+    Layout,
+    Plan,
+    RowCosts,
+    ScheduleKind,
+    make_dispatch_plan,
+    make_joint_plans,
+    row_costs,
+)
 
 from .mask_spec import AttnMaskSpec, lower_mask
 
 Item = TypeVar("Item")
 Workers = Literal["process", "thread"]
+Window = tuple[int | None, int | None] | None
+
+
+class LayerKind(NamedTuple):
+    """A mask that some layers of a model have, beside the one that a key is made for.
+
+    spec: None is the key's own. window: as in `make_key`. num_layers: layers that have it, or any number
+    in proportion.
+    """
+
+    spec: AttnMaskSpec | None = None
+    window: int | Sequence[int | None] | None = None
+    num_layers: float = 1.0
+
+
+class LayerMask(NamedTuple):
+    """A mask by what tells it from others: the fingerprint of its spec, and a window; and its layers."""
+
+    mask: tuple[Any, ...]
+    window: Window
+    num_layers: float
+
+    def is_of(self, spec: AttnMaskSpec, window: Window) -> bool:
+        return self.window == window and self.mask == spec.fingerprint()
+
+
+class LayerPlan(NamedTuple):
+    """The plan of the layers that have a mask."""
+
+    layers: LayerMask
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadyPlan:
-    """A plan with what it was made for, so that `make_key` can tell whether it fits.
+    """Plans with what they were made for, so that `make_key` can tell whether they fit.
 
-    mask: fingerprint of the spec. The other fields are the arguments of `make_plan`.
+    layer_plans: of the key's own mask, then of those in `also`. The other fields are the arguments of
+    `make_plan`.
     """
 
-    plan: Plan
-    mask: tuple[Any, ...]
+    layer_plans: tuple[LayerPlan, ...]
     heads: tuple[int, int, int, int]
-    window: tuple[int | None, int | None] | None
     chunk_size: int
     layout: Layout
     schedule: ScheduleKind
     num_stages: int | None
     ranks_per_node: int | None
     search_effort: int
+    wire: str | None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the key's own mask."""
+        return self.layer_plans[0].plan
 
     def require_fit(
-        self,
-        spec: AttnMaskSpec,
-        heads: tuple[int, int, int, int],
-        window: tuple[int | None, int | None] | None,
-        cp_size: int,
+        self, masks: Sequence[LayerMask], heads: tuple[int, int, int, int], cp_size: int, wire: str | None
     ) -> None:
-        """Check that the plan is for this mask, these heads and this group.
+        """Check that the plan is for these masks (or has more of them), these heads and this group.
 
         Raises:
             ValueError: names what differs.
         """
-        if self.mask != spec.fingerprint():
+        planned_masks = [planned.layers for planned in self.layer_plans]
+        if planned_masks[0].mask != masks[0].mask:
             raise ValueError(
                 "plan was made for another mask: make_key must get the spec that make_plan got; did batches and plans "
                 "get out of step?"
             )
         for name, planned, asked in (
             ("heads and head dims", self.heads, heads),
-            ("window", self.window, window),
+            ("window", planned_masks[0].window, masks[0].window),
             ("number of ranks", self.plan.cp_size, cp_size),
+            ("wire", self.wire, wire),
         ):
             if planned != asked:
                 raise ValueError(f"plan was made for {name} {planned} and make_key is called with {asked}")
+        missing = {mask[:2] for mask in masks} - {mask[:2] for mask in planned_masks}
+        if missing:
+            raise ValueError(
+                f"plan was made without {len(missing)} of the masks in also: give make_plan the same also as make_key"
+            )
 
 
-def normal_window(
-    window: int | Sequence[int | None] | None, spec: AttnMaskSpec
-) -> tuple[int | None, int | None] | None:
+def with_layers(
+    spec: AttnMaskSpec, window: Window, num_layers: float, also: Sequence[LayerKind]
+) -> tuple[tuple[LayerMask, AttnMaskSpec], ...]:
+    """The masks that one placement is to serve, the key's own first, each with its spec.
+
+    Raises:
+        ValueError: a mask is over another sequence or cross-attention, or a number is not a finite one above 0.
+    """
+    if not also:
+        return ((LayerMask(spec.fingerprint(), window, 1.0), spec),)
+    masks = [(LayerMask(spec.fingerprint(), window, float(num_layers)), spec)]
+    for kind in also:
+        if not isinstance(kind, LayerKind):
+            raise ValueError(f"also has {kind!r}: expected cpattn.LayerKind(spec, window, num_layers)")
+        other = spec if kind.spec is None else kind.spec
+        if other.is_cross or spec.is_cross or other.total_seqlen != spec.total_seqlen:
+            raise ValueError(
+                f"also has a mask over {other.total_seqlen} x {other.seqlen_k} tokens and the key's is over "
+                f"{spec.total_seqlen} x {spec.seqlen_k}: masks that are planned together are of self-attention over "
+                f"the same sequence"
+            )
+        layers = LayerMask(other.fingerprint(), normal_window(kind.window, other), float(kind.num_layers))
+        masks.append((layers, other))
+    for layers, _ in masks:
+        if not math.isfinite(layers.num_layers) or layers.num_layers <= 0:
+            raise ValueError(f"num_layers is {layers.num_layers}: it must be a finite number above 0")
+    return tuple(masks)
+
+
+def plan_layers(
+    masks: Sequence[tuple[LayerMask, AttnMaskSpec]],
+    *,
+    cp_size: int,
+    chunk_size: int,
+    layout: Layout,
+    schedule: ScheduleKind,
+    num_stages: int | None,
+    ranks_per_node: int | None,
+    search_effort: int,
+    costs: RowCosts,
+    hardware: Hardware = DEFAULT_HARDWARE,
+) -> tuple[LayerPlan, ...]:
+    """A plan for each mask; several are planned jointly, over one placement.
+
+    Raises:
+        ValueError: as `make_dispatch_plan` does, or schedule "tiles" with several masks.
+    """
+    kinds, specs = zip(*masks, strict=True)
+    spec = specs[0]
+    options: dict[str, Any] = {
+        "total_seqlen": spec.total_seqlen,
+        "cp_size": cp_size,
+        "chunk_size": chunk_size,
+        "layout": layout,
+        "num_stages": num_stages,
+        "ranks_per_node": ranks_per_node,
+        "search_effort": search_effort,
+        "costs": costs,
+        "hardware": hardware,
+    }
+    tables = [lower_mask(other, layers.window) for layers, other in masks]
+    if len(masks) == 1:
+        plan = make_dispatch_plan(tables[0], total_seqlen_k=spec.total_seqlen_k, schedule=schedule, **options)
+        return (LayerPlan(kinds[0], plan),)
+    if schedule == "tiles":
+        raise ValueError(
+            "schedule 'tiles' with several masks (also): tiles place tokens for one mask; use 'auto', with which the "
+            "queries of one mask move where that is faster, or 'keys'"
+        )
+    joint = make_joint_plans(tables, [layers.num_layers for layers in kinds], schedule=schedule, **options)
+    return tuple(map(LayerPlan, kinds, joint.plans))
+
+
+def normal_window(window: int | Sequence[int | None] | None, spec: AttnMaskSpec) -> Window:
     """A window as (left, right), None on a side for no limit; None for no window.
 
     Raises:
@@ -115,41 +236,35 @@ def make_plan(
     ranks_per_node: int | None = None,
     window: int | Sequence[int | None] | None = None,
     search_effort: int = 0,
+    wire: str | None = None,
+    num_layers: float = 1.0,
+    also: Sequence[LayerKind] = (),
 ) -> ReadyPlan:
     """Plan a mask for a group of `cp_size` ranks; for all of them at once, without torch.
 
-    The other arguments are those of `make_key`, which takes the result as `plan=`.
+    The other arguments are those of `make_key`, which takes the result as `plan=`. It knows no launcher:
+    `ranks_per_node` None is one level.
 
     >>> ready = make_plan(AttnMaskSpec.causal(1000), cp_size=4, num_heads_q=8, num_heads_kv=2, head_dim=64)
     >>> ready.plan.cp_size
     4
     """
+    if isinstance(ranks_per_node, str):
+        raise ValueError(f"ranks_per_node is {ranks_per_node!r}: a plan is made without a launcher; give an int")
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
-    sides = normal_window(window, spec)
-    plan = make_dispatch_plan(
-        lower_mask(spec, sides),
-        total_seqlen=spec.total_seqlen,
-        total_seqlen_k=spec.total_seqlen_k,
+    plans = plan_layers(
+        with_layers(spec, normal_window(window, spec), num_layers, also),
         cp_size=cp_size,
         chunk_size=chunk_size,
         layout=layout,
-        num_stages=num_stages,
         schedule=schedule,
-        costs=row_costs(*heads),
+        num_stages=num_stages,
         ranks_per_node=ranks_per_node,
         search_effort=search_effort,
+        costs=row_costs(*heads, wire_8bit=wire is not None),
     )
     return ReadyPlan(
-        plan,
-        spec.fingerprint(),
-        heads,
-        sides,
-        chunk_size,
-        layout,
-        schedule,
-        num_stages,
-        ranks_per_node,
-        search_effort,
+        plans, heads, chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, wire
     )
 
 

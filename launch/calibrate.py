@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 
-from cpattn.solver import Hardware, Heads, Link
+from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Exchanges of these sizes, bytes for each peer: the small one gives the latency, the large one the rate.
 _SMALL, _LARGE = 1 << 10, 4 << 20
+# Transports are compared at these sizes, bytes for each peer.
+_PEER_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23)
 # A link that was not measured: no slower than memory, so that it never decides.
 _NO_LINK = Link(0.0, 1e12)
 
@@ -74,6 +76,7 @@ def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGrou
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[heads.itemsize]
     kernel = _fit_kernel(heads, torch.device(device), dtype, tokens)
     within, across, per_node = _links(group, torch.device(device)) if together else (_NO_LINK, _NO_LINK, 1)
+    transports = measure_transports(group, torch.device(device)) if together else ()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     hardware = Hardware(
         name=name,
@@ -86,6 +89,7 @@ def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGrou
         across=across,
         ranks_per_node=per_node,
         source=f"cpattn calibrate, torch {torch.__version__}, {heads}, {tokens} tokens",
+        transports=transports,
     )
     if together:
         first = dist.get_global_rank(group, 0) if group is not None else 0
@@ -230,3 +234,51 @@ def measure_link(group: dist.ProcessGroup | None, device: torch.device, large: i
     (b0, t0), (b1, t1) = points
     slope = max(t1 - t0, 1e-9) / (b1 - b0)
     return Link(max(t0 - b0 * slope, 0.0), 1 / slope)
+
+
+def measure_transports(
+    group: dist.ProcessGroup | None, device: torch.device, sizes: Sequence[int] = _PEER_BYTES, repeats: int = 15
+) -> tuple[TransportTimes, ...]:
+    """Time both transports on exchanges with one, half and all of the peers, in turns; rank 0's times on all ranks.
+
+    Rank r sends to the next ranks after it, so that all ranks send and receive equally much.
+
+    Args:
+        sizes: bytes for each peer.
+    """
+    import torch.distributed as dist
+
+    size = dist.get_world_size(group)
+    counts = sorted({1, max(size // 2, 1), size - 1} - {0})
+    return tuple(_transport_times(group, device, peers, nbytes, repeats) for peers in counts for nbytes in sizes)
+
+
+def _transport_times(
+    group: dist.ProcessGroup | None, device: torch.device, peers: int, nbytes: int, repeats: int
+) -> TransportTimes:
+    import torch
+    import torch.distributed as dist
+
+    from cpattn.collectives import RowRoutes, Transport, group_cast
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    send_splits = tuple(int(0 < (to - rank) % size <= peers) for to in range(size))
+    recv_splits = tuple(int(0 < (rank - sender) % size <= peers) for sender in range(size))
+    row, index = torch.zeros(1, nbytes, dtype=torch.uint8, device=device), torch.zeros(peers, dtype=torch.int64)
+    names: tuple[Transport, ...] = ("all_to_all", "p2p")
+    routes = [RowRoutes(index.to(device), send_splits, recv_splits, True, name) for name in names]
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats + 1):
+        for mine, way in zip(times, routes, strict=True):
+            dist.barrier(group)
+            start = time.perf_counter()
+            group_cast((row,), way, group or dist.group.WORLD).wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            mine.append(time.perf_counter() - start)
+    # An exchange is over when the last rank has its rows. The first round opens connections; of the others the
+    # least counts, as other work on the machine only ever adds.
+    slowest = torch.tensor([mine[1:] for mine in times], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
+    collective, direct = slowest.amin(1).tolist()
+    return TransportTimes(peers / (size - 1), float(nbytes), collective, direct)

@@ -9,11 +9,13 @@ from .flash_attn import FlashAttnBackend
 from .flex import FlexBackend
 from .installed import device_capability
 from .reference import ReferenceBackend
+from .sdpa_cpu import SCRATCH as CPU_SCRATCH
 from .sdpa_cpu import CpuSdpaBackend
 from .sdpa_cuda import CudaSdpaBackend
 from .te import TeBackend
 
 __all__ = [
+    "KERNEL_SCRATCH",
     "Backend",
     "FlexBackend",
     "Problem",
@@ -38,6 +40,10 @@ _backends: list[Backend] = [
     FlexBackend(),
     ReferenceBackend(),
 ]
+
+# Bytes that an operator allocates inside, beyond its results, from its arguments. An operator that is not listed is
+# taken to need none.
+KERNEL_SCRATCH = CPU_SCRATCH
 
 # What backend="auto" tries, by kind of device. Order by speed where launch/benchmarks/kernels.py has
 # measured it on such a device; until then torch's own kernels come first, and then the published order.

@@ -41,6 +41,7 @@ from cpattn.attention_op import attention
 from cpattn.key import AttnKey, make_key
 from cpattn.layout import undispatch
 from cpattn.mask_spec import AttnMaskSpec
+from cpattn.planning import LayerKind
 
 from .batch_layout import (
     IGNORE_INDEX,
@@ -202,9 +203,7 @@ class Shard:
         """The mask of a kind of layer, as a key over this shard's placement."""
         if terms not in self._masks:
             spec, window = self.layout.plan_of(terms)
-            same = (spec is self.layout.spec, window) == (True, self.key.options.window)
-            key = self.key if same else self.key.with_mask(spec, window=window)
-            self._masks[terms] = LayerMask(key, window, self)
+            self._masks[terms] = LayerMask(self.key.with_mask(spec, window=window), window, self)
         return self._masks[terms]
 
     @contextlib.contextmanager
@@ -690,15 +689,19 @@ class ContextParallel:
 
     def _make_key(self, layout: BatchLayout) -> AttnKey:
         config, cp_size = self.text_config, 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
+        first, *others = layer_kinds(config, layout)
         heads = int(getattr(config, "num_attention_heads", 1))
+        assert first.spec is not None
         return make_key(
-            layout.spec,
+            first.spec,
             num_heads_q=heads,
             num_heads_kv=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             cp_group=self.cp_group,
             chunk_size=max(1, min(self.max_chunk_size, layout.num_tokens // (16 * cp_size))),
-            window=_window_of_all_layers(config, layout),
+            window=first.window,
+            num_layers=first.num_layers,
+            also=others,
             **self.options,
         )
 
@@ -795,17 +798,39 @@ def _layout(
     return layout_of_batch(rows, columns, attention_mask=mask, positions=positions, cu_seqlens=cu_seqlens)
 
 
-def _window_of_all_layers(config: Any, layout: BatchLayout) -> int | None:
-    """The window of a model in which every layer has it: then placement need not balance anything else."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not isinstance(window, int) or layout.explicit or getattr(config, "is_causal", True) is False:
-        return None
-    all_layers = set(kinds) == {"sliding_attention"} if kinds else getattr(config, "use_sliding_window", True)
-    return window if all_layers else None
+def layer_kinds(config: Any, layout: BatchLayout) -> list[LayerKind]:
+    """The masks of a model's kinds of layers, with how many layers have each, as far as its config tells.
+
+    Tokens are placed by them. What a layer really sees is up to the mask that transformers asks for (image
+    blocks, for example, are not in the config): where that is another one, it is planned over this placement.
+    """
+    names = getattr(config, "layer_types", None) or [_kind_of_all_layers(config)]
+    counts: dict[MaskTerm, int] = {}
+    for name in names:
+        term = _term_of(name, config, layout)
+        counts[term] = counts.get(term, 0) + 1
+    return [LayerKind(*layout.plan_of([term]), num_layers=count) for term, count in counts.items()]
+
+
+def _kind_of_all_layers(config: Any) -> str:
+    sliding = isinstance(getattr(config, "sliding_window", None), int) and getattr(config, "use_sliding_window", True)
+    return "sliding_attention" if sliding else "full_attention"
+
+
+def _term_of(kind: str, config: Any, layout: BatchLayout) -> MaskTerm:
+    """The mask of one of transformers' kinds of layers; a limit that is wider than all texts is left out."""
+    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if getattr(config, "is_causal", True) is False:
+        return MaskTerm(causal=layout.explicit)
+    if kind == "sliding_attention" and isinstance(window, int) and window < layout.longest_text:
+        return MaskTerm(causal=True, left=window - 1)
+    if kind == "chunked_attention" and isinstance(chunk, int) and chunk < layout.longest_text and not layout.explicit:
+        return MaskTerm(causal=True, chunk=chunk)
+    return MaskTerm(causal=True)
 
 
 def _local_tokens(key: AttnKey, device: torch.device) -> Tensor:
-    return torch.from_numpy(key.plan.q_placement.tokens_of(key.cp_rank)).to(device)
+    return torch.from_numpy(key.q_placement.tokens_of(key.cp_rank)).to(device)
 
 
 def _digest(value: Any) -> Any:

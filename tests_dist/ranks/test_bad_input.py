@@ -282,7 +282,7 @@ def differing_keys() -> None:
         assert f"rank {rank} has " in message
         assert f"must pass the same {field}" in message
         shown = message.split(f"rank {rank} has ")[1]
-        own = {"mask": "(0, 24)" if odd else "(0, 40)", "heads and head dims": "(8, 2" if odd else "(4, 2"}
+        own = {"mask": "[0, 24]" if odd else "[0, 40]", "heads and head dims": "(8, 2" if odd else "(4, 2"}
         assert own.get(field, "layout=") in shown
     more = {"documents": [(0, 64)]} if odd else {"documents": [(0, 10), (10, 64)]}
     with pytest.raises(ValueError, match="mask differs between ranks"):
@@ -298,15 +298,16 @@ def test_keys_that_differ_between_ranks():
 def differing_plans() -> None:
     """The same arguments and another plan (another version of the solver, say) is noticed too."""
     from cpattn import key as key_module
+    from cpattn import planning
 
     key_module.clear_key_cache()
-    planned = key_module.make_dispatch_plan
+    planned = planning.make_dispatch_plan
     if dist.get_rank() == 1:
         planned = lambda *args, **options: key_module.assemble_plan(  # noqa: E731
             *other_plan(key_module.lower_mask(SPEC))
         )
     with (
-        mock.patch.object(key_module, "make_dispatch_plan", planned),
+        mock.patch.object(planning, "make_dispatch_plan", planned),
         pytest.raises(ValueError, match=r"make_key: plan differs between ranks: ranks \[1\]"),
     ):
         make_key()

@@ -94,13 +94,12 @@ def cast_and_reduce(seed: int) -> None:
     expected = [world.received(values, rank) for values in everyone]
     mine = [values[rank] for values in everyone]
     group = dist.group.WORLD
-    got, _ = group_cast(mine, routes, group)  # all at once, side by side
+    got = group_cast(mine, routes, group).wait()  # all at once, side by side
     for value, truth in zip(got, expected, strict=True):
         assert value.dtype == truth.dtype
         assert torch.equal(value, truth)
     for value, truth in zip(mine, expected, strict=True):  # and each alone
-        (alone,), pending = group_cast((value,), routes, group, async_op=True)
-        assert pending.wait()[0] is alone
+        (alone,) = group_cast((value,), routes, group).wait()
         assert torch.equal(alone, truth)
 
     received = [len(world.received(everyone[0], r)) for r in range(size)]
@@ -194,12 +193,10 @@ def two_level_cast_and_reduce(seed: int) -> None:
     sources = [pair for via in range(size) for pair in origin[via][rank]]
     expected = torch.stack([everyone[s][r] for s, r in sources]) if sources else torch.zeros(0, 3)
     for eager in (False, True):
-        (got, _), pending = group_cast(
-            (everyone[rank], everyone[rank].long()), hops, dist.group.WORLD, async_op=True
-        )
+        pending = group_cast((everyone[rank], everyone[rank].long()), hops, dist.group.WORLD)
         if eager:
             pending.advance()
-        pending.wait()
+        got, _ = pending.wait()
         assert torch.equal(got, expected)
     into = everyone[rank].clone()
     pending = group_reduce(
@@ -231,7 +228,7 @@ def exchanges_in_flight() -> None:
     casts = []
     for world, everyone in zip(worlds, values, strict=True):
         mine = everyone[rank].clone()
-        casts.append(group_cast((mine, mine), world.routes(rank), dist.group.WORLD, async_op=True)[1])
+        casts.append(group_cast((mine, mine), world.routes(rank), dist.group.WORLD))
         mine.fill_(99)
     for world, everyone, cast in reversed(list(zip(worlds, values, casts, strict=True))):
         for received in cast.wait():
@@ -252,7 +249,7 @@ def takes_any_strides() -> None:
         "expanded": [t[:, :1].expand(-1, 4, -1) for t in everyone],
     }
     for name, tensors in layouts.items():
-        got, _ = group_cast((tensors[rank], everyone[rank]), world.routes(rank), dist.group.WORLD)
+        got = group_cast((tensors[rank], everyone[rank]), world.routes(rank), dist.group.WORLD).wait()
         assert torch.equal(got[0], world.received(tensors, rank)), name
         assert torch.equal(got[1], world.received(everyone, rank)), name
         received = world.received(tensors, rank)
@@ -274,8 +271,8 @@ def runs_no_collective() -> None:
     size = dist.get_world_size()
     routes = RowRoutes(torch.zeros(0, dtype=torch.int64), (0,) * size, (0,) * size, active=False)
     if dist.get_rank() == 0:
-        (got,), pending = group_cast((torch.ones(3, 2),), routes, dist.group.WORLD, async_op=True)
-        assert pending.wait()[0].shape == got.shape == (0, 2)
+        (got,) = group_cast((torch.ones(3, 2),), routes, dist.group.WORLD).wait()
+        assert got.shape == (0, 2)
         into = torch.ones(3, 2)
         group_reduce((got,), (into,), routes, dist.group.WORLD)
         assert torch.equal(into, torch.ones(3, 2))
@@ -292,7 +289,7 @@ def in_a_subgroup() -> None:
         rank = dist.get_rank(group)
         world = make_world(3, 2)
         everyone = values_of(world, 1, 2)
-        got, _ = group_cast((everyone[rank],), world.routes(rank), group)
+        got = group_cast((everyone[rank],), world.routes(rank), group).wait()
         assert torch.equal(got[0], world.received(everyone, rank))
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from cpattn import AttnMaskSpec
+import cpattn
+from cpattn import AttnMaskSpec, LayerKind
 from tests_dist.harness import run_on_ranks
 from tests_dist.masks import MASKS
-from tests_dist.oracle import Results, assert_as_exact_as_sdpa, make_inputs
-from tests_dist.rank_cases import run_attention
+from tests_dist.oracle import Results, assert_as_exact_as_sdpa, make_inputs, oracle
+from tests_dist.rank_cases import run_attention, run_with_key
+from tests_dist.strategies import random_spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = {"mha": (2, 2), "gqa": (6, 2), "mqa": (3, 1)}
@@ -60,3 +64,103 @@ def test_as_exact_on_two_levels(cp_size, ranks_per_node, schedule, mask):
     if schedule == "tiles" and MASKS[mask].is_cross:
         pytest.skip("tiles need self-attention")
     check_grid(cp_size, mask, schedule, ranks_per_node=ranks_per_node)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several masks that are planned together.
+
+NODES = [(2, None), (4, None), (8, None), (4, 2), (8, 4)]
+DOCUMENTS = [5, 0, 190, 1, 77]
+JOINT: dict[str, list[LayerKind]] = {
+    "documents and window": [
+        LayerKind(AttnMaskSpec.varlen(DOCUMENTS), num_layers=6),
+        LayerKind(AttnMaskSpec.sliding_window(DOCUMENTS, 32), num_layers=26),
+    ],
+    "blocks, a prefix and nothing": [
+        LayerKind(AttnMaskSpec.block_causal([157, 50], 24)),
+        LayerKind(AttnMaskSpec.prefix_lm([30, 11], [140, 67]), num_layers=0.5),
+        LayerKind(AttnMaskSpec([], [], [], 207), num_layers=2),
+    ],
+}
+
+
+def joint_keys(kinds: list[LayerKind], inputs: Any, **options: Any) -> list[cpattn.AttnKey]:
+    """A key for each of several masks that are planned together, the first of them made by make_key."""
+    key = cpattn.make_key(
+        kinds[0].spec,
+        window=kinds[0].window,
+        num_layers=kinds[0].num_layers,
+        also=kinds[1:],
+        num_heads_q=inputs.q.shape[1],
+        num_heads_kv=inputs.k.shape[1],
+        head_dim=inputs.q.shape[2],
+        cp_group=dist.group.WORLD,
+        **{"chunk_size": 8, "num_stages": 2, **options},
+    )
+    keys = [key.with_mask(kind.spec or key.spec, window=kind.window) for kind in kinds]
+    assert keys[0] is key
+    for mine, (_, plan) in zip(keys, key.layer_plans, strict=True):
+        assert mine.plan.fingerprint == plan.fingerprint, "planned again, for this mask alone"
+        assert mine.q_placement.owners.tolist() == key.q_placement.owners.tolist()
+    return keys
+
+
+def joint_on_rank(name: str, options: dict[str, Any]) -> dict[torch.dtype, list[Results]]:
+    results = {}
+    for dtype in DTYPES:
+        inputs = make_inputs(JOINT[name][0].spec, heads=HEADS["gqa"], dtype=dtype)
+        results[dtype] = [run_with_key(key, inputs) for key in joint_keys(JOINT[name], inputs, **options)]
+    return results if dist.get_rank() == 0 else {}
+
+
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize(("cp_size", "ranks_per_node"), NODES)
+def test_masks_planned_together_are_as_exact(cp_size, ranks_per_node, name):
+    results = run_on_ranks(cp_size, joint_on_rank, name, {"ranks_per_node": ranks_per_node})[0]
+    for dtype in DTYPES:
+        inputs = make_inputs(JOINT[name][0].spec, heads=HEADS["gqa"], dtype=dtype)
+        for number, (kind, got) in enumerate(zip(JOINT[name], results[dtype], strict=True)):
+            what = f"{name} mask {number} cp {cp_size} per node {ranks_per_node} {dtype}"
+            assert_as_exact_as_sdpa(got, kind.spec, inputs, what)
+
+
+def test_masks_planned_together_with_sharded_heads():
+    """Blocks of two ranks share heads; the masks are planned for the blocks."""
+    name = "documents and window"
+    results = run_on_ranks(4, joint_on_rank, name, {"head_degree": 2})[0]
+    for dtype in DTYPES:
+        inputs = make_inputs(JOINT[name][0].spec, heads=HEADS["gqa"], dtype=dtype)
+        for kind, got in zip(JOINT[name], results[dtype], strict=True):
+            assert_as_exact_as_sdpa(got, kind.spec, inputs, f"{kind.num_layers} {dtype}")
+
+
+def random_joint_on_rank(seeds: range, ranks_per_node: int | None) -> int:
+    """Random slice sets over the same tokens, one of them with a window on top; exact in fp64."""
+    checked = 0
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        first = random_spec(rng)
+        window = int(rng.integers(1, 12))
+        i, j = np.indices((first.total_seqlen, first.total_seqlen))
+        limited = AttnMaskSpec.from_dense(first.to_dense() & (i - j < window))
+        truths = [first, limited] + [random_spec(rng, total=first.total_seqlen) for _ in range(rng.integers(1, 3))]
+        kinds = [LayerKind(spec, None, float(rng.uniform(0.1, 9))) for spec in truths]
+        kinds[1] = LayerKind(None, window, 3)
+        options = {"num_stages": int(rng.integers(1, 4)), "chunk_size": int(rng.integers(1, 9))}
+        inputs = make_inputs(first, heads=(2, 1), head_dim=8, dtype=torch.float64, seed=seed)
+        keys = joint_keys(kinds, inputs, ranks_per_node=ranks_per_node, **options)
+        results = [run_with_key(key, inputs) for key in keys]
+        if seed % dist.get_world_size() == dist.get_rank():
+            for spec, got in zip(truths, results, strict=True):
+                for name, mine, exact in zip(Results._fields, got, oracle(spec, inputs), strict=True):
+                    torch.testing.assert_close(
+                        mine, exact, rtol=1e-11, atol=1e-11, msg=lambda m, n=name, s=seed: f"seed {s} {n}: {m}"
+                    )
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize(("cp_size", "ranks_per_node"), NODES)
+def test_random_masks_planned_together(cp_size, ranks_per_node):
+    seeds = range(100 * cp_size, 100 * cp_size + 48 // cp_size)
+    assert sum(run_on_ranks(cp_size, random_joint_on_rank, seeds, ranks_per_node)) == len(seeds)

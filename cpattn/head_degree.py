@@ -1,0 +1,102 @@
+"""How many ranks share a context rank's rows, by the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from cpattn.solver import (
+    Hardware,
+    Heads,
+    RowCosts,
+    context_ranks_per_node,
+    head_exchange_seconds,
+    row_costs,
+    simulate,
+    split_heads,
+)
+
+from .mask_spec import AttnMaskSpec
+from .planning import LayerMask, LayerPlan, plan_layers
+
+# Head exchanges hide behind nothing and hold a second copy of q, k and v: they must bring the step below this share.
+_GAIN = 0.98
+
+
+class DegreeChoice(NamedTuple):
+    """A head degree with its plans, and what it was chosen from.
+
+    seconds: (degree, predicted seconds of one attention call, forward and backward, in the mean over layers) for each
+        degree that was considered.
+    """
+
+    head_degree: int
+    plans: tuple[LayerPlan, ...]
+    seconds: tuple[tuple[int, float], ...]
+
+
+def most_heads(heads: tuple[int, int, int, int], head_degree: int) -> tuple[int, int, int, int]:
+    """Heads and head dims of the part with the most query heads; the same on all ranks."""
+    most = max(split_heads(heads[0], heads[1], head_degree), key=lambda part: part.num_q)
+    return (most.num_q, len(most.kv), heads[2], heads[3])
+
+
+def inner_costs(heads: tuple[int, int, int, int], head_degree: int, wire_8bit: bool) -> RowCosts:
+    """What a row costs between context ranks."""
+    return row_costs(*most_heads(heads, head_degree), wire_8bit=wire_8bit)
+
+
+def choose_head_degree(
+    masks: Sequence[tuple[LayerMask, AttnMaskSpec]],
+    heads: tuple[int, int, int, int],
+    *,
+    cp_size: int,
+    ranks_per_node: int | None,
+    wire_8bit: bool,
+    hardware: Hardware,
+    **options: Any,
+) -> DegreeChoice:
+    """Plan for every divisor of cp_size that leaves each rank a head; take the fastest, 1 unless another is clearly so.
+
+    The same on all ranks, as everything it is computed from is. It costs the planning of each degree.
+
+    Args:
+        masks, options: as `plan_layers` takes them.
+        heads: query heads, key heads, head dims of all ranks together.
+        ranks_per_node: of the whole group.
+    """
+    found: dict[int, tuple[float, tuple[LayerPlan, ...]]] = {}
+    for degree in range(1, min(cp_size, heads[0]) + 1):
+        if cp_size % degree or not _blocks_fit(ranks_per_node, degree):
+            continue
+        costs = inner_costs(heads, degree, wire_8bit)
+        plans = plan_layers(
+            masks,
+            cp_size=cp_size // degree,
+            ranks_per_node=context_ranks_per_node(ranks_per_node, degree),
+            costs=costs,
+            hardware=hardware,
+            **options,
+        )
+        found[degree] = (_mean_seconds(plans, heads, degree, costs.heads, hardware), plans)
+    best = min(found, key=lambda degree: found[degree][0])
+    chosen = best if found[best][0] < _GAIN * found[1][0] else 1
+    return DegreeChoice(chosen, found[chosen][1], tuple((degree, seconds) for degree, (seconds, _) in found.items()))
+
+
+def _blocks_fit(ranks_per_node: int | None, degree: int) -> bool:
+    return ranks_per_node is None or ranks_per_node % degree == 0 or degree % ranks_per_node == 0
+
+
+def _mean_seconds(
+    plans: tuple[LayerPlan, ...], heads: tuple[int, int, int, int], degree: int, inner: Heads, hardware: Hardware
+) -> float:
+    parts, whole = split_heads(heads[0], heads[1], degree), Heads(*heads)
+    between = replace(hardware, ranks_per_node=max(hardware.ranks_per_node // degree, 1))
+    total = weight = 0.0
+    for layers, plan in plans:
+        exchanged = head_exchange_seconds((plan.q_placement, plan.k_placement), parts, whole, hardware)
+        total += layers.num_layers * (simulate(plan, between, inner).seconds + exchanged)
+        weight += layers.num_layers
+    return total / weight

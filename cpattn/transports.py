@@ -1,0 +1,84 @@
+"""By which calls rows travel, from what was measured; and the hardware description that holds it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cpattn.collectives import Transport
+from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable, two_level_routes
+
+TransportChoice = Literal["auto", "all_to_all", "p2p"]
+
+
+def read_hardware(hardware: Hardware | str | Path | None) -> Hardware:
+    """A description, a preset's name, or the file that `cpattn calibrate` wrote; None is the default preset.
+
+    A file is read again when it has changed.
+
+    Raises:
+        ValueError: no such preset or file, or the file does not hold a description.
+    """
+    if hardware is None:
+        return DEFAULT_HARDWARE
+    if isinstance(hardware, Hardware):
+        return hardware
+    if isinstance(hardware, str) and hardware in HARDWARE:
+        return HARDWARE[hardware]
+    try:
+        path = os.fspath(hardware)
+        return _read_file(path, os.stat(path).st_mtime_ns)
+    except (TypeError, OSError):
+        raise ValueError(
+            f"hardware is {hardware!r}: give one of {', '.join(HARDWARE)}, a file that `cpattn calibrate --out` wrote, "
+            f"or a cpattn.solver.Hardware"
+        ) from None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_file(path: str, changed: int) -> Hardware:
+    return Hardware.from_json(Path(path).read_text())
+
+
+def choose_transport(
+    plan: Plan, heads: Heads, *, num_ranks: int, choice: TransportChoice, hardware: Hardware
+) -> Transport:
+    """How the rows of a plan travel: as asked, or by what was measured at its mean sparsity and size.
+
+    Equal on all ranks, since the plan and `heads` are.
+
+    Args:
+        heads: of the rank with the most, as its rows travel.
+        num_ranks: of the group; with head sharding more than the plan has.
+    """
+    if choice != "auto":
+        return choice
+    exchanges = [plan.kv_routes.of_stage(stage) for stage in range(plan.num_stages)]
+    exchanges = [_first_hop(plan, routes) for routes in exchanges if len(routes)]
+    if not exchanges or num_ranks < 2:
+        return "all_to_all"
+    pairs = sum(len(np.unique(routes.dsts * plan.cp_size + routes.srcs)) for routes in exchanges)
+    peers = pairs / len(exchanges) / plan.cp_size / (num_ranks - 1)
+    peer_bytes = sum(routes.num_rows() for routes in exchanges) * heads.row_bytes().kv / max(pairs, 1)
+    return hardware.transport_for(peers, peer_bytes)
+
+
+def choose_head_transport(
+    rows: float, heads: Heads, *, head_degree: int, num_ranks: int, choice: TransportChoice, hardware: Hardware
+) -> Transport:
+    """The same for the exchange of rows for heads, `rows` of them on a rank."""
+    if choice != "auto":
+        return choice
+    peer_bytes = rows * heads.num_q * heads.head_dim * heads.itemsize / head_degree
+    return hardware.transport_for((head_degree - 1) / (num_ranks - 1), peer_bytes)
+
+
+def _first_hop(plan: Plan, routes: RouteTable) -> RouteTable:
+    if not 1 < plan.ranks_per_node < plan.cp_size:
+        return routes
+    across = two_level_routes(routes, plan.ranks_per_node).across
+    return across if len(across) else routes

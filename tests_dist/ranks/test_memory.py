@@ -1,0 +1,140 @@
+"""Runtime layer: the memory that a key states against what the allocator gives out while a call runs.
+
+Bytes, not times: the same on every run, but for buffers that the exchange's own thread frees, which the profiler
+does not see; so the least of several runs is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+import cpattn
+from cpattn import AttnMaskSpec
+from cpattn.execute import kept_bytes, run_backward, run_forward
+from tests_dist.harness import run_on_ranks
+
+HEADS, DIM, TOLERANCE = (4, 2), 64, 0.1
+SPECS = {
+    "causal": AttnMaskSpec.causal(2048),
+    "packed": AttnMaskSpec.varlen([900, 500, 17, 600, 31]),
+    "window": AttnMaskSpec.sliding_window([2048], 256),
+}
+
+
+def allocated_at_peak(run: Callable[[], Any], repeats: int = 4) -> int:
+    """Most bytes that torch's CPU allocator had given out at once since the run began."""
+    run()  # fills caches
+    peaks = []
+    for _ in range(repeats):
+        with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            run()
+        events = recorded.profiler.kineto_results.events()
+        live = peak = 0
+        for _, num_bytes in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+            live += num_bytes
+            peak = max(peak, live)
+        peaks.append(peak)
+    return min(peaks)
+
+
+def key_for(spec: AttnMaskSpec, group: dist.ProcessGroup | None, **options: Any) -> cpattn.AttnKey:
+    heads = {"num_heads_q": HEADS[0], "num_heads_kv": HEADS[1], "head_dim": DIM}
+    return cpattn.make_key(spec, **heads, cp_group=group, chunk_size=64, **options)
+
+
+def memory_on_rank(name: str, dtype: torch.dtype, options: dict[str, Any]) -> list[tuple[int, int]]:
+    """Stated and measured peaks of forward and of backward."""
+    key = key_for(SPECS[name], dist.group.WORLD, **options)
+    q, dout = (torch.randn(key.num_tokens, HEADS[0], DIM).to(dtype) for _ in range(2))
+    k, v = (torch.randn(key.num_keys, HEADS[1], DIM).to(dtype) for _ in range(2))
+    plan = key.bind(q.device, dtype)
+    kept = torch.empty(kept_bytes(key, plan, k, v) if key.options.keep_kv else 0, dtype=torch.uint8)
+    numbers = {"scale": 0.125, "softcap": None}
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        return run_forward(key, plan, q, k, v, None, kept, numbers)
+
+    out, lse = forward()
+    stated = key.memory(dtype, "cpu")
+    assert stated.kept == kept.numel()
+    measured = (
+        allocated_at_peak(forward) + stated.kept,
+        allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, kept, numbers)),
+    )
+    return list(zip(stated[:2], measured, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        ("causal", torch.float32, {"num_stages": 1, "schedule": "keys"}),
+        ("causal", torch.bfloat16, {"num_stages": 4, "schedule": "keys"}),
+        ("causal", torch.float32, {"num_stages": 2, "schedule": "tiles"}),
+        ("causal", torch.bfloat16, {"num_stages": 2, "schedule": "keys", "keep_kv": True}),
+        ("causal", torch.float32, {"num_stages": 2, "schedule": "keys", "ranks_per_node": 2}),
+        ("causal", torch.bfloat16, {"num_stages": 2, "schedule": "keys", "wire": "e4m3"}),
+        ("packed", torch.bfloat16, {"num_stages": 2, "schedule": "keys"}),
+        ("packed", torch.float32, {"num_stages": 4, "schedule": "tiles"}),
+        ("window", torch.float32, {"num_stages": 1, "schedule": "keys"}),
+        ("window", torch.bfloat16, {"num_stages": 2, "schedule": "keys"}),
+    ],
+)
+def test_stated_memory_is_the_measured_one(name, dtype, options):
+    for rank, passes in enumerate(run_on_ranks(4, memory_on_rank, name, dtype, options)):
+        for pass_, (stated, measured) in zip(("forward", "backward"), passes, strict=True):
+            assert stated == pytest.approx(measured, rel=TOLERANCE), f"rank {rank}, {pass_}"
+
+
+def test_many_kernel_calls_are_stated_by_the_largest():
+    """Of thousands of calls a few are run; the statement is that of all of them."""
+    lengths = [17 + 13 * n % 97 for n in range(60)]
+    key = key_for(AttnMaskSpec.varlen(lengths) | AttnMaskSpec.sliding_window(sum(lengths), 40), None)
+    light = key.memory(torch.float32, "cpu")
+    plan = key.bind(torch.device("cpu"), torch.float32)
+    work = plan.stages[0].host_work
+    few = plan.backend.heaviest(work, torch.float32)  # type: ignore[attr-defined]
+    assert len(few.calls(torch.float32)) < len(work.calls(torch.float32)) / 4
+    q, dout = (torch.randn(key.num_tokens, HEADS[0], DIM) for _ in range(2))
+    k, v = (torch.randn(key.num_keys, HEADS[1], DIM) for _ in range(2))
+    numbers = {"scale": 0.125, "softcap": None}
+    none = torch.empty(0, dtype=torch.uint8)
+    out, lse = run_forward(key, plan, q, k, v, None, none, numbers)
+    forward = allocated_at_peak(lambda: run_forward(key, plan, q, k, v, None, none, numbers))
+    backward = allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, none, numbers))
+    assert light.forward == pytest.approx(forward, rel=TOLERANCE)
+    assert light.backward == pytest.approx(backward, rel=TOLERANCE)
+
+
+def test_stages_and_keeping_show_in_the_statement():
+    """More stages hold less at once; keeping adds what is fetched."""
+    one, four, keeping = run_on_ranks(2, stated_on_rank)[1]
+    assert four.forward < one.forward
+    assert four.backward < one.backward
+    assert one.kept == four.kept == 0 < keeping.kept
+    assert keeping.backward < four.backward
+
+
+def stated_on_rank() -> list[Any]:
+    options: list[dict[str, Any]] = [{"num_stages": 1}, {"num_stages": 4}, {"num_stages": 4, "keep_kv": True}]
+    spec = AttnMaskSpec.varlen([2048], causal=False)
+    return [key_for(spec, dist.group.WORLD, schedule="keys", **o).memory(torch.bfloat16, "cpu") for o in options]
+
+
+def test_describe_states_it():
+    key = key_for(AttnMaskSpec.causal(100), None)
+    stated = key.memory(torch.float32, "cpu")
+    assert f"{stated.forward:,} bytes forward, {stated.backward:,} backward" in key.describe(torch.float32, "cpu")
+
+
+def test_kernels_outside_torch_are_refused():
+    key = key_for(AttnMaskSpec.causal(100), None, backend="flex")
+    with pytest.raises(ValueError, match="memory is not stated for backend 'flex'"):
+        key.memory(torch.float32, "cpu")
+    assert "memory is not stated" in key.describe(torch.float32, "cpu")
