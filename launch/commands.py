@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .bench_command import bench_command
 from .calibrate import calibrate_command
 from .cli_doctor import doctor
 from .plan_command import plan_command
@@ -41,6 +42,7 @@ def _root() -> None:
 app.command("doctor")(doctor)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
+app.command("bench")(bench_command)
 
 
 @app.command("version")

@@ -80,13 +80,13 @@ def plan_command(
 ) -> None:
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
     try:
-        spec = _spec_of(mask, seqlen, lengths, file, window, block)
-        machine = hardware_named(hardware) if hardware in HARDWARE else Hardware.from_json(_read(Path(hardware)))
+        spec = spec_of_options(mask, seqlen, lengths, file, window, block)
+        machine = hardware_of_option(hardware)
         answer = _answer(
             spec,
             ranks=ranks,
             ranks_per_node=_nodes(ranks_per_node, ranks, machine),
-            heads=_heads(heads, head_dim),
+            heads=heads_of_option(heads, head_dim),
             chunk_size=chunk_size,
             layout=layout.value,
             schedule=schedule.value,
@@ -171,7 +171,13 @@ def _nodes(asked: int | None, ranks: int, hardware: Hardware) -> int | None:
     return asked or None
 
 
-def _heads(text: str, head_dim: int) -> Heads:
+def hardware_of_option(text: str) -> Hardware:
+    """The preset of a name, or what a file holds."""
+    return hardware_named(text) if text in HARDWARE else Hardware.from_json(_read(Path(text)))
+
+
+def heads_of_option(text: str, head_dim: int) -> Heads:
+    """Heads from "32:8"; of 16 bits."""
     try:
         num_q, num_kv = (int(part) for part in text.split(":"))
     except ValueError:
@@ -195,9 +201,14 @@ def parse_count(text: str) -> int:
         raise ValueError(f"{text!r} is not a number of tokens: write 65536, 64K or 4M") from None
 
 
-def _spec_of(
+def spec_of_options(
     mask: MaskName, seqlen: str, lengths: str, file: Path | None, window: int | None, block: int
 ) -> AttnMaskSpec:
+    """The mask that the options of a command describe.
+
+    Raises:
+        ValueError: none or several are given, or one is malformed.
+    """
     if sum(map(bool, (seqlen, lengths, file))) != 1:
         raise ValueError("give the tokens once: --seqlen 1M, or --lengths 8K,3000,512, or --file mask.json")
     if file is not None:

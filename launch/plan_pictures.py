@@ -207,7 +207,7 @@ def _draw_timeline(axes: Axes, plan: Plan, heads: Heads, hardware: Hardware) -> 
         axes.text(0.5, 0.5, "too many routes for a timeline", ha="center", transform=axes.transAxes)
         return
     step = simulate(plan, hardware, heads)
-    lanes = _lanes(step.forward.seconds + step.backward.seconds)
+    lanes = lanes_of(step.forward.seconds + step.backward.seconds)
     forward_end = float(step.forward.seconds.max())
     unit, scale = ("ms", 1e3) if step.seconds > 1e-3 else ("us", 1e6)
     for offset, timeline in ((0.0, step.forward), (forward_end, step.backward)):
@@ -233,20 +233,30 @@ def _draw_timeline(axes: Axes, plan: Plan, heads: Heads, hardware: Hardware) -> 
 
 def _draw_pass(axes: Axes, timeline: PassTimeline, lanes: list[int], offset: float, scale: float) -> None:
     for lane, rank in enumerate(lanes):
-        for number, span in enumerate(timeline.compute):
-            shade = COMPUTE if number % 2 == 0 else "#4C9ACB"  # neighbouring stages apart
-            _bar(axes, span.starts[rank] * scale + offset, span.ends[rank] * scale + offset, lane - 0.32, 0.4, shade)
+        for span in timeline.compute:
+            start, end = span.starts[rank] * scale + offset, span.ends[rank] * scale + offset
+            draw_bar(axes, start, end, lane - 0.32, 0.4, stage_colour(int(span.name.split()[1])))
         for span in timeline.transfers:
-            colour = {"keys": KEYS, "queries": QUERIES}.get(span.name.split()[0], HOME)
-            _bar(axes, span.starts[rank] * scale + offset, span.ends[rank] * scale + offset, lane + 0.1, 0.2, colour)
+            start, end = span.starts[rank] * scale + offset, span.ends[rank] * scale + offset
+            draw_bar(axes, start, end, lane + 0.1, 0.2, transfer_colour(span.name))
 
 
-def _bar(axes: Axes, start: float, end: float, top: float, height: float, colour: Any) -> None:
+def stage_colour(stage: int) -> str:
+    """The colour of a stage's kernel: neighbouring stages are told apart."""
+    return (COMPUTE, "#4C9ACB")[stage % 2]
+
+
+def transfer_colour(name: str) -> str:
+    """The colour of an exchange, by what travels."""
+    return {"keys": KEYS, "queries": QUERIES}.get(name.split()[0], HOME)
+
+
+def draw_bar(axes: Axes, start: float, end: float, top: float, height: float, colour: Any) -> None:
     if end > start:
         axes.broken_barh([(start, end - start)], (top, height), facecolors=colour, linewidth=0)
 
 
-def _lanes(seconds: FloatArray) -> list[int]:
+def lanes_of(seconds: FloatArray) -> list[int]:
     """Ranks to show: all of few, else evenly spread ones with the slowest among them."""
     if len(seconds) <= LANES:
         return list(range(len(seconds)))
