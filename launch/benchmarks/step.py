@@ -25,7 +25,9 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +43,7 @@ from torch.profiler import profile as torch_profile
 from cpattn.launch.benchmarks import schedules as sched
 from cpattn.launch.benchmarks.hosts import require_namespaces, run_on_hosts, two_hosts
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.launch.torchrun import die_with_parent, num_cores, run_on_ranks
+from cpattn.launch.torchrun import die_with_parent, exit_on_sigterm, num_cores, run_on_ranks
 from cpattn.mask_spec import AttnMaskSpec
 from cpattn.solver import place_zigzag
 
@@ -136,8 +138,7 @@ def worker(name: str, dtype: str, repeats: int, out: Path, dry: bool) -> None:
     modes = ("real", "dry") if dry else ("real",)
     times: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
     for turn in range(repeats):
-        for i in range(len(good)):
-            schedule = good[(i + turn) % len(good)]
+        for schedule in random.Random(turn).sample(good, len(good)):  # the same order on all ranks
             for mode in modes if schedule is not everything[0] else ("real",):
                 seconds = _timed(schedule, local[schedule.name], everything[0], mode)
                 times.setdefault((schedule.name, mode), []).append(seconds)
@@ -323,6 +324,7 @@ def main() -> None:
         make_case(name)
     if options.hosts:
         require_namespaces()
+        exit_on_sigterm()  # the namespaces go, too
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in options.ranks:
@@ -335,7 +337,7 @@ def main() -> None:
 
 
 def _write(out: Path, results: list[dict[str, Any]]) -> None:
-    command = "python -m " + MODULE
+    command = " ".join(["python -m", MODULE, *sys.argv[1:]])
     machine: dict[str, Any] = {
         "command": command,
         "date": str(datetime.date.today()),
