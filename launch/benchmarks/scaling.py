@@ -33,7 +33,8 @@ import cpattn
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.launch.torchrun import die_with_parent, num_cores, run_on_ranks
 from cpattn.mask_spec import AttnMaskSpec, lower_mask
-from cpattn.solver import Heads, hardware_named, make_dispatch_plan, plan_report
+from cpattn.solver import Heads, ScheduleKind, hardware_named, make_dispatch_plan, simulate
+from cpattn.solver.report import compare
 
 MODULE = "cpattn.launch.benchmarks.scaling"
 HEADS, HEAD_DIM = 8, 64
@@ -41,6 +42,7 @@ SIZES = (1, 2, 4, 8)
 PREDICTED_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 PREDICTED_HEADS = Heads(64, 8, 128, 128, 2)
 TOKENS_PER_RANK = 8192
+SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys")
 
 # Mask and tokens of a run on some ranks.
 MEASURED: dict[str, Callable[[int], AttnMaskSpec]] = {
@@ -112,13 +114,19 @@ def predict(preset: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
             mask = lower_mask(make(tokens))
             costs = PREDICTED_HEADS.row_costs()
             options: dict[str, Any] = {"costs": costs, "hardware": hardware, "chunk_size": 512}
-            plan = make_dispatch_plan(mask, total_seqlen=tokens, cp_size=size, **options)
-            report = plan_report(plan, mask=mask, heads=PREDICTED_HEADS, hardware=hardware, chunk_size=512)
+            plans = {
+                f"ours, {schedule}": make_dispatch_plan(
+                    mask, total_seqlen=tokens, cp_size=size, schedule=schedule, **options
+                )
+                for schedule in SCHEDULES
+            }
+            seconds = {of: simulate(plan, hardware, PREDICTED_HEADS).seconds for of, plan in plans.items()}
+            rivals = compare(mask, tokens, size, PREDICTED_HEADS, hardware, 512)
+            seconds.update({rival.name: rival.seconds for rival in rivals})
             rate = PREDICTED_HEADS.forward_flop / hardware.forward_flops
             rate += PREDICTED_HEADS.backward_flop / hardware.backward_flops
             ideal = mask.area() / size * rate
-            shares = {"ours": ideal / report.seconds}
-            shares.update({rival.name: ideal / rival.seconds for rival in report.rivals})
+            shares = {of: None if math.isnan(s) else ideal / s for of, s in seconds.items()}
             rows.append({"mask": name, "ranks": size, "tokens": tokens, "compute_ms": 1e3 * ideal, "shares": shares})
     return rows
 
@@ -138,7 +146,7 @@ def _markdown(measured: dict[str, dict[str, float]], predicted: list[dict[str, A
         lines += ["| mask | ranks | compute, ms | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
         for row in predicted:
             cells = (row["shares"].get(n) for n in names)
-            shares = " | ".join("" if c is None or math.isnan(c) else f"{c:.1%}" for c in cells)
+            shares = " | ".join("" if c is None else f"{c:.1%}" for c in cells)
             lines.append(f"| {row['mask']} | {row['ranks']} | {row['compute_ms']:.2f} | {shares} |")
     return "\n".join(lines) + "\n"
 
