@@ -99,7 +99,6 @@ class _Problem:
             return placement
         return even_out(placement, self.profile, limit=limit, max_exchanges=2 * self.cp_size)
 
-
     def repack(self, placement: Placement, search_effort: int) -> Placement:
         """The placement with what pairs of ranks hold divided anew, no less balanced."""
         return repack(
