@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -20,14 +18,11 @@ from rich.console import Console
 
 from cpattn.solver import HARDWARE, Hardware, Heads, StepTimeline, plan_report, simulate
 
-from .calibrate import calibrate
+from .calibrate import calibrate, launched_ranks
 from .plan_command import Layouts, MaskName, Schedules, hardware_of_option, heads_of_option, spec_of_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
-    import torch.distributed as dist
 
     from cpattn import AttnKey
     from cpattn.profiling import Trace
@@ -67,7 +62,7 @@ def bench_command(
     ] = None,
 ) -> None:
     """Run an attention layer, forward and backward, and show compute, transfers and exposed waits of every rank."""
-    with _ranks() as (device, group):
+    with launched_ranks() as (device, group):
         try:
             from cpattn import make_key
 
@@ -213,22 +208,3 @@ def _torch_dtype(dtype: Dtypes) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype.value]
-
-
-@contextmanager
-def _ranks() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
-    """This rank's device, and the group of all ranks if torchrun started several."""
-    import torch
-    import torch.distributed as dist
-
-    cuda, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if several:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield device, dist.group.WORLD if several else None
-    finally:
-        if several:
-            dist.destroy_process_group()

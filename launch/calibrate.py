@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -38,27 +39,37 @@ def calibrate_command(
     head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 64,
 ) -> None:
     """Measure kernel, copies and (under torchrun) links; print and store them as JSON."""
-    import torch
-    import torch.distributed as dist
-
     try:
         num_q, num_kv = (int(part) for part in heads.split(":"))
     except ValueError:
         raise typer.BadParameter(f"--heads is {heads!r}: give query and key heads as 32:8") from None
-    cuda = torch.cuda.is_available()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with launched_ranks() as (device, group):
+        cuda = device.type == "cuda"
+        shape = Heads(num_q, num_kv, head_dim, head_dim, itemsize=2 if cuda else 4)
+        hardware = calibrate(shape, device=device.type, tokens=tokens or (1 << 15 if cuda else 1 << 11))
+        if group is None or group.rank() == 0:
+            print(hardware.to_json())
+            if out is not None:
+                out.write_text(hardware.to_json() + "\n")
+
+
+@contextmanager
+def launched_ranks() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
+    """This rank's device, and the group of all ranks if torchrun started several."""
+    import torch
+    import torch.distributed as dist
+
+    cuda, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     if several:
         dist.init_process_group("nccl" if cuda else "gloo")
-    shape = Heads(num_q, num_kv, head_dim, head_dim, itemsize=2 if cuda else 4)
-    hardware = calibrate(shape, device="cuda" if cuda else "cpu", tokens=tokens or (1 << 15 if cuda else 1 << 11))
-    if not several or dist.get_rank() == 0:
-        print(hardware.to_json())
-        if out is not None:
-            out.write_text(hardware.to_json() + "\n")
-    if several:
-        dist.destroy_process_group()
+    try:
+        yield device, dist.group.WORLD if several else None
+    finally:
+        if several:
+            dist.destroy_process_group()
 
 
 def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGroup | None = None) -> Hardware:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
+from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.solver import SliceTable
 
 NUM_HEADS, HEAD_DIM = 8, 64
@@ -29,11 +30,7 @@ YARDSTICK_TOKENS = 8192
 
 def packed_documents(tokens: int) -> SliceTable:
     """Causal documents of lognormal lengths, mean 4096: the project's board (seed 0)."""
-    rng = np.random.default_rng(0)
-    lengths: list[int] = []
-    while (left := tokens - sum(lengths)) > 0:
-        drawn = max(1, int(rng.lognormal(np.log(4096) - 1.2**2 / 2, 1.2)))
-        lengths.append(min(drawn, left))
+    lengths = np.array(document_lengths(tokens))
     ends = np.cumsum(lengths)
     starts = ends - lengths
     return SliceTable.from_columns(starts, ends, starts, ends, -tokens, 0)

@@ -133,7 +133,7 @@ def worker(name: str, dtype: str, repeats: int, out: Path, dry: bool) -> None:
     del truth, whole
     good = [s for s in everything if errors[s.name] <= TOLERANCE[dtype]]
     notes += [f"{s.name} is wrong by {errors[s.name]:.1e} and was not timed" for s in everything if s not in good]
-    memory = {s.name: _across_ranks(peak_bytes(s, local[s.name])) for s in good}
+    memory = {s.name: _across_ranks(_peak_bytes(s, local[s.name])) for s in good}
     stated = {s.name: _across_ranks(_stated_bytes(s, DTYPES[dtype])) for s in good if isinstance(s, sched.Ours)}
     modes = ("real", "dry") if dry else ("real",)
     times: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
@@ -163,22 +163,27 @@ def relative_error(results: sched.Results, truth: sched.Results, schedule: sched
     return float((sums[:, 0] / sums[:, 1]).sqrt().max())
 
 
-def peak_bytes(schedule: sched.Schedule, tensors: list[torch.Tensor]) -> int:
-    """Most bytes given out at once during a step, by torch's profile of its CPU allocator.
+def allocated_at_peak(run: Callable[[], Any], repeats: int = 4) -> int:
+    """Most bytes that torch's CPU allocator had given out at once since the run began.
 
     The exchange's own thread frees buffers that the profile does not see: the least of a few runs counts.
     """
+    run()  # fills caches
     peaks = []
-    for _ in range(3):
+    for _ in range(repeats):
         with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            schedule.run(*tensors)
+            run()
+        events = recorded.profiler.kineto_results.events()
         live = peak = 0
-        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()
+        for _, num_bytes in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+            live += num_bytes
             peak = max(peak, live)
         peaks.append(peak)
     return min(peaks)
+
+
+def _peak_bytes(schedule: sched.Schedule, tensors: list[torch.Tensor]) -> int:
+    return allocated_at_peak(lambda: schedule.run(*tensors), repeats=3)
 
 
 def _stated_bytes(ours: sched.Ours, dtype: torch.dtype) -> int:

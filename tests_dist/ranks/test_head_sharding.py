@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.head_degree import DegreeChoice, choose_head_degree
 from cpattn.kv_cache import PagedKVCache
+from cpattn.launch.benchmarks.step import allocated_at_peak
 from cpattn.planning import with_layers
 from cpattn.solver import (
     DEFAULT_HARDWARE,
@@ -30,11 +30,11 @@ from cpattn.solver import (
     split_heads,
     split_rows,
 )
+from tests_dist.compile_cases import checkpoint_counts, compile_many_masks
 from tests_dist.harness import run_on_ranks
 from tests_dist.masks import MASKS
 from tests_dist.oracle import Inputs, Results, assert_as_exact_as_sdpa, dense_attention, make_inputs, oracle
 from tests_dist.rank_cases import run_attention, run_with_key
-from tests_dist.ranks.test_memory import allocated_at_peak
 
 # ----------------------------------------------------------------------------------------------------
 # The pure part.
@@ -282,54 +282,23 @@ def local_rows(spec: AttnMaskSpec, degree: int = 2) -> tuple[cpattn.AttnKey, Ten
     return key, cpattn.dispatch(x, key).requires_grad_()
 
 
-def compile_many_masks(num_masks: int) -> int:
-    from torch._inductor.compile_fx import compile_fx
-
-    compilations = 0
-
-    def counting(graph, example_inputs):  # type: ignore[no-untyped-def]
-        nonlocal compilations
-        compilations += 1
-        return compile_fx(graph, example_inputs)
-
-    model = Block()
-    compiled = torch.compile(model, fullgraph=True, backend=counting)
-    for i in range(num_masks):
-        packed = AttnMaskSpec.varlen([100 + 3 * i, 57 + i])
-        key, x = local_rows(AttnMaskSpec.sliding_window(90 + i, 10 + i) if i % 2 else packed)
-        results = []
-        for forward in (compiled, model):
-            out = forward(x, key)
-            results.append((out, *torch.autograd.grad(out.square().sum(), (x, *model.parameters()))))
-        for ours, eager in zip(*results, strict=True):
-            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
-    return compilations
+def compilations_on_rank() -> int:
+    return compile_many_masks(Block(), local_rows, 8)
 
 
 def test_fullgraph_compile_serves_many_masks():
     """No graph break (fullgraph raises on one), and a new mask is not a new compilation."""
-    assert max(run_on_ranks(4, compile_many_masks, 8, timeout=400)) <= 3
+    assert max(run_on_ranks(4, compilations_on_rank, timeout=400)) <= 3
 
 
-def checkpoint_counts(context: Any) -> tuple[int, int]:
-    """Exchanges in forward and in backward of a checkpointed block, whose gradients are right."""
+def exchanges_on_rank(context: Any) -> tuple[int, int]:
     key, x = local_rows(AttnMaskSpec.causal(120))
-    model = Block()
-    expected = torch.autograd.grad(model(x, key).square().sum(), (x, *model.parameters()))
-    options = {} if context is None else {"context_fn": context}
-    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
-        out = checkpoint(model, x, key, use_reentrant=False, **options)
-        forward = exchange.call_count
-        grads = torch.autograd.grad(out.square().sum(), (x, *model.parameters()))
-        total = exchange.call_count
-    for ours, plain in zip(grads, expected, strict=True):
-        torch.testing.assert_close(ours, plain)
-    return forward, total - forward
+    return checkpoint_counts(Block(), key, x, context)
 
 
 def test_selective_checkpoint_adds_no_exchange():
-    forward, backward = run_on_ranks(4, checkpoint_counts, cpattn.attention_checkpoint_contexts)[0]
-    plain_forward, plain_backward = run_on_ranks(4, checkpoint_counts, None)[0]
+    forward, backward = run_on_ranks(4, exchanges_on_rank, cpattn.attention_checkpoint_contexts)[0]
+    plain_forward, plain_backward = run_on_ranks(4, exchanges_on_rank, None)[0]
     assert forward == plain_forward > 0
     assert plain_backward == backward + forward
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cpattn
 from cpattn import AttnMaskSpec
+from tests_dist.compile_cases import CountingCompiler
 from tests_dist.harness import run_on_ranks
 from tests_dist.oracle import make_inputs
 
@@ -112,19 +113,12 @@ def test_checkpointing_keeps_them_too():
 
 def compile_on_rank() -> tuple[int, list[int]]:
     """Compilations of one function over several masks, and exchanges of each compiled backward."""
-    from torch._inductor.compile_fx import compile_fx
-
-    compilations, exchanges = 0, []
-
-    def counting(graph, example_inputs):  # type: ignore[no-untyped-def]
-        nonlocal compilations
-        compilations += 1
-        return compile_fx(graph, example_inputs)
+    compiler, exchanges = CountingCompiler(), []
 
     def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: cpattn.AttnKey) -> torch.Tensor:
         return cpattn.attention(q.sin(), k, v, key).cos()
 
-    compiled = torch.compile(layer, fullgraph=True, backend=counting)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     for n in range(8):
         spec = AttnMaskSpec.causal(90 + 7 * n) if n % 2 else AttnMaskSpec.varlen([60 + n, 11 * n])
         _, key = keys_for(spec, {"num_stages": 1 + n % 3, "schedule": "keys"})
@@ -136,7 +130,7 @@ def compile_on_rank() -> tuple[int, list[int]]:
         exchanges.append(count - key.plan.num_stages)
         for mine, plain in zip(grads, eager, strict=True):
             torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
-    return compilations, exchanges
+    return compiler.compilations, exchanges
 
 
 def test_compiled_once_for_many_masks():

@@ -6,18 +6,16 @@ does not see; so the least of several runs is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as torch_profile
 
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.execute import kept_bytes, run_backward, run_forward
+from cpattn.launch.benchmarks.step import allocated_at_peak
 from tests_dist.harness import run_on_ranks
 
 HEADS, DIM, TOLERANCE = (4, 2), 64, 0.1
@@ -26,22 +24,6 @@ SPECS = {
     "packed": AttnMaskSpec.varlen([900, 500, 17, 600, 31]),
     "window": AttnMaskSpec.sliding_window([2048], 256),
 }
-
-
-def allocated_at_peak(run: Callable[[], Any], repeats: int = 4) -> int:
-    """Most bytes that torch's CPU allocator had given out at once since the run began."""
-    run()  # fills caches
-    peaks = []
-    for _ in range(repeats):
-        with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run()
-        events = recorded.profiler.kineto_results.events()
-        live = peak = 0
-        for _, num_bytes in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-            live += num_bytes
-            peak = max(peak, live)
-        peaks.append(peak)
-    return min(peaks)
 
 
 def key_for(spec: AttnMaskSpec, group: dist.ProcessGroup | None, **options: Any) -> cpattn.AttnKey:

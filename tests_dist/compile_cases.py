@@ -1,0 +1,62 @@
+"""What ranks run in tests of torch.compile and of checkpointing, for any model of one attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import cpattn
+from cpattn import AttnMaskSpec
+
+
+class CountingCompiler:
+    """Backend for torch.compile: inductor, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.compilations = 0
+
+    def __call__(self, graph: Any, example_inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        self.compilations += 1
+        return compile_fx(graph, example_inputs)
+
+
+def compile_many_masks(
+    model: nn.Module, make_local: Callable[[AttnMaskSpec], tuple[cpattn.AttnKey, Tensor]], num_masks: int
+) -> int:
+    """That many masks and lengths through one compiled model, equal to eager; how often it was compiled."""
+    compiler = CountingCompiler()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for i in range(num_masks):
+        packed = AttnMaskSpec.varlen([100 + 3 * i, 57 + i])
+        key, x = make_local(AttnMaskSpec.sliding_window(90 + i, 10 + i) if i % 2 else packed)
+        results = []
+        for forward in (compiled, model):
+            out = forward(x, key)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (x, *model.parameters()))))
+        for ours, eager in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    return compiler.compilations
+
+
+def checkpoint_counts(
+    model: nn.Module, key: cpattn.AttnKey, x: Tensor, context_fn: Callable[..., Any] | None
+) -> tuple[int, int]:
+    """Exchanges in forward and in backward of the checkpointed model, whose gradients are right."""
+    expected = torch.autograd.grad(model(x, key).square().sum(), (x, *model.parameters()))
+    options = {} if context_fn is None else {"context_fn": context_fn}
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        out = checkpoint(model, x, key, use_reentrant=False, **options)
+        forward = exchange.call_count
+        grads = torch.autograd.grad(out.square().sum(), (x, *model.parameters()))
+        total = exchange.call_count
+    for ours, plain in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+    return forward, total - forward
