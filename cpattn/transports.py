@@ -57,6 +57,8 @@ def choose_transport(
     """
     if choice != "auto":
         return choice
+    if not hardware.transports:  # nothing was measured: the routes need not be looked at
+        return "all_to_all"
     exchanges = [plan.kv_routes.of_stage(stage) for stage in range(plan.num_stages)]
     exchanges = [_first_hop(plan, routes) for routes in exchanges if len(routes)]
     if not exchanges or num_ranks < 2:
