@@ -88,6 +88,8 @@ class _Relief:
 
     def _takers(self, busiest: int, areas: IntArray) -> list[int]:
         """Ranks that send little and have the most area left, or see the keys that the busiest sends most of."""
+        if not self.holdings.pieces[busiest]:
+            return []  # of a mask whose keys are not seen from the sparse end on: its rows are counted wrongly
         dearest = max(self.holdings.pieces[busiest], key=self._sends_beside(busiest, busiest))
         light = 2 * self.sent < self.sent[busiest]
         others = np.flatnonzero(light)
