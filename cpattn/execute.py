@@ -12,7 +12,6 @@ Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +48,7 @@ def run_forward(
     out, lse = _empty_partial(q, v, q.dtype if once else accumulator_dtype(q.dtype))
     if plan.moves_queries:
         pending_queries = _cast(key, plan.queries, (q,), _encoded(key, q))
-    encoded = _encoded(key, k, v) if len(plan.stages) > 1 else ()
-    rooms = _rooms(key, plan, k, v, kept)
-    fetches = _Fetches(lambda number: _fetch(key, plan, number, k, v, encoded, rooms), plan)
+    fetches = _Fetches(key, plan, k, v, _rooms(key, plan, k, v, kept))
     reduction = PendingRows(None, tuple)
     keys, values = k, v
     for number, stage in enumerate(plan.stages):
@@ -104,9 +101,7 @@ def run_backward(
     if plan.moves_queries:
         rows = (dout, q, lse, row_delta(dout, out, dtype))
         pending_queries = _cast(key, plan.queries, rows, _encoded(key, dout, q))
-    rooms = _rooms(key, plan, k, v, kept)
-    encoded = _encoded(key, k, v) if len(plan.stages) > 1 and not rooms else ()
-    fetches = _Fetches(lambda number: _refetch(key, plan, number, k, v, encoded, rooms), plan)
+    fetches = _Fetches(key, plan, k, v, _rooms(key, plan, k, v, kept), filled=True)
     keys, values, dkeys, dvalues = k, v, dk, dv
     reductions: deque[PendingRows] = deque()
     for number, stage in enumerate(plan.stages):
@@ -168,57 +163,49 @@ def _guest_rows(
 class _Fetches:
     """The keys and values of the remote stages, each fetched while the stage before computes.
 
-    On a two-level network two stages are under way: the second hop of one, inside the nodes, and the first hop of the
-    next, between them, travel behind the same work. What a stage fetches is held in full only in its second hop.
+    The first two are fetched behind the work on own keys, so that ranks with much of that and ranks with little
+    need not meet between them. On a two-level network two stages are always under way: the second hop of one, inside
+    the nodes, and the first hop of the next, between them, travel behind the same work. What a stage fetches is held in
+    full only in its second hop.
+
+    rooms: what each stage's keys and values are received into, to be kept; none: they are let go.
+    filled: forward has fetched into the rooms, if there are any, so nothing travels.
     """
 
-    def __init__(self, start: Callable[[int], PendingRows], plan: BoundPlan) -> None:
-        self._start, self._next = start, 1 + _depth(plan)
-        self._pending = deque(start(number) for number in range(1, self._next))
+    def __init__(
+        self, key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor, rooms: tuple[Tensor, ...], *, filled: bool = False
+    ) -> None:
+        self._key, self._plan, self._k, self._v = key, plan, k, v
+        self._rooms, self._at_hand = rooms, filled and bool(rooms)
+        self._encoded = _encoded(key, k, v) if len(plan.stages) > 1 and not self._at_hand else ()
+        self._pending = deque(self._start(number) for number in (1, 2))
+        self._taken = 0
 
     def take(self) -> tuple[Tensor, ...]:
         """Keys and values of the next stage; starts what travels while it computes."""
         rows = self._pending.popleft().wait()
         for pending in self._pending:
             pending.advance()
-        self._pending.append(self._start(self._next))
-        self._next += 1
+        self._taken += 1
+        # At one level, two stages' buffers are full: the one taken and the next.
+        if self._taken + _depth(self._plan) > 2:
+            self._pending.append(self._start(self._taken + _depth(self._plan)))
         return rows
+
+    def _start(self, number: int) -> PendingRows:
+        """Start to fetch those of a stage; nothing after the last."""
+        key, plan, k, v = self._key, self._plan, self._k, self._v
+        if number >= len(plan.stages):
+            return PendingRows(None, tuple)
+        if self._at_hand:
+            return PendingRows(None, lambda: _kept_rows(key, self._rooms[number - 1], k, v))
+        room = self._rooms[number - 1] if self._rooms else None
+        return _cast(key, plan.stages[number].kv, (k, v), self._encoded, room)
 
 
 def _depth(plan: BoundPlan) -> int:
     """Exchanges of one kind that are under way at once: one for each hop."""
     return len(plan.queries)
-
-
-def _fetch(
-    key: AttnKey,
-    plan: BoundPlan,
-    number: int,
-    k: Tensor,
-    v: Tensor,
-    encoded: tuple[Tensor, ...],
-    rooms: tuple[Tensor, ...],
-) -> PendingRows:
-    """Start to fetch the keys and values of a stage, into its room if there are any; nothing after the last."""
-    if number >= len(plan.stages):
-        return PendingRows(None, tuple)
-    return _cast(key, plan.stages[number].kv, (k, v), encoded, rooms[number - 1] if rooms else None)
-
-
-def _refetch(
-    key: AttnKey,
-    plan: BoundPlan,
-    number: int,
-    k: Tensor,
-    v: Tensor,
-    encoded: tuple[Tensor, ...],
-    rooms: tuple[Tensor, ...],
-) -> PendingRows:
-    """The same in backward: what was kept is there without an exchange."""
-    if not rooms or number >= len(plan.stages):
-        return _fetch(key, plan, number, k, v, encoded, ())
-    return PendingRows(None, lambda: _kept_rows(key, rooms[number - 1], k, v))
 
 
 def kept_bytes(key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor) -> int:

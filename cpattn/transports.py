@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch.distributed as dist
 
 from cpattn.collectives import Transport
 from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable, two_level_routes
@@ -15,16 +16,17 @@ from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, Rou
 TransportChoice = Literal["auto", "all_to_all", "p2p"]
 
 
-def read_hardware(hardware: Hardware | str | Path | None) -> Hardware:
-    """A description, a preset's name, or the file that `cpattn calibrate` wrote; None is the default preset.
+def read_hardware(hardware: Hardware | str | Path | None, group: dist.ProcessGroup | None) -> Hardware:
+    """A description, a preset's name, or the file that `cpattn calibrate` wrote; None goes by the group.
 
-    A file is read again when it has changed.
+    A group of gloo alone has CPU ranks, any other the default preset. A file is read again when it has changed.
 
     Raises:
         ValueError: no such preset or file, or the file does not hold a description.
     """
     if hardware is None:
-        return DEFAULT_HARDWARE
+        on_cpu = group is not None and dist.get_backend(group) == "gloo"
+        return HARDWARE["cpu"] if on_cpu else DEFAULT_HARDWARE
     if isinstance(hardware, Hardware):
         return hardware
     if isinstance(hardware, str) and hardware in HARDWARE:

@@ -1,6 +1,7 @@
 """Pure planning on ints and numpy arrays: no torch, no process group, no device."""
 
 from .bounds import BytesBound, Limits, RowsBound, bytes_bound, kv_rows_bound, step_time_bound
+from .clock import PassTimeline, Span
 from .cost import (
     DEFAULT_HARDWARE,
     HARDWARE,
@@ -11,10 +12,10 @@ from .cost import (
     RowCosts,
     TransportName,
     TransportTimes,
-    choose_num_stages,
     hardware_named,
     row_costs,
 )
+from .dispatch import LAYOUTS, SCHEDULES, Layout, ScheduleKind, keys_schedule, make_dispatch_plan
 from .head_split import (
     HeadPart,
     context_ranks_per_node,
@@ -27,22 +28,7 @@ from .head_split import (
 from .joint import JointPlans, joint_imbalance, make_joint_plans
 from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import (
-    LAYOUTS,
-    SCHEDULES,
-    Exchange,
-    Layout,
-    Plan,
-    RankPlan,
-    RankStage,
-    Runs,
-    ScheduleKind,
-    assemble_plan,
-    exchange_of,
-    keys_schedule,
-    make_dispatch_plan,
-    received_runs,
-)
+from .plan import Exchange, Plan, RankPlan, RankStage, Runs, assemble_plan, exchange_of, received_runs
 from .report import PlanReport, Rival, plan_report
 from .rounds import window_params
 from .routes import (
@@ -51,12 +37,11 @@ from .routes import (
     make_routes,
     merge_intervals,
     rows_missing,
-    split_stages,
     tokens_needed,
     two_level_routes,
 )
 from .schedule import Schedule, bisect_tasks, place_for_schedule
-from .simulate import PassTimeline, Span, StepTimeline, simulate, traffic_matrix
+from .simulate import StepTimeline, simulate, traffic_matrix
 from .slices import (
     UNBOUNDED,
     Cropped,
@@ -116,7 +101,6 @@ __all__ = [
     "assemble_plan",
     "bisect_tasks",
     "bytes_bound",
-    "choose_num_stages",
     "context_ranks_per_node",
     "disjoint_union",
     "exchange_of",
@@ -143,7 +127,6 @@ __all__ = [
     "simulate",
     "split_heads",
     "split_rows",
-    "split_stages",
     "spread_rank_plan",
     "step_time_bound",
     "tiles_to_slices",

@@ -19,14 +19,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .slices import IntArray
-
 FloatArray = NDArray[np.float64]
 
 _FP32 = 4
 
-# A stage whose number could be one less at a loss of this share of the time is not worth its buffers.
-_STAGE_GAIN = 0.02
 # Point-to-point messages must take less than this share of the collective's time to be chosen.
 _P2P_GAIN = 0.95
 
@@ -281,6 +277,19 @@ HARDWARE: dict[str, Hardware] = {
         source="DGX B200: FA4 (up to 1.6 PFLOP/s forward published, taken at 0.87; backward assumed), NVLink 5 "
         "900 GB/s and one 400 Gbit/s NIC per GPU, at 0.8; " + _ASSUMED,
     ),
+    "cpu": Hardware(
+        name="cpu",
+        forward_flops=50e9,
+        backward_flops=50e9,
+        slice_s=200e-6,
+        launch_s=400e-6,
+        copy_bytes_per_s=1e10,
+        within=Link(250e-6, 1.4e9),
+        across=Link(250e-6, 1e9),
+        ranks_per_node=64,
+        source="one core of an x86-64 server in fp32 and gloo over its loopback, rounded from `cpattn calibrate`; "
+        "links between hosts assumed",
+    ),
 }
 
 DEFAULT_HARDWARE = HARDWARE["h100"]
@@ -295,48 +304,3 @@ def hardware_named(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ValueError(f"hardware {name!r} is unknown: use one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
-
-
-def choose_num_stages(
-    areas: IntArray,
-    kv_rows: IntArray,
-    own_rows: IntArray,
-    *,
-    heads: Heads,
-    hardware: Hardware,
-    ranks_per_node: int,
-    most: int,
-) -> int:
-    """How many stages the remote keys travel in, from the forward pass's predicted time.
-
-    Stage s + 1 travels while stage s computes, so two stages' buffers are alive at most and the time is
-
-        max(host, move) + (n - 1) max(work, move) + work,    move = latency + bytes / (n rate)
-
-    with `host` the work on own keys and `work` that on one stage's. More stages hide more of the first
-    transfer and hold smaller buffers, and pay more latencies and launches. The fewest stages within
-    2 % of the best time of the slowest rank are taken.
-
-    Args:
-        areas: visible pairs of each rank, [cp_size].
-        kv_rows: key rows that each rank receives, [cp_size].
-        own_rows: key rows that each rank owns, [cp_size]; its area on them is taken to be in
-            proportion to their share of the keys it needs.
-        ranks_per_node: ranks in one node as the plan groups them; with more ranks than that, rows
-            are priced at the slow link.
-        most: the largest number considered, at least 1.
-    """
-    if not kv_rows.any():
-        return 1
-    slow = hardware.across if len(areas) > min(ranks_per_node, hardware.ranks_per_node) else hardware.within
-    pair_s = heads.forward_flop / hardware.forward_flops
-    share = own_rows / np.maximum(own_rows + kv_rows, 1)
-    host = areas * share * pair_s + hardware.launch_s
-    remote = areas * (1 - share) * pair_s
-    moved = kv_rows * float(heads.row_bytes().kv)
-    times = []
-    for n in range(1, most + 1):
-        work, move = remote / n + hardware.launch_s, slow.seconds(moved / n)
-        times.append(float((np.maximum(host, move) + (n - 1) * np.maximum(work, move) + work).max()))
-    enough = min(times) * (1 + _STAGE_GAIN)
-    return next(n for n, time in enumerate(times, 1) if time <= enough)

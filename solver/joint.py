@@ -21,9 +21,10 @@ from .balance import place_balanced
 from .balance_profile import DensityProfile
 from .balance_queues import place_by_density
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
+from .dispatch import Layout, check_sizes, keys_schedule
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import DEFAULT_COSTS, Layout, Plan, assemble_plan, check_sizes, keys_schedule
-from .routes import tokens_needed
+from .plan import DEFAULT_COSTS, Plan, assemble_plan
+from .routes import runs_needed, tokens_needed
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .simulate import simulate
 from .slices import IntArray, SliceTable
@@ -140,12 +141,11 @@ class _Candidate(NamedTuple):
 
     def num_routes(self) -> int:
         """At most so many routes do its plans have."""
-        place, count = self.placement, 0
-        for schedule in self.schedules:
-            for needed in tokens_needed(*schedule):
-                first = np.searchsorted(place.ends, needed.starts, side="right")
-                count += int((np.searchsorted(place.ends, needed.ends, side="left") - first + 1).sum())
-        return count
+        return sum(
+            int(runs_needed(needed, self.placement)[1].sum())
+            for schedule in self.schedules
+            for needed in tokens_needed(*schedule)
+        )
 
 
 def _in_balance(candidates: list[_Candidate], weights: Sequence[float], chunk_size: int) -> list[_Candidate]:

@@ -7,34 +7,33 @@ A `Plan` is pure data, equal on every rank and independent of process groups and
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .balance import AREA_LIMIT, place_balanced
-from .bounds import Limits, quick_rows_bound
-from .cost import DEFAULT_HARDWARE, Hardware, RowCosts, choose_num_stages, row_costs
-from .placement import Placement, place_contiguous, place_zigzag
-from .routes import RouteTable, make_routes, rows_missing, tokens_needed, two_level_routes
-from .schedule import Schedule, bisect_tasks, place_for_schedule
+from .cost import DEFAULT_HARDWARE, Hardware, RowCosts, row_costs
+from .estimate import Load, Staging, choose_stages
+from .placement import Placement
+from .routes import (
+    Intervals,
+    RouteTable,
+    make_routes,
+    most_shared_stages,
+    rows_missing,
+    runs_needed,
+    tokens_needed,
+    two_level_routes,
+)
+from .schedule import Schedule
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
-
-Layout = Literal["balanced", "contiguous", "zigzag"]
-LAYOUTS: tuple[Layout, ...] = ("balanced", "contiguous", "zigzag")
-
-ScheduleKind = Literal["auto", "keys", "tiles"]
-SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 
 # Heads 32:8 of dim 128 in 16 bits.
 DEFAULT_COSTS = row_costs(32, 8, 128, 128)
-# Moving queries costs more exchanges and merges: it must save this factor in bytes to be chosen.
-TILES_GAIN = 0.95
-
 # More stages than this split the remote keys into tiles too small to be worth it.
 MAX_STAGES = 8
+_FEW_STAGES = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +157,6 @@ class Plan:
             stages=tuple(stages),
         )
 
-
     def _hops(
         self, routes: RouteTable, stage: int, placement: Placement, rank: int
     ) -> tuple[tuple[Exchange, ...], Runs]:
@@ -172,90 +170,95 @@ class Plan:
         return (first, exchange_of(within, placement, rank, landed)), received_runs(within, rank)
 
 
-def make_dispatch_plan(
-    slices: SliceTable,
-    *,
-    total_seqlen: int,
-    cp_size: int,
-    total_seqlen_k: int | None = None,
-    chunk_size: int = 512,
-    layout: Layout = "balanced",
-    num_stages: int | None = None,
-    schedule: ScheduleKind = "keys",
-    costs: RowCosts = DEFAULT_COSTS,
-    ranks_per_node: int | None = None,
-    search_effort: int = 0,
-    hardware: Hardware = DEFAULT_HARDWARE,
-) -> Plan:
-    """Plan attention under a mask for every rank of a group.
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """Who computes which task (disjoint) and who owns what, with the rows that follow, before routes are made.
 
-    Args:
-        slices: disjoint banded rectangles of the mask (`disjoint_union` makes them so).
-        total_seqlen: query tokens, and key tokens unless total_seqlen_k is given (cross-attention).
-        cp_size: number of ranks.
-        chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
-        layout: "balanced" (even area and tokens, least traffic), "contiguous" or "zigzag".
-        num_stages: parts in which remote keys are fetched; None chooses.
-        schedule: "keys": queries are computed where they lie, and only keys and values travel.
-            "tiles": each rank computes a tile of queries x keys and queries travel too. "auto":
-            tiles where they move fewer bytes. Tiles bring their own layout, so they go only with
-            layout "balanced" and self-attention.
-        costs: what a query row and a key row cost to move.
-        ranks_per_node: ranks that share a node, in a two-level network; None: one level.
-        search_effort: extra placement search, in units of a fixed number of steps (about 25 ms each, the
-            same result on every rank); 0 is the fast default.
-        hardware: speeds by which num_stages is chosen.
-
-    Raises:
-        ValueError: a size is out of range or the layout is unknown.
+    A task may be computed by a rank that owns neither its queries nor its keys. queries, keys: rows that
+    each rank needs.
     """
-    check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
-    can_tile = layout == "balanced" and total_seqlen_k is None
-    if schedule not in SCHEDULES or (schedule == "tiles" and not can_tile):
+
+    tasks: SliceTable
+    task_ranks: IntArray
+    q_placement: Placement
+    k_placement: Placement
+    queries: Intervals
+    keys: Intervals
+
+    @classmethod
+    def of(cls, schedule: Schedule, q_placement: Placement, k_placement: Placement) -> Draft:
+        """The draft of a schedule over rows placed as given."""
+        return cls(*schedule, q_placement, k_placement, *tokens_needed(*schedule))
+
+    def bytes_moved(self, costs: RowCosts) -> int:
+        """Bytes that travel in both passes, over all ranks."""
+        q_rows, kv_rows = rows_missing(self.queries, self.q_placement), rows_missing(self.keys, self.k_placement)
+        return int(q_rows.sum()) * costs.q + int(kv_rows.sum()) * costs.kv
+
+    def staging(
+        self, costs: RowCosts, hardware: Hardware, ranks_per_node: int | None, num_stages: int | None
+    ) -> Staging:
+        """How remote keys travel best, in any number of stages or the given one, and the estimated time.
+
+        Raises:
+            ValueError: cp_size is no multiple of ranks_per_node.
+        """
+        cp_size = self.q_placement.cp_size
+        per_node = _ranks_per_node(ranks_per_node, cp_size)
+        load = Load.of(
+            np.bincount(self.task_ranks, self.tasks.areas(), cp_size).astype(np.int64),
+            np.bincount(self.task_ranks, minlength=cp_size),
+            self.queries,
+            self.keys,
+            self.q_placement,
+            self.k_placement,
+            ranks_per_node=min(per_node, hardware.ranks_per_node),
+            two_level=1 < per_node < cp_size,
+        )
+        if not load.keys.within.any() and not load.keys.across.any():
+            counts: Iterable[int] = (0,)
+        else:
+            counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
+        return choose_stages(load, costs.heads, hardware, counts)
+
+    def _most_stages(self) -> int:
+        """As many as can share all senders, if that is a few; where it is not, they do not share them anyway."""
+        shared = most_shared_stages(int(runs_needed(self.keys, self.k_placement)[1].sum()))
+        return min(shared, MAX_STAGES) if shared >= _FEW_STAGES else MAX_STAGES
+
+    def plan(self, staging: Staging, ranks_per_node: int | None) -> Plan:
+        """The plan whose remote keys travel so; raises as `staging`."""
+        cp_size = self.q_placement.cp_size
+        ranks_per_node = _ranks_per_node(ranks_per_node, cp_size)
+        num_stages = len(staging.weights)
+        same_node = ranks_per_node if 1 < ranks_per_node < cp_size else 1
+        q_routes = make_routes(self.queries, self.q_placement)
+        kv_routes = make_routes(self.keys, self.k_placement, staging.weights or (1,), ranks_per_node=same_node)
+        tasks = (self.tasks, self.task_ranks)
+        placements = (self.q_placement, self.k_placement)
+        return Plan(
+            q_placement=self.q_placement,
+            k_placement=self.k_placement,
+            tasks=self.tasks,
+            task_ranks=self.task_ranks,
+            q_routes=q_routes,
+            kv_routes=kv_routes,
+            num_stages=num_stages,
+            ranks_per_node=ranks_per_node,
+            fingerprint=_fingerprint(*tasks, *placements, q_routes, kv_routes, num_stages, ranks_per_node),
+        )
+
+
+def _ranks_per_node(ranks_per_node: int | None, cp_size: int) -> int:
+    """As many as there are ranks for a network of one level."""
+    if ranks_per_node is None:
+        return cp_size
+    if ranks_per_node < 1 or cp_size % ranks_per_node:
         raise ValueError(
-            f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
-            f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
+            f"ranks_per_node is {ranks_per_node} and cp_size is {cp_size}: nodes must be of equal size; "
+            f"pass None for a network of one level"
         )
-    assemble = partial(
-        assemble_plan, num_stages=num_stages, ranks_per_node=ranks_per_node, costs=costs, hardware=hardware
-    )
-    limit = math.inf  # bytes up to which a plan that moves no query is preferred
-    if schedule == "tiles" or (schedule == "auto" and can_tile and cp_size > 2):
-        tiles = bisect_tasks(slices, cp_size, q_cost=costs.q, k_cost=costs.kv)
-        placement = place_for_schedule(
-            tiles, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv
-        )
-        if schedule == "auto":
-            limit = _bytes_moved(tiles, placement, placement, costs) / TILES_GAIN
-        if schedule == "tiles" or limit < _least_bytes(slices, total_seqlen, cp_size, chunk_size, costs):
-            return assemble(*tiles, placement, placement)
-    placed = _place(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort)
-    keys = keys_schedule(slices, placed[0])
-    if _bytes_moved(keys, *placed, costs) <= limit:
-        return assemble(*keys, *placed)
-    return assemble(*tiles, placement, placement)
-
-
-def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:
-    """The schedule in which the owner of a query computes everything for it."""
-    tasks, _ = slices.split_q(q_placement.starts[1:])
-    return Schedule(tasks, q_placement.owner_of(tasks.q0))
-
-
-def _least_bytes(
-    slices: SliceTable, total_seqlen: int, cp_size: int, chunk_size: int, costs: RowCosts
-) -> int:
-    """Bytes below which no balanced plan gets in which every query is computed where it lies."""
-    limits = Limits.even(slices, total_seqlen, cp_size, chunk_size=chunk_size, imbalance=AREA_LIMIT)
-    return costs.kv * quick_rows_bound(slices, total_seqlen=total_seqlen, cp_size=cp_size, limits=limits)
-
-
-def _bytes_moved(
-    schedule: Schedule, q_placement: Placement, k_placement: Placement, costs: RowCosts
-) -> int:
-    queries, keys = tokens_needed(schedule.tasks, schedule.task_ranks)
-    q_rows, kv_rows = rows_missing(queries, q_placement), rows_missing(keys, k_placement)
-    return int(q_rows.sum()) * costs.q + int(kv_rows.sum()) * costs.kv
+    return ranks_per_node
 
 
 def assemble_plan(
@@ -274,118 +277,8 @@ def assemble_plan(
     A task may be computed by a rank that owns neither its queries nor its keys. Without num_stages
     the number is chosen for the heads of `costs` on `hardware`.
     """
-    cp_size = q_placement.cp_size
-    queries, keys = tokens_needed(tasks, task_ranks)
-    q_routes = make_routes(queries, q_placement)
-    kv_rows = rows_missing(keys, k_placement)
-    if num_stages is None:
-        num_stages = choose_num_stages(
-            np.bincount(task_ranks, tasks.areas(), cp_size),
-            kv_rows,
-            k_placement.num_tokens,
-            heads=costs.heads,
-            hardware=hardware,
-            ranks_per_node=cp_size if ranks_per_node is None else ranks_per_node,
-            most=MAX_STAGES,
-        )
-    if not kv_rows.any():
-        num_stages = 0
-    kv_routes = make_routes(keys, k_placement, max(num_stages, 1))
-    ranks_per_node = cp_size if ranks_per_node is None else ranks_per_node
-    if ranks_per_node < 1 or cp_size % ranks_per_node:
-        raise ValueError(
-            f"ranks_per_node is {ranks_per_node} and cp_size is {cp_size}: nodes must be of equal size; "
-            f"pass None for a network of one level"
-        )
-    parts = (tasks, task_ranks, q_placement, k_placement, q_routes, kv_routes, num_stages, ranks_per_node)
-    return Plan(
-        q_placement=q_placement,
-        k_placement=k_placement,
-        tasks=tasks,
-        task_ranks=task_ranks,
-        q_routes=q_routes,
-        kv_routes=kv_routes,
-        num_stages=num_stages,
-        ranks_per_node=ranks_per_node,
-        fingerprint=_fingerprint(*parts),
-    )
-
-
-def check_sizes(
-    total_seqlen: int,
-    total_seqlen_k: int | None,
-    cp_size: int,
-    chunk_size: int,
-    num_stages: int | None,
-    layout: str,
-) -> None:
-    for name, value, least in (
-        ("total_seqlen", total_seqlen, 0),
-        ("total_seqlen_k", total_seqlen_k, 0),
-        ("cp_size", cp_size, 1),
-        ("chunk_size", chunk_size, 1),
-        ("num_stages", num_stages, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}: it must be at least {least}")
-    if num_stages is not None and num_stages > MAX_STAGES:
-        raise ValueError(f"num_stages is {num_stages}: at most {MAX_STAGES} stages are planned")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
-
-
-def _place(
-    slices: SliceTable,
-    total_seqlen: int,
-    total_seqlen_k: int | None,
-    cp_size: int,
-    chunk_size: int,
-    layout: Layout,
-    search_effort: int,
-) -> tuple[Placement, Placement]:
-    if layout == "contiguous" or cp_size == 1:
-        by_name = place_contiguous
-    elif layout == "zigzag":
-        by_name = place_zigzag
-    elif total_seqlen_k is None:
-        placement = place_balanced(
-            slices,
-            total_seqlen=total_seqlen,
-            cp_size=cp_size,
-            chunk_size=chunk_size,
-            search_effort=search_effort,
-        )
-        return placement, placement
-    else:
-        return place_cross(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size)
-    q_placement = by_name(total_seqlen, cp_size)
-    if total_seqlen_k is None:
-        return q_placement, q_placement
-    return q_placement, by_name(total_seqlen_k, cp_size)
-
-
-def place_cross(
-    slices: SliceTable, seqlen_q: int, seqlen_k: int, cp_size: int, chunk_size: int
-) -> tuple[Placement, Placement]:
-    """Placements for cross-attention: queries in contiguous pieces of even area, keys beside them.
-
-    Queries and keys are separate sequences, so the keys can lie where they are used: key token j
-    goes to the rank whose queries begin to see it, in pieces of equal length. Queries are cut where
-    area and token count, each weighted half, reach the next rank's share.
-    """
-    cuts = np.arange(0, seqlen_q + chunk_size, chunk_size).clip(max=seqlen_q)
-    pieces, _ = slices.split_q(cuts)
-    chunk = np.searchsorted(cuts, pieces.q0, side="right") - 1
-    areas = np.bincount(chunk, pieces.areas(), len(cuts) - 1)
-    tokens = np.diff(cuts).astype(np.float64)
-    weight = tokens / max(tokens.sum(), 1.0) + areas / max(areas.sum(), 1.0)
-    filled = np.concatenate([[0.0], np.cumsum(weight)])
-    targets = filled[-1] * np.arange(1, cp_size) / cp_size
-    ends = np.interp(targets, filled, cuts).astype(np.int64)
-    q_placement = Placement.from_runs(
-        np.append(ends, seqlen_q), np.arange(cp_size), cp_size=cp_size
-    )
-    return q_placement, place_contiguous(seqlen_k, cp_size)
+    draft = Draft.of(Schedule(tasks, task_ranks), q_placement, k_placement)
+    return draft.plan(draft.staging(costs, hardware, ranks_per_node, num_stages), ranks_per_node)
 
 
 class Runs(NamedTuple):

@@ -12,8 +12,9 @@ import numpy as np
 from .balance_metric import kv_rows_received, rank_areas
 from .bounds import Limits, bytes_bound, kv_rows_bound, step_time_bound
 from .cost import DEFAULT_HARDWARE, Hardware, Heads
+from .dispatch import keys_schedule
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import Plan, assemble_plan, keys_schedule
+from .plan import Plan, assemble_plan
 from .simulate import simulate
 from .slices import IntArray, SliceTable, merge_neighbours
 
@@ -221,7 +222,8 @@ def compare(
         if cp_size * len(placement.ends) <= _MOST_RIVAL_ROUTES:
             costs = heads.row_costs()
             schedule = keys_schedule(table, placement)
-            seconds = simulate(assemble_plan(*schedule, placement, placement, costs=costs), hardware, heads).seconds
+            plan = assemble_plan(*schedule, placement, placement, costs=costs, hardware=hardware)
+            seconds = simulate(plan, hardware, heads).seconds
         rivals.append(Rival(name, uneven, float(each.sum()), float(each.max()), seconds))
     rivals.append(_ulysses(model))
     return rivals

@@ -6,7 +6,7 @@ tokens is a table of a few thousand numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,6 +93,14 @@ def tokens_needed(tasks: SliceTable, task_ranks: IntArray) -> tuple[Intervals, I
 
 def rows_missing(needed: Intervals, placement: Placement) -> IntArray:
     """Rows that each rank needs and does not own, [cp_size]: what routes would bring it."""
+    missing = needed.ends - needed.starts - _rows_owned(needed, placement)
+    return np.bincount(needed.ranks, missing, placement.cp_size).astype(np.int64)
+
+
+def _rows_owned(needed: Intervals, placement: Placement) -> IntArray:
+    """Rows of each interval that its rank owns."""
+    if not len(needed.ranks):
+        return np.zeros(0, dtype=np.int64)
     stride = placement.total_seqlen + 1
     order = np.argsort(placement.owners, kind="stable")
     run_at = (placement.owners * stride + placement.starts)[order]
@@ -105,24 +113,106 @@ def rows_missing(needed: Intervals, placement: Placement) -> IntArray:
         same = (nth >= 0) & (placement.owners[run] == needed.ranks)
         return np.where(same, placement.local_starts[run] + inside, 0)
 
-    if not len(needed.ranks):
-        return np.zeros(placement.cp_size, dtype=np.int64)
-    owned = owned_before(needed.ends) - owned_before(needed.starts)
-    missing = np.bincount(needed.ranks, needed.ends - needed.starts - owned, placement.cp_size)
-    return missing.astype(np.int64)
+    return owned_before(needed.ends) - owned_before(needed.starts)
+
+
+class LinkRows(NamedTuple):
+    """Rows that each rank moves in an exchange, in the busier direction, by the kind of link, [cp_size]."""
+
+    within: IntArray
+    across: IntArray
+
+
+def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, once_per_node: bool) -> LinkRows:
+    """What bringing each rank the rows that it needs and does not own takes of its links.
+
+    Args:
+        ranks_per_node: ranks r with equal r // ranks_per_node share a node.
+        once_per_node: a row crosses between nodes once for all ranks of a node, to any of them (counted
+            as the mean over the node), and then fans out inside.
+    """
+    size = placement.cp_size
+    nodes = Placement.from_runs(
+        placement.ends, placement.owners // ranks_per_node, cp_size=-(-size // ranks_per_node)
+    )
+    of_node = needed._replace(ranks=needed.ranks // ranks_per_node)
+    missing = rows_missing(needed, placement)
+    if once_per_node:
+        union = merge_intervals(*of_node)
+        landed = rows_missing(union, nodes)[np.arange(size) // ranks_per_node] // ranks_per_node
+        return LinkRows(missing, np.maximum(landed, _rows_sent(union, nodes, placement)))
+    far = of_node.ends - of_node.starts - _rows_owned(of_node, nodes)
+    far_in = np.bincount(needed.ranks, far, size).astype(np.int64)
+    far_out = _rows_sent(of_node, nodes, placement)
+    near_out = _rows_sent(needed, placement, placement) - far_out
+    return LinkRows(np.maximum(missing - far_in, near_out), np.maximum(far_in, far_out))
+
+
+def _rows_sent(needed: Intervals, groups: Placement, placement: Placement) -> IntArray:
+    """Rows that each rank sends to other groups, [cp_size]; the intervals' ranks are groups, as the owners of `groups`.
+
+    A row counts once for each interval that has it, of a group that does not own it.
+    """
+    run = np.searchsorted(groups.ends, placement.starts, side="right")
+    everyone = _rows_covered(needed.starts, needed.ends, placement.starts, placement.ends)
+    stride = placement.total_seqlen + 1
+    base, own = needed.ranks * stride, groups.owners[run] * stride
+    same = _rows_covered(needed.starts + base, needed.ends + base, placement.starts + own, placement.ends + own)
+    return np.bincount(placement.owners, everyone - same, placement.cp_size).astype(np.int64)
+
+
+def _rows_covered(starts: IntArray, ends: IntArray, low: IntArray, high: IntArray) -> IntArray:
+    """For each [low, high) the rows of the intervals [starts, ends) in it, all intervals added up."""
+    starts, ends = np.sort(starts), np.sort(ends)
+    started, ended = np.append(0, np.cumsum(starts)), np.append(0, np.cumsum(ends))
+
+    def below(x: IntArray) -> IntArray:
+        i, j = np.searchsorted(starts, x), np.searchsorted(ends, x)
+        result: IntArray = (i * x - started[i]) - (j * x - ended[j])
+        return result
+
+    return below(high) - below(low)
 
 
 # Routes handled together: at a thousand ranks there are millions, and whole columns of them would spill
 # out of the caches and take several times the memory of the result.
 _BLOCK = 1 << 16
+# With more routes than this over all stages, a stage takes whole senders instead of a share of each.
+_MOST_SHARED = 1 << 19
+# Rows below which a sender's rows are not divided between stages.
+_LEAST_ROWS = 32
 
 
-def make_routes(needed: Intervals, placement: Placement, num_stages: int = 1) -> RouteTable:
-    """Routes that bring each rank the tokens it needs and does not own, in `num_stages` stages."""
+def runs_needed(needed: Intervals, placement: Placement) -> tuple[IntArray, IntArray]:
+    """For each interval the first run of the placement that it meets, and how many it meets."""
     first = np.searchsorted(placement.ends, needed.starts, side="right")
-    counts = np.searchsorted(placement.starts, needed.ends, side="left") - first
+    return first, np.searchsorted(placement.starts, needed.ends, side="left") - first
+
+
+def most_shared_stages(num_runs: int) -> int:
+    """Number of stages up to which each takes its share of every sender's rows, with so many runs needed."""
+    return _MOST_SHARED // max(num_runs, 1)
+
+
+def make_routes(
+    needed: Intervals, placement: Placement, weights: Sequence[int] = (1,), *, ranks_per_node: int = 1
+) -> RouteTable:
+    """Routes that bring each rank the tokens it needs and does not own, in stages.
+
+    Every stage takes its share of what each sender has for each receiver, so no sender is busier in one
+    stage than in another. At many ranks, where that would make too many routes, it takes its share of a
+    receiver's rows in token order, beginning elsewhere for each receiver.
+
+    Args:
+        weights: of the stages, each at least 1: their numbers of rows are in proportion.
+        ranks_per_node: ranks r with equal r // ranks_per_node that need the same row get it in the same
+            stage, so that it crosses to them once.
+    """
+    first, counts = runs_needed(needed, placement)
+    stages = _Stages(np.array(weights, dtype=np.int64), ranks_per_node, placement.cp_size)
+    by_sender = len(weights) <= most_shared_stages(int(counts.sum()))
     blocks = []
-    for a, b in _rank_blocks(needed.ranks, counts):
+    for a, b in _group_blocks(needed.ranks // ranks_per_node, counts):
         need, nth = expand_counts(counts[a:b])
         need += a
         run = first[need] + nth
@@ -130,23 +220,8 @@ def make_routes(needed: Intervals, placement: Placement, num_stages: int = 1) ->
         need, run = need[travels], run[travels]
         starts = np.maximum(needed.starts[need], placement.starts[run])
         ends = np.minimum(needed.ends[need], placement.ends[run])
-        pieces = (needed.ranks[need], placement.owners[run], starts, ends)
-        blocks.append(_staged_block(*pieces, num_stages=num_stages, cp_size=placement.cp_size))
-    return _by_stage(blocks, num_stages)
-
-
-def split_stages(routes: RouteTable, num_stages: int, cp_size: int) -> RouteTable:
-    """The same rows (all of stage 0) in num_stages parts; each receiver's rows are divided evenly.
-
-    In token order, which keeps a stage's keys together, so that its tiles stay large.
-    """
-    order = np.lexsort((routes.starts, routes.dsts))
-    columns = tuple(column[order] for column in (routes.dsts, routes.srcs, routes.starts, routes.ends))
-    blocks = [
-        _staged_block(*(column[a:b] for column in columns), num_stages=num_stages, cp_size=cp_size)
-        for a, b in _rank_blocks(columns[0], np.ones(len(routes), dtype=np.int64))
-    ]
-    return _by_stage(blocks, num_stages)
+        blocks.append(stages.of_block(needed.ranks[need], placement.owners[run], starts, ends, by_sender=by_sender))
+    return _by_stage(blocks, len(weights))
 
 
 def _by_stage(blocks: list[RouteTable], num_stages: int) -> RouteTable:
@@ -166,46 +241,100 @@ def _by_stage(blocks: list[RouteTable], num_stages: int) -> RouteTable:
     return RouteTable(*(joined(name) for name in ("dsts", "srcs", "starts", "ends", "stages")))
 
 
-def _staged_block(
-    dsts: IntArray, srcs: IntArray, starts: IntArray, ends: IntArray, *, num_stages: int, cp_size: int
-) -> RouteTable:
-    """All routes of some receivers in stages; they come in the order of (receiver, start)."""
-    if num_stages <= 1 or not len(dsts):
-        order = np.argsort(dsts * cp_size + srcs, kind="stable")
-        stages = np.zeros(len(order), dtype=np.int64)
-        return RouteTable(dsts[order], srcs[order], starts[order], ends[order], stages)
-    lengths = ends - starts
+class _Stages(NamedTuple):
+    """How rows are divided between stages."""
+
+    weights: IntArray
+    ranks_per_node: int
+    cp_size: int
+
+    def of_block(
+        self, dsts: IntArray, srcs: IntArray, starts: IntArray, ends: IntArray, *, by_sender: bool
+    ) -> RouteTable:
+        """All routes of some nodes in stages; they come in the order of (receiver, start)."""
+        num_stages = len(self.weights)
+        if num_stages == 1 or not len(dsts):
+            order = np.argsort(dsts * self.cp_size + srcs, kind="stable")
+            return RouteTable(dsts[order], srcs[order], starts[order], ends[order], np.zeros(len(order), np.int64))
+        node = dsts // self.ranks_per_node
+        label = node * self.cp_size + srcs if by_sender else node
+        before, group, groups, totals = _positions(label, starts, ends)
+        bounds = self._bounds(groups, totals, by_sender=by_sender)
+        first, last = np.zeros(len(label), dtype=np.int64), np.zeros(len(label), dtype=np.int64)
+        behind = before + ends - starts
+        for bound in bounds[1:-1]:
+            at = bound[group]
+            first += at <= before
+            last += at < behind
+        row, part = expand_counts(last - first + 1)
+        part += first[row]
+        shift, group = (starts - before)[row], group[row]
+        new_starts = np.maximum(starts[row], bounds[part, group] + shift)
+        new_ends = np.minimum(ends[row], bounds[part + 1, group] + shift)
+        stage = part if by_sender else (part + node[row]) % num_stages
+        # A stable sort keeps starts ascending.
+        order = np.argsort((stage * self.cp_size + dsts[row]) * self.cp_size + srcs[row], kind="stable")
+        order = order[new_ends[order] > new_starts[order]]
+        row = row[order]
+        return RouteTable(dsts[row], srcs[row], new_starts[order], new_ends[order], stage[order])
+
+    def _bounds(self, groups: IntArray, totals: IntArray, *, by_sender: bool) -> IntArray:
+        """First row of every part among the rows of each group, and the end, [stages + 1, n].
+
+        By sender, a group is a node's number times cp_size plus a sender, part p is stage p, and rows are
+        divided in blocks: block b of B lies at (b + phase) / B of the way, and belongs to the stage that
+        has this share. Else a group is a node, and part p is as large as stage p + node, modulo their number.
+        """
+        num_stages, whole = len(self.weights), int(self.weights.sum())
+        turn = np.zeros_like(groups) if by_sender else groups % num_stages
+        turned = self.weights[(np.arange(num_stages)[:, None] + turn) % num_stages]
+        shares = np.concatenate([np.zeros((1, len(groups)), dtype=np.int64), np.cumsum(turned, axis=0)])
+        if not by_sender:
+            return shares * totals // whole
+        # The phase is a mixture of both, so that small messages spread over the stages.
+        node, sender = np.divmod(groups, self.cp_size)
+        phase = (sender * 40503 + node * 30011) % _PHASES
+        num_blocks = -(-totals // _LEAST_ROWS)
+        cut = -((whole * phase - shares * num_blocks * _PHASES) // (whole * _PHASES))
+        bounds: IntArray = np.clip(cut * _LEAST_ROWS, 0, totals)
+        return bounds
+
+
+_PHASES = 1 << 16
+
+
+def _positions(
+    label: IntArray, starts: IntArray, ends: IntArray
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Where intervals lie in the union of those of their label.
+
+    Returns:
+        For each interval the rows of the union before it and the number of its label among all labels;
+        these labels, ascending; and the rows of the union of each.
+    """
+    union = merge_intervals(label, starts, ends)
+    lengths = union.ends - union.starts
+    opens = np.append(True, union.ranks[1:] != union.ranks[:-1])
+    first = np.flatnonzero(opens)
+    group = np.cumsum(opens) - 1
     before = np.cumsum(lengths) - lengths
-    own = np.searchsorted(dsts, dsts)
-    before -= before[own]
-    # Stage s of a receiver with n rows holds its rows [s * n // num_stages, (s + 1) * n // num_stages):
-    # row b is in the last stage s with s * n // num_stages <= b.
-    n = np.bincount(own, lengths)[own].astype(np.int64)
-    first = ((before + 1) * num_stages - 1) // n
-    last = ((before + lengths) * num_stages - 1) // n
-    row, stage = expand_counts(last - first + 1)
-    stage += first[row]
-    shift = (starts - before)[row]
-    new_starts = np.maximum(starts[row], stage * n[row] // num_stages + shift)
-    new_ends = np.minimum(ends[row], (stage + 1) * n[row] // num_stages + shift)
-    # With fewer rows than stages some stages are empty. A stable sort keeps starts ascending.
-    order = np.argsort((stage * cp_size + dsts[row]) * cp_size + srcs[row], kind="stable")
-    order = order[new_ends[order] > new_starts[order]]
-    row = row[order]
-    return RouteTable(dsts[row], srcs[row], new_starts[order], new_ends[order], stage[order])
+    before -= before[first][group]
+    stride = int(ends.max()) + 2
+    at = np.searchsorted(union.ranks * stride + union.starts, label * stride + starts, side="right") - 1
+    return before[at] + starts - union.starts[at], group[at], union.ranks[first], np.add.reduceat(lengths, first)
 
 
-def _rank_blocks(ranks: IntArray, weights: IntArray) -> Iterator[tuple[int, int]]:
-    """Cuts of a column of sorted ranks into stretches of about _BLOCK weight, none inside a rank."""
+def _group_blocks(groups: IntArray, weights: IntArray) -> Iterator[tuple[int, int]]:
+    """Cuts of a column of sorted group numbers into stretches of about _BLOCK weight, none inside a group."""
     total = np.cumsum(weights)
     start = 0
-    while start < len(ranks):
+    while start < len(groups):
         done = int(total[start - 1]) if start else 0
         end = int(np.searchsorted(total, done + _BLOCK, side="right"))
-        # At least one whole rank, and no more than fits.
-        end = int(np.searchsorted(ranks, ranks[end], side="left")) if end < len(ranks) else end
+        # At least one whole group, and no more than fits.
+        end = int(np.searchsorted(groups, groups[end], side="left")) if end < len(groups) else end
         if end <= start:
-            end = int(np.searchsorted(ranks, ranks[start], side="right"))
+            end = int(np.searchsorted(groups, groups[start], side="right"))
         yield start, end
         start = end
 

@@ -1,58 +1,21 @@
 """What a plan's step would look like on given hardware: a timeline for every rank, without running it.
 
-The model follows the attention op. A rank issues the exchange of stage s + 1, computes stage s, waits;
-in backward it also sends each stage's key gradients home while the next stage computes, one at a time.
-Where queries travel, a rank works on its own first, on those received when they are here, and sends
-their results home behind its last work on its own. A rank's exchanges take turns on its link, and one
-begins when all its peers have issued it. Everything is an array over ranks: a thousand ranks cost as
-much Python as two.
+Kernels are timed by the visible pairs and slices that each rank has in each stage, exchanges by the rows that
+each rank moves on either kind of link; an exchange begins when all its peers have issued it. `Clock` replays
+both passes. Everything is an array over ranks: a thousand ranks cost as much Python as two.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 
+from .clock import Clock, PassTimeline
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
 from .routes import Intervals, RouteTable, merge_intervals, two_level_routes
 from .slices import IntArray, SliceTable, expand_counts
-
-
-class Span(NamedTuple):
-    """One thing that every rank does: seconds [cp_size] from the start of the pass; where both are equal, not."""
-
-    name: str
-    starts: FloatArray
-    ends: FloatArray
-
-
-class PassTimeline(NamedTuple):
-    """One pass of the attention call.
-
-    compute: "stage 0" (own keys), "stage 1", ...; where queries travel, also "stage 0 guests", ..., in
-    order of time. copies: packing of what leaves and reduction of what came home, by the same thread.
-    transfers: in the order in which they are issued, each from then to its arrival. seconds: when each
-    rank is done, [cp_size].
-    """
-
-    compute: tuple[Span, ...]
-    copies: tuple[Span, ...]
-    transfers: tuple[Span, ...]
-    seconds: FloatArray
-
-    @property
-    def busy(self) -> FloatArray:
-        """Seconds that each rank computes, [cp_size]."""
-        total: FloatArray = np.sum([span.ends - span.starts for span in self.compute], axis=0)
-        return total
-
-    @property
-    def exposed(self) -> FloatArray:
-        """Seconds in which each rank does not compute, [cp_size]."""
-        return self.seconds - self.busy
 
 
 class StepTimeline(NamedTuple):
@@ -87,9 +50,10 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
             for sides in works
         ]
 
-    forward = _Clock(plan, hardware)
+    num_hops = len(queries.hops)
+    forward = Clock((plan.cp_size,), num_hops)
     forward.run(kernels(False), queries, stages, out_bytes=row.q, kv_bytes=row.kv, home_bytes=row.partial, dkv_bytes=0)
-    backward = _Clock(plan, hardware)
+    backward = Clock((plan.cp_size,), num_hops)
     backward.run(
         kernels(True), queries, stages, out_bytes=row.q_again, kv_bytes=row.kv, home_bytes=row.dq, dkv_bytes=row.dkv
     )
@@ -178,6 +142,7 @@ class _Wire(NamedTuple):
 
     hops: tuple[_Hop, ...]
     pairs: IntArray
+    hardware: Hardware
 
     @classmethod
     def of(cls, plan: Plan, routes: RouteTable, hardware: Hardware) -> _Wire:
@@ -185,117 +150,31 @@ class _Wire(NamedTuple):
         two_level = 1 < plan.ranks_per_node < size
         tables = two_level_routes(routes, plan.ranks_per_node) if two_level else (routes,)
         pairs = np.unique(routes.dsts * size + routes.srcs)
-        return cls(tuple(_Hop.of(table, size, hardware.ranks_per_node) for table in tables), pairs)
+        return cls(tuple(_Hop.of(table, size, hardware.ranks_per_node) for table in tables), pairs, hardware)
 
     @property
     def active(self) -> bool:
         return len(self.pairs) > 0
 
-    def seconds(self, row_bytes: int, hardware: Hardware) -> FloatArray:
-        total: FloatArray = np.sum([hop.seconds(row_bytes, hardware) for hop in self.hops], axis=0)
+    def seconds(self, row_bytes: int) -> FloatArray:
+        total: FloatArray = np.sum([hop.seconds(row_bytes, self.hardware) for hop in self.hops], axis=0)
         return total
 
-    def packing(self, row_bytes: int, hardware: Hardware, *, home: bool) -> tuple[FloatArray, FloatArray]:
+    def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
         """Seconds to pack what leaves and to take in what comes (home: the way back)."""
         out, into = self.hops[0], self.hops[-1]
-        row_seconds = np.float64(row_bytes / hardware.copy_bytes_per_s)
+        row_seconds = np.float64(row_bytes / self.hardware.copy_bytes_per_s)
         sent: FloatArray = (out.sent_within + out.sent_across) * row_seconds
         received: FloatArray = (into.received_within + into.received_across) * row_seconds
         return (received, sent) if home else (sent, received)
 
-
-class _Arrival(NamedTuple):
-    """When an exchange is here on each rank, and the seconds that taking it in costs then, [cp_size]."""
-
-    at: FloatArray
-    reduction: FloatArray
-
-
-class _Clock:
-    """Time on every rank while a pass is replayed."""
-
-    def __init__(self, plan: Plan, hardware: Hardware) -> None:
-        self.hardware = hardware
-        # Exchanges of one kind that are under way at once: one for each hop.
-        self.depth = 2 if 1 < plan.ranks_per_node < plan.cp_size else 1
-        self.now = np.zeros(plan.cp_size)
-        self.link_free = np.zeros(plan.cp_size)
-        self.compute: list[Span] = []
-        self.copies: list[Span] = []
-        self.transfers: list[Span] = []
-
-    def timeline(self) -> PassTimeline:
-        return PassTimeline(tuple(self.compute), tuple(self.copies), tuple(self.transfers), self.now)
-
-    def run(
-        self,
-        kernels: list[dict[str, FloatArray]],
-        queries: _Wire,
-        stages: list[_Wire],
-        *,
-        out_bytes: int,
-        kv_bytes: int,
-        home_bytes: int,
-        dkv_bytes: int,
-    ) -> None:
-        """Replay one pass; dkv_bytes 0: no gradients go home."""
-
-        def fetch(number: int) -> _Arrival | None:
-            return self._send(f"keys {number}", stages[number - 1], kv_bytes) if number <= len(stages) else None
-
-        guests = self._send("queries", queries, out_bytes)
-        fetches = deque(fetch(number) for number in range(1, 1 + self.depth))
-        homeward: deque[_Arrival | None] = deque()
-        for number, sides in enumerate(kernels):
-            if number:
-                self._take(fetches.popleft())
-                fetches.append(fetch(number + self.depth))
-            # Guests come last in the first stage, when they are on their way, and first in the others.
-            for side in sorted(sides, reverse=number == 0):
-                if side == "guest" and number == 0:
-                    self._take(guests)
-                self._spend(self.compute, f"stage {number}" + " guests" * (side == "guest"), sides[side])
-                if side == "guest" and number == len(kernels) - 1:
-                    homeward.append(self._send("results", queries, home_bytes, home=True))
-            if number and dkv_bytes:
-                while len(homeward) >= self.depth:
-                    self._take(homeward.popleft())
-                homeward.append(self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True))
-        for arrival in homeward:
-            self._take(arrival)
-
-    def _spend(self, spans: list[Span], name: str, seconds: FloatArray) -> None:
-        """Every rank is busy for so long."""
-        spans.append(Span(name, self.now, self.now + seconds))
-        self.now = self.now + seconds
-
-    def _take(self, arrival: _Arrival | None) -> None:
-        """Wait for an exchange, if there is one, and take it in."""
-        if arrival is None:
-            return
-        self.now = np.maximum(self.now, arrival.at)
-        if arrival.reduction.any():
-            self._spend(self.copies, "reduce", arrival.reduction)
-
-    def _send(self, name: str, wire: _Wire, row_bytes: int, *, home: bool = False) -> _Arrival | None:
-        """Issue an exchange now; None where no rank moves a row."""
-        if not wire.active:
-            return None
-        pack, unpack = wire.packing(row_bytes, self.hardware, home=home)
-        self._spend(self.copies, "pack", pack)
-        begin = np.maximum(self.now, self.link_free)
-        dsts, srcs = np.divmod(wire.pairs, len(begin))
-        starts = begin.copy()
-        np.maximum.at(starts, dsts, begin[srcs])
-        np.maximum.at(starts, srcs, begin[dsts])
-        ends = starts + wire.seconds(row_bytes, self.hardware)
-        # Where a rank moves nothing it waits for no one.
-        idle = ends == starts
-        starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)
-        self.link_free = ends
-        self.transfers.append(Span(name, begin, ends))
-        # Received rows are used where they lie; only what comes home is reduced.
-        return _Arrival(np.where(idle, self.now, ends), unpack if home else np.zeros_like(unpack))
+    def started(self, ready: FloatArray) -> FloatArray:
+        """When all peers are ready."""
+        dsts, srcs = np.divmod(self.pairs, len(ready))
+        starts = ready.copy()
+        np.maximum.at(starts, dsts, ready[srcs])
+        np.maximum.at(starts, srcs, ready[dsts])
+        return starts
 
 
 def traffic_matrix(plan: Plan, heads: Heads, *, bins: int | None = None) -> FloatArray:

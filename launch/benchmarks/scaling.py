@@ -8,6 +8,7 @@ CPU seconds of all ranks for each visible pair, over those of one rank in the sa
 
 Predicted: `simulate` on a hardware preset, 8K tokens for each rank, 64 query and 8 key heads of 128 in bf16, beside
 the predictions for ring, all-gather, Ulysses and a plan that balances chunks with a heap and moves only needed keys.
+Ours crosses between nodes once for each row and node, as it does under torchrun; of the others only the rings do.
 The figure is the share of the step in which the busiest kernel would be done if nothing but compute counted.
 """
 
@@ -114,6 +115,8 @@ def predict(preset: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
             mask = lower_mask(make(tokens))
             costs = PREDICTED_HEADS.row_costs()
             options: dict[str, Any] = {"costs": costs, "hardware": hardware, "chunk_size": 512}
+            if size > hardware.ranks_per_node:  # as a key finds out by itself under torchrun
+                options["ranks_per_node"] = hardware.ranks_per_node
             plans = {
                 f"ours, {schedule}": make_dispatch_plan(
                     mask, total_seqlen=tokens, cp_size=size, schedule=schedule, **options

@@ -59,10 +59,10 @@ GOALS = (
     Goal("window", M, 64, "keys", 1.002, 2_090_498, 32_760, 1.01, 0.125, 0.7),
     Goal("prefix tree", M, 64, "keys", 1.058, 13_172_688, 232_004, 1.02, 0.68, 0.7),
     Goal("causal", M, 64, "keys", 1.000, 61_931_520, 1_032_192, 1.01, 0.80, None),
-    Goal("causal", M, 64, "auto", 1.000, 61_931_520, 1_032_192, 1.03, 0.60, None),
-    Goal("causal", M, 256, "auto", 1.000, 250_675_200, 1_044_480, 1.03, 0.25, None),
-    Goal("causal", M, 1024, "auto", 1.000, 1_005_649_920, 1_047_552, 1.03, 0.13, None),
-    Goal("prefix tree", M, 64, "auto", 1.058, 13_172_688, 232_004, 1.03, 0.60, None),
+    Goal("causal", M, 64, "tiles", 1.000, 61_931_520, 1_032_192, 1.03, 0.60, None),
+    Goal("causal", M, 256, "tiles", 1.000, 250_675_200, 1_044_480, 1.03, 0.25, None),
+    Goal("causal", M, 1024, "tiles", 1.000, 1_005_649_920, 1_047_552, 1.03, 0.13, None),
+    Goal("prefix tree", M, 64, "tiles", 1.058, 13_172_688, 232_004, 1.03, 0.60, None),
     Goal("varlen causal", M, 256, "auto", 1.271, 15_676_003, 99_860, 1.03, math.inf, None),
 )
 
@@ -279,7 +279,7 @@ def other_cases(seeds: int) -> list[dict[str, Any]]:
 
 GROWTH: list[dict[str, Any]] = [
     *({"mask": m, "seqlen": M, "ranks": r, "schedule": "keys"} for m in WORKLOADS for r in (256, 1024)),
-    *({"mask": "causal", "seqlen": M, "ranks": r, "schedule": "auto"} for r in (16, 64, 256, 1024)),
+    *({"mask": "causal", "seqlen": M, "ranks": r, "schedule": "tiles"} for r in (16, 64, 256, 1024)),
     *({"mask": "varlen causal", "seqlen": s * M, "ranks": 64, "schedule": "keys"} for s in (1, 4, 16)),
     {"mask": "causal", "seqlen": 4 * M, "ranks": 4096, "schedule": "auto"},
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -127,7 +128,7 @@ def compile_on_rank() -> tuple[int, list[int]]:
         eager = torch.autograd.grad(layer(*leaves, key).sum(), leaves)
         out = compiled(*leaves, key).sum()
         grads, count = counted(torch.autograd.grad, out, leaves)
-        exchanges.append(count - key.plan.num_stages)
+        exchanges.append(count - len(np.unique(key.plan.kv_routes.stages)))  # a stage may have no row
         for mine, plain in zip(grads, eager, strict=True):
             torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
     return compiler.compilations, exchanges

@@ -5,17 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cpattn import AttnMaskSpec
-from cpattn.mask_spec import lower_mask
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     HARDWARE,
     Hardware,
     Heads,
     Link,
-    choose_num_stages,
     hardware_named,
-    make_dispatch_plan,
     row_costs,
 )
 
@@ -62,28 +58,3 @@ def test_numbers_out_of_range_are_refused() -> None:
         Hardware.from_json(text)
     with pytest.raises(ValueError, match="unknown: use one of h100"):
         hardware_named("abacus")
-
-
-def stages(area: float, rows: int, *, latency: float = 1e-5, per_node: int = 4) -> int:
-    """The choice for 16 equal ranks that own 1000 rows each."""
-    hardware = Hardware("x", 1e14, 1e14, 0.0, 1e-5, 1e12, Link(latency, 1e11), Link(latency, 1e10), 16)
-    areas, received, owned = np.full(16, int(area)), np.full(16, rows), np.full(16, 1000)
-    options = {"heads": Heads(), "hardware": hardware, "ranks_per_node": per_node, "most": 8}
-    return choose_num_stages(areas, received, owned, **options)  # type: ignore[arg-type]
-
-
-def test_stages_follow_the_transfer() -> None:
-    assert stages(1e9, 0) == 1
-    assert stages(1e9, 100) == 1, "a short transfer hides behind the work on own keys"
-    assert stages(1e4, 20) == 1, "tiny work: launches and latencies decide"
-    long = stages(2e9, 100_000)
-    assert 2 <= long <= 8
-    assert stages(2e9, 100_000, latency=1e-2) <= long, "a dear start means fewer stages"
-
-
-def test_plans_choose_their_stages() -> None:
-    table = lower_mask(AttnMaskSpec.causal(1 << 20))
-    many = make_dispatch_plan(table, total_seqlen=1 << 20, cp_size=64)
-    one = make_dispatch_plan(lower_mask(AttnMaskSpec.causal(512)), total_seqlen=512, cp_size=4, chunk_size=32)
-    assert many.num_stages > 1
-    assert one.num_stages == 1

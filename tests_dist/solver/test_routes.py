@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpattn.solver import (
+    Intervals,
     Placement,
     RouteTable,
     SliceTable,
@@ -18,9 +21,11 @@ from cpattn.solver import (
     place_contiguous,
     place_zigzag,
     rows_missing,
-    split_stages,
     tokens_needed,
+    two_level_routes,
 )
+from cpattn.solver import routes as routes_module
+from cpattn.solver.routes import link_rows
 from tests_dist.strategies import slice_tables, spans
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
@@ -96,9 +101,15 @@ def test_merge_intervals_is_the_union_of_each_rank(intervals):
     assert sorted(merged.ranks) == list(merged.ranks)
 
 
-@given(slice_tables(TOTAL), placements(), st.integers(1, 4), st.randoms(use_true_random=False))
+@given(
+    slice_tables(TOTAL),
+    placements(),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
 @many
-def test_routes_bring_each_missing_row_once(tasks, placement, num_stages, random):
+def test_routes_bring_each_missing_row_once(tasks, placement, weights, ranks_per_node, random):
     """From its owner, and nothing that the receiver has; staging moves the same rows."""
     ranks = np.array([random.randrange(3) for _ in range(len(tasks))], dtype=np.int64)
     owners = owners_of(placement)
@@ -109,24 +120,90 @@ def test_routes_bring_each_missing_row_once(tasks, placement, num_stages, random
             tokens = s.q if side == "q" else s.k
             expected |= {(rank, owners[t], t) for t in range(tokens.start, tokens.end) if owners[t] != rank}
         routes = make_routes(needed, placement)
-        staged = split_stages(routes, num_stages, 3)
-        for table in (routes, staged):
+        with few_routes():
+            turned = make_routes(needed, placement, weights, ranks_per_node=ranks_per_node)
+        staged = make_routes(needed, placement, weights, ranks_per_node=ranks_per_node)
+        for table in (routes, staged, turned):
             rows = rows_of(table)
             assert sorted(row[1:] for row in rows) == sorted(expected)
             assert rows == sorted(rows), "order: stage, receiver, sender, token"
+            assert all(0 <= row[0] < len(weights) for row in rows)
             assert table.num_rows() == len(expected)
             assert table.rows_received(3).tolist() == [sum(d == r for d, _, _ in expected) for r in range(3)]
             assert table.rows_sent(3).tolist() == [sum(s == r for _, s, _ in expected) for r in range(3)]
+        for table in (staged, turned):
+            stages = {(dst // ranks_per_node, token): set() for _, dst, _, token in rows_of(table)}
+            for stage, dst, _, token in rows_of(table):
+                stages[dst // ranks_per_node, token].add(stage)
+            assert all(len(found) == 1 for found in stages.values()), "a row gets to a node in one stage"
         assert rows_missing(needed, placement).tolist() == routes.rows_received(3).tolist()
-        for rank in range(3):
-            mine = [
-                [t for st_, dst, _, t in rows_of(staged) if (st_, dst) == (stage, rank)]
-                for stage in range(num_stages)
-            ]
-            sizes = [len(tokens) for tokens in mine]
-            assert max(sizes) - min(sizes) <= 1, "a receiver's rows are divided evenly"
-            in_order = [t for tokens in mine for t in sorted(tokens)]
-            assert in_order == sorted(in_order), "stages are in token order"
+
+
+@contextlib.contextmanager
+def few_routes() -> Iterator[None]:
+    """Routes are made as for very many: a stage has whole senders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes_module, "_MOST_SHARED", 0)
+        yield
+
+
+def all_to_all(cp_size: int, total: int) -> tuple[Intervals, Placement]:
+    """Every rank needs every token of contiguous pieces."""
+    zeros = np.zeros(cp_size, dtype=np.int64)
+    return Intervals(np.arange(cp_size), zeros, zeros + total), place_contiguous(total, cp_size)
+
+
+def test_every_stage_takes_its_share_from_every_sender():
+    needed, placement = all_to_all(4, 4000)
+    staged = make_routes(needed, placement, (1, 3, 3, 1))
+    for stage, share in enumerate((1 / 8, 3 / 8, 3 / 8, 1 / 8)):
+        routes = staged.of_stage(stage)
+        assert np.abs(routes.ends - routes.starts - 1000 * share).max() <= 32, "in blocks of 32 rows"
+        assert len(routes) == 12, "from each of three senders to each receiver"
+
+
+def test_a_stage_of_whole_senders_has_its_share_and_all_senders_work():
+    needed, placement = all_to_all(4, 4000)
+    with few_routes():
+        staged = make_routes(needed, placement, (1, 3, 3, 1))
+    assert len(staged) <= 24, "half of what a share of each would make"
+    for stage, share in enumerate((1 / 8, 3 / 8, 3 / 8, 1 / 8)):
+        routes = staged.of_stage(stage)
+        assert np.abs(routes.rows_received(4) - 3000 * share).max() <= 1
+        assert (routes.rows_sent(4) > 0).sum() >= 3, "receivers do not all begin with the same sender"
+
+
+def test_small_messages_spread_over_the_stages():
+    """32 rows from each of 63 senders are not cut, and do not all come in one stage."""
+    needed, placement = all_to_all(64, 64 * 32)
+    staged = make_routes(needed, placement, (1, 2, 1))
+    assert (staged.ends - staged.starts == 32).all()
+    received = np.array([staged.of_stage(stage).rows_received(64) for stage in range(3)]).T / (63 * 32)
+    assert np.abs(received - [0.25, 0.5, 0.25]).max() < 0.1
+
+
+@given(slice_tables(TOTAL), placements(total=TOTAL, cp_size=6), st.randoms(use_true_random=False))
+@many
+def test_link_rows_are_those_of_the_routes(tasks, placement, random):
+    ranks = np.array([random.randrange(6) for _ in range(len(tasks))], dtype=np.int64)
+    _, needed = tokens_needed(tasks, ranks)
+    routes = make_routes(needed, placement)
+
+    def busier(table: RouteTable, near: bool) -> list[int]:
+        mine = (table.dsts // 2 == table.srcs // 2) == near
+        mine &= table.srcs != table.dsts
+        table = RouteTable(*(c[mine] for c in (table.dsts, table.srcs, table.starts, table.ends, table.stages)))
+        return np.maximum(table.rows_received(6), table.rows_sent(6)).tolist()
+
+    once = link_rows(needed, placement, 2, once_per_node=False)
+    assert once.within.tolist() == busier(routes, near=True)
+    assert once.across.tolist() == busier(routes, near=False)
+
+    two = link_rows(needed, placement, 2, once_per_node=True)
+    across = two_level_routes(routes, 2).across
+    landed = across.rows_received(6).reshape(3, 2).sum(axis=1) // 2
+    assert two.within.tolist() == routes.rows_received(6).tolist()
+    assert two.across.tolist() == np.maximum(np.repeat(landed, 2), across.rows_sent(6)).tolist()
 
 
 def test_nothing_travels_in_a_group_of_one():

@@ -58,13 +58,17 @@ def test_times_are_in_order(name: str) -> None:
 
 
 def test_stages_hide_transfers() -> None:
-    """Two ranks, half of the work (8.6 ms) on own keys, a transfer three times that: h + 3m/4 + h/4 beats m + h."""
+    """Two ranks, half of the work (h = 8.6 ms) on own keys, a transfer m three times that; stages of 1, 4, 4, 1 tenths.
+
+    One stage takes m + h. Of four, the second is here after m / 2, the third after 0.4 m more, the last behind
+    the work on that one: m / 2 + 0.4 m + 0.4 h + 0.1 h.
+    """
     spec, heads = AttnMaskSpec.varlen([4096], causal=False), Heads(8, 8, 64, 64)
     hardware = Hardware("x", 1e12, 1e12, 0.0, 1e-9, 1e15, Link(0.0, 1.63e8), Link(0.0, 1.63e8), 1)
     one, four = (simulate(plan(spec, 2, layout="contiguous", num_stages=n), hardware, heads) for n in (1, 4))
     half = 2048 * 2048 * heads.forward_flop / 1e12
     assert one.forward.seconds.max() == pytest.approx(4 * half, rel=0.01)
-    assert four.forward.seconds.max() == pytest.approx(3.5 * half, rel=0.01)
+    assert four.forward.seconds.max() == pytest.approx(3.2 * half, rel=0.01)
 
 
 def test_two_levels_relieve_the_slow_link() -> None:

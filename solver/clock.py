@@ -1,0 +1,168 @@
+"""Time on every rank while a pass of the attention op is replayed with given kernel and transfer times.
+
+The clock follows the attention op. The exchanges of the first two stages are issued at the start; after
+that a rank issues the exchange of stage s + 1, computes stage s, waits; in backward it also sends each
+stage's key gradients home while the next stage computes, one at a time. Where queries travel, a rank
+works on its own first, on those received when they are here, and sends their results home behind its last
+work on its own. A rank's exchanges take turns on its link.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .cost import FloatArray
+
+
+class Span(NamedTuple):
+    """One thing that every rank does: seconds [cp_size] from the start of the pass; where both are equal, not."""
+
+    name: str
+    starts: FloatArray
+    ends: FloatArray
+
+
+class PassTimeline(NamedTuple):
+    """One pass of the attention call.
+
+    compute: "stage 0" (own keys), "stage 1", ...; where queries travel, also "stage 0 guests", ..., in
+    order of time. copies: packing of what leaves and reduction of what came home, by the same thread.
+    transfers: in the order in which they are issued, each from then to its arrival. seconds: when each
+    rank is done, [cp_size].
+    """
+
+    compute: tuple[Span, ...]
+    copies: tuple[Span, ...]
+    transfers: tuple[Span, ...]
+    seconds: FloatArray
+
+    @property
+    def busy(self) -> FloatArray:
+        """Seconds that each rank computes, [cp_size]."""
+        total: FloatArray = np.sum([span.ends - span.starts for span in self.compute], axis=0)
+        return total
+
+    @property
+    def exposed(self) -> FloatArray:
+        """Seconds in which each rank does not compute, [cp_size]."""
+        return self.seconds - self.busy
+
+
+class Wire(Protocol):
+    """The exchange of one stage, on every rank."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any rank moves a row."""
+        ...
+
+    def seconds(self, row_bytes: int) -> FloatArray:
+        """The transfer, once it has begun; 0 where a rank moves nothing."""
+        ...
+
+    def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
+        """Seconds to pack what leaves and to take in what comes (home: the way back)."""
+        ...
+
+    def started(self, ready: FloatArray) -> FloatArray:
+        """When it begins on each rank, given when each one is ready."""
+        ...
+
+
+class Arrival(NamedTuple):
+    """When an exchange is here on each rank, and the seconds that taking it in costs then, [cp_size]."""
+
+    at: FloatArray
+    reduction: FloatArray
+
+
+class Clock:
+    """Time on every rank while a pass is replayed.
+
+    shape: [..., cp_size]; several passes may be replayed at once. num_hops: of an exchange, 1 or 2; so many
+    exchanges of one kind are under way at once.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_hops: int) -> None:
+        self.depth = num_hops
+        self.now = np.zeros(shape)
+        self.link_free = np.zeros(shape)
+        self.compute: list[Span] = []
+        self.copies: list[Span] = []
+        self.transfers: list[Span] = []
+
+    def timeline(self) -> PassTimeline:
+        return PassTimeline(tuple(self.compute), tuple(self.copies), tuple(self.transfers), self.now)
+
+    def run(
+        self,
+        kernels: Sequence[dict[str, FloatArray]],
+        queries: Wire,
+        stages: Sequence[Wire],
+        *,
+        out_bytes: int,
+        kv_bytes: int,
+        home_bytes: int,
+        dkv_bytes: int,
+    ) -> None:
+        """Replay one pass; dkv_bytes 0: no gradients go home."""
+
+        def fetch(number: int) -> Arrival | None:
+            return self._send(f"keys {number}", stages[number - 1], kv_bytes) if number <= len(stages) else None
+
+        guests = self._send("queries", queries, out_bytes)
+        fetches = deque(fetch(number) for number in (1, 2))
+        homeward: deque[Arrival | None] = deque()
+        for number, sides in enumerate(kernels):
+            if number:
+                self._take(fetches.popleft())
+                # On one level the second is under way already.
+                if number + self.depth > 2:
+                    fetches.append(fetch(number + self.depth))
+            # Guests come last in the first stage, when they are on their way, and first in the others.
+            for side in sorted(sides, reverse=number == 0):
+                if side == "guest" and number == 0:
+                    self._take(guests)
+                self._spend(self.compute, f"stage {number}" + " guests" * (side == "guest"), sides[side])
+                if side == "guest" and number == len(kernels) - 1:
+                    homeward.append(self._send("results", queries, home_bytes, home=True))
+            if number and dkv_bytes:
+                while len(homeward) >= self.depth:
+                    self._take(homeward.popleft())
+                homeward.append(self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True))
+        for arrival in homeward:
+            self._take(arrival)
+
+    def _spend(self, spans: list[Span], name: str, seconds: FloatArray) -> None:
+        """Every rank is busy for so long."""
+        spans.append(Span(name, self.now, self.now + seconds))
+        self.now = self.now + seconds
+
+    def _take(self, arrival: Arrival | None) -> None:
+        """Wait for an exchange, if there is one, and take it in."""
+        if arrival is None:
+            return
+        self.now = np.maximum(self.now, arrival.at)
+        if arrival.reduction.any():
+            self._spend(self.copies, "reduce", arrival.reduction)
+
+    def _send(self, name: str, wire: Wire, row_bytes: int, *, home: bool = False) -> Arrival | None:
+        """Issue an exchange now; None where no rank moves a row."""
+        if not wire.active:
+            return None
+        pack, unpack = wire.packing(row_bytes, home=home)
+        self._spend(self.copies, "pack", pack)
+        begin = np.maximum(self.now, self.link_free)
+        starts = wire.started(begin)
+        ends = starts + wire.seconds(row_bytes)
+        # Where a rank moves nothing it waits for no one.
+        idle = ends == starts
+        starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)
+        self.link_free = ends
+        self.transfers.append(Span(name, begin, ends))
+        # Received rows are used where they lie; only what comes home is reduced.
+        return Arrival(np.where(idle, self.now, ends), unpack if home else np.zeros_like(unpack))

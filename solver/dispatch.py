@@ -1,0 +1,170 @@
+"""From a mask to a plan: where tokens lie, whether queries travel, and in how many stages keys do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from .balance import place_balanced
+from .cost import DEFAULT_HARDWARE, Hardware, RowCosts
+from .placement import Placement, place_contiguous, place_zigzag
+from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
+from .schedule import Schedule, bisect_tasks, place_for_schedule
+from .slices import SliceTable
+
+Layout = Literal["balanced", "contiguous", "zigzag"]
+LAYOUTS: tuple[Layout, ...] = ("balanced", "contiguous", "zigzag")
+
+ScheduleKind = Literal["auto", "keys", "tiles"]
+SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
+
+# Queries travel only where it saves so much in bytes and in time; the estimate of the time is the rougher for it.
+TILES_BYTES, TILES_SECONDS = 0.95, 0.9
+
+
+def make_dispatch_plan(
+    slices: SliceTable,
+    *,
+    total_seqlen: int,
+    cp_size: int,
+    total_seqlen_k: int | None = None,
+    chunk_size: int = 512,
+    layout: Layout = "balanced",
+    num_stages: int | None = None,
+    schedule: ScheduleKind = "keys",
+    costs: RowCosts = DEFAULT_COSTS,
+    ranks_per_node: int | None = None,
+    search_effort: int = 0,
+    hardware: Hardware = DEFAULT_HARDWARE,
+) -> Plan:
+    """Plan attention under a mask for every rank of a group.
+
+    Args:
+        slices: disjoint banded rectangles of the mask (`disjoint_union` makes them so).
+        total_seqlen: query tokens, and key tokens unless total_seqlen_k is given (cross-attention).
+        cp_size: number of ranks.
+        chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
+        layout: "balanced" (even area and tokens, least traffic), "contiguous" or "zigzag".
+        num_stages: parts in which remote keys are fetched; None chooses. Their sizes are chosen.
+        schedule: "keys": queries are computed where they lie, and only keys and values travel.
+            "tiles": each rank computes a tile of queries x keys and queries travel too. "auto":
+            tiles where they move fewer bytes and are estimated to be faster. Tiles bring their own layout,
+            so they go only with layout "balanced" and self-attention.
+        costs: what a query row and a key row cost to move.
+        ranks_per_node: ranks that share a node, in a two-level network; None: one level.
+        search_effort: extra placement search, in units of a fixed number of steps (about 25 ms each, the
+            same result on every rank); 0 is the fast default.
+        hardware: speeds by which the schedule and the stages are chosen.
+
+    Raises:
+        ValueError: a size is out of range or the layout is unknown.
+    """
+    check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
+    can_tile = layout == "balanced" and total_seqlen_k is None
+    if schedule not in SCHEDULES or (schedule == "tiles" and not can_tile):
+        raise ValueError(
+            f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
+            f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
+        )
+    choices: tuple[RowCosts, Hardware, int | None, int | None] = (costs, hardware, ranks_per_node, num_stages)
+    tiles = None
+    if schedule == "tiles" or (schedule == "auto" and can_tile and cp_size > 2):
+        tiled = bisect_tasks(slices, cp_size, q_cost=costs.q, k_cost=costs.kv)
+        placement = place_for_schedule(
+            tiled, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv
+        )
+        tiles = Draft.of(tiled, placement, placement)
+        if schedule == "tiles":
+            return tiles.plan(tiles.staging(*choices), ranks_per_node)
+    placed = _place(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort)
+    keys = Draft.of(keys_schedule(slices, placed[0]), *placed)
+    staging = keys.staging(*choices)
+    if tiles is not None and tiles.bytes_moved(costs) < TILES_BYTES * keys.bytes_moved(costs):
+        tiles_staging = tiles.staging(*choices)
+        if tiles_staging.seconds < TILES_SECONDS * staging.seconds:
+            return tiles.plan(tiles_staging, ranks_per_node)
+    return keys.plan(staging, ranks_per_node)
+
+
+def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:
+    """The schedule in which the owner of a query computes everything for it."""
+    tasks, _ = slices.split_q(q_placement.starts[1:])
+    return Schedule(tasks, q_placement.owner_of(tasks.q0))
+
+
+def check_sizes(
+    total_seqlen: int,
+    total_seqlen_k: int | None,
+    cp_size: int,
+    chunk_size: int,
+    num_stages: int | None,
+    layout: str,
+) -> None:
+    for name, value, least in (
+        ("total_seqlen", total_seqlen, 0),
+        ("total_seqlen_k", total_seqlen_k, 0),
+        ("cp_size", cp_size, 1),
+        ("chunk_size", chunk_size, 1),
+        ("num_stages", num_stages, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}: it must be at least {least}")
+    if num_stages is not None and num_stages > MAX_STAGES:
+        raise ValueError(f"num_stages is {num_stages}: at most {MAX_STAGES} stages are planned")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+
+
+def _place(
+    slices: SliceTable,
+    total_seqlen: int,
+    total_seqlen_k: int | None,
+    cp_size: int,
+    chunk_size: int,
+    layout: Layout,
+    search_effort: int,
+) -> tuple[Placement, Placement]:
+    if layout == "contiguous" or cp_size == 1:
+        by_name = place_contiguous
+    elif layout == "zigzag":
+        by_name = place_zigzag
+    elif total_seqlen_k is None:
+        placement = place_balanced(
+            slices,
+            total_seqlen=total_seqlen,
+            cp_size=cp_size,
+            chunk_size=chunk_size,
+            search_effort=search_effort,
+        )
+        return placement, placement
+    else:
+        return place_cross(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size)
+    q_placement = by_name(total_seqlen, cp_size)
+    if total_seqlen_k is None:
+        return q_placement, q_placement
+    return q_placement, by_name(total_seqlen_k, cp_size)
+
+
+def place_cross(
+    slices: SliceTable, seqlen_q: int, seqlen_k: int, cp_size: int, chunk_size: int
+) -> tuple[Placement, Placement]:
+    """Placements for cross-attention: queries in contiguous pieces of even area, keys beside them.
+
+    Queries and keys are separate sequences, so the keys can lie where they are used: key token j
+    goes to the rank whose queries begin to see it, in pieces of equal length. Queries are cut where
+    area and token count, each weighted half, reach the next rank's share.
+    """
+    cuts = np.arange(0, seqlen_q + chunk_size, chunk_size).clip(max=seqlen_q)
+    pieces, _ = slices.split_q(cuts)
+    chunk = np.searchsorted(cuts, pieces.q0, side="right") - 1
+    areas = np.bincount(chunk, pieces.areas(), len(cuts) - 1)
+    tokens = np.diff(cuts).astype(np.float64)
+    weight = tokens / max(tokens.sum(), 1.0) + areas / max(areas.sum(), 1.0)
+    filled = np.concatenate([[0.0], np.cumsum(weight)])
+    targets = filled[-1] * np.arange(1, cp_size) / cp_size
+    ends = np.interp(targets, filled, cuts).astype(np.int64)
+    q_placement = Placement.from_runs(
+        np.append(ends, seqlen_q), np.arange(cp_size), cp_size=cp_size
+    )
+    return q_placement, place_contiguous(seqlen_k, cp_size)

@@ -1,0 +1,173 @@
+"""The time of a schedule before its routes are made, and the stages in which its remote keys travel best.
+
+The same clock as for a simulation runs on rough figures: a rank's work on its own keys and on each stage's is
+taken to be in proportion to their rows, and every stage to have its share of what each link carries. That
+costs a millisecond or two, at any number of ranks and stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .clock import Clock
+from .cost import FloatArray, Hardware, Heads
+from .placement import Placement
+from .routes import Intervals, LinkRows, link_rows, rows_missing
+from .slices import IntArray
+
+# Factors by which the first and the last stage may be smaller than the others.
+_EDGES = (1, 2, 4)
+# What one stage more has to save to be worth its latency and its slices, and how many in vain end the search.
+_STAGE_GAIN = 0.005
+_PATIENCE = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Load:
+    """What a schedule asks of every rank, each [cp_size].
+
+    areas, num_slices: visible pairs and slices. own_share: of its pairs, those on keys that it owns.
+    guest_share: those of queries that it receives. keys, queries: rows on its links; two_level: these go
+    between nodes and then inside them, else at once.
+    """
+
+    areas: IntArray
+    num_slices: IntArray
+    own_share: FloatArray
+    guest_share: FloatArray
+    keys: LinkRows
+    queries: LinkRows
+    two_level: bool
+
+    @classmethod
+    def of(
+        cls,
+        areas: IntArray,
+        num_slices: IntArray,
+        queries: Intervals,
+        keys: Intervals,
+        q_placement: Placement,
+        k_placement: Placement,
+        *,
+        ranks_per_node: int,
+        two_level: bool,
+    ) -> Load:
+        """That of ranks which need these rows, nodes being of `ranks_per_node`."""
+        sides = ((queries, q_placement), (keys, k_placement))
+        q_missing, k_missing = (rows_missing(*side) for side in sides)
+        q_rows, k_rows = (link_rows(*side, ranks_per_node, once_per_node=two_level) for side in sides)
+        q_needed = np.bincount(queries.ranks, queries.ends - queries.starts, q_placement.cp_size)
+        owned = k_placement.num_tokens
+        return cls(
+            areas=areas,
+            num_slices=num_slices,
+            own_share=owned / np.maximum(owned + k_missing, 1),
+            guest_share=q_missing / np.maximum(q_needed, 1),
+            keys=k_rows,
+            queries=q_rows,
+            two_level=two_level,
+        )
+
+
+class Staging(NamedTuple):
+    """Weights of the stages in which remote keys travel, and the time of both passes."""
+
+    weights: tuple[int, ...]
+    seconds: float
+
+
+def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable[int]) -> Staging:
+    """Number and sizes of the stages by the estimated time of both passes.
+
+    The first transfer has little to hide behind, and the last gradients have nothing: so the first and the
+    last stage may be smaller than the others, by a factor that is chosen as well. Those between are equal,
+    since the largest two make the buffers. More stages hide more, but pay more latencies and launches, and
+    ranks that are not alike wait for one another more often.
+
+    Args:
+        counts: numbers of stages in ascending order; the search ends when two in a row bring less than
+            0.5 %. (0,) where no key travels.
+    """
+    best: Staging | None = None
+    in_vain = 0
+    for count in counts:
+        edges = np.array(_EDGES if count > 2 else (1,))
+        weights = np.ones((count, len(edges), 1), dtype=np.int64)
+        weights[1:-1] = edges[:, None]
+        seconds = _step_seconds(load, heads, hardware, weights / np.maximum(weights.sum(axis=0), 1))
+        at = int(seconds.argmin())
+        found = Staging(tuple(weights[:, at, 0].tolist()), float(seconds[at]))
+        if best is None or found.seconds < best.seconds * (1 - _STAGE_GAIN):
+            best, in_vain = found, 0
+        else:
+            in_vain += 1
+            if in_vain == _PATIENCE:
+                break
+    assert best is not None, "counts is empty"
+    return best
+
+
+def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArray) -> FloatArray:
+    """Both passes of the slowest rank, [n], for n ways to share the remote keys between stages, [stages, n, 1]."""
+    row = heads.row_bytes()
+    shape = (shares.shape[1], len(load.areas))
+    queries = _EstimatedWire(load.queries, np.ones((1, 1)), hardware, load.two_level)
+    stages = [_EstimatedWire(load.keys, share, hardware, load.two_level) for share in shares]
+    parts = [np.broadcast_to(load.own_share, shape), *((1 - load.own_share) * share for share in shares)]
+    total = np.zeros(shape[0])
+    for backward in (False, True):
+        kernels = []
+        for part in parts:
+            sides = {"host": part * (1 - load.guest_share)}
+            if queries.active:
+                sides["guest"] = part * load.guest_share
+            kernels.append({
+                side: hardware.kernel_seconds(
+                    load.areas * of_side, np.where(of_side > 0, load.num_slices, 0), heads, backward=backward
+                )
+                for side, of_side in sides.items()
+            })
+        clock = Clock(shape, num_hops=2 if load.two_level else 1)
+        clock.run(
+            kernels,
+            queries,
+            stages,
+            out_bytes=row.q_again if backward else row.q,
+            kv_bytes=row.kv,
+            home_bytes=row.dq if backward else row.partial,
+            dkv_bytes=row.dkv if backward else 0,
+        )
+        total += clock.now.max(axis=1)
+    return total
+
+
+class _EstimatedWire(NamedTuple):
+    """A share of the rows, [n, 1], and no peers in particular."""
+
+    rows: LinkRows
+    share: FloatArray
+    hardware: Hardware
+    two_level: bool
+
+    @property
+    def active(self) -> bool:
+        return bool(self.rows.within.any() or self.rows.across.any())
+
+    def seconds(self, row_bytes: int) -> FloatArray:
+        near = self.hardware.within.seconds(self.rows.within * self.share * row_bytes)
+        far = self.hardware.across.seconds(self.rows.across * self.share * row_bytes)
+        return near + far if self.two_level else np.maximum(near, far)
+
+    def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
+        rows = self.rows.within if self.two_level else self.rows.within + self.rows.across
+        seconds: FloatArray = rows * self.share * (row_bytes / self.hardware.copy_bytes_per_s)
+        return seconds, seconds
+
+    def started(self, ready: FloatArray) -> FloatArray:
+        """Halfway between when it is ready and when all are: not all of them trade with one another."""
+        result: FloatArray = (ready + ready.max(axis=-1, keepdims=True)) / 2
+        return result
