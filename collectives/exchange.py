@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,23 @@ _ALIGN = 8
 _TAG = 0x6370
 
 
+class Relay(NamedTuple):
+    """What a later hop sends, by where it lies: among the local rows, or among those that the hop before brought.
+
+    local, landed: int64, rows in sending order of either kind, counted from the first of their kind.
+    local_at, landed_at: places of those rows in sending order.
+    distinct: the local rows that are sent at all, each once.
+    rows: all rows in sending order, as rows of [distinct, landed rows].
+    """
+
+    local: Tensor
+    local_at: Tensor
+    landed: Tensor
+    landed_at: Tensor
+    distinct: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowRoutes:
     """One rank's part in an exchange of rows.
@@ -39,6 +56,7 @@ class RowRoutes:
     send_splits, recv_splits: rows to and from each rank of the group.
     active: whether any rank moves a row; equal on all ranks, it decides if the collective runs.
     transport: by which calls rows travel; equal on all ranks.
+    relay: of a later hop (`relaying`), whose rows are [local rows, rows that the hop before brought].
     """
 
     send_index: Tensor = field(repr=False)
@@ -46,6 +64,17 @@ class RowRoutes:
     recv_splits: tuple[int, ...]
     active: bool
     transport: Transport = "all_to_all"
+    relay: Relay | None = field(default=None, repr=False)
+
+    def relaying(self, num_local: int) -> RowRoutes:
+        """The same as a later hop, over that many local rows."""
+        passed_on = self.send_index >= num_local
+        (local_at,), (landed_at,) = (~passed_on).nonzero(as_tuple=True), passed_on.nonzero(as_tuple=True)
+        local, landed = self.send_index[local_at], self.send_index[landed_at] - num_local
+        rows = torch.empty_like(self.send_index)
+        distinct, rows[local_at] = local.unique(return_inverse=True)
+        rows[landed_at] = landed + len(distinct)
+        return replace(self, relay=Relay(local, local_at, landed, landed_at, distinct, rows))
 
     @property
     def num_sent(self) -> int:
@@ -128,7 +157,7 @@ def group_cast(
 
     Args:
         rows: tensors [T, ...] with the same number of local rows T, any dtypes.
-        hops: which rows go where. Several hops are run one after the other: the rows of a later hop
+        hops: which rows go where. Several hops are run one after the other: the rows of a later hop (`relaying`)
             are [local rows, rows that the hop before brought], and the last hop delivers.
         group: the ranks; None is a group of one.
         into: uint8 [sum(recv_splits), packed_row_bytes(rows)] to receive into; None: made when the last hop starts.
@@ -138,29 +167,28 @@ def group_cast(
         `rows`, ordered by sender and then as sent. Tensors are views of one buffer: rows are strided,
         the last dimension is contiguous. `rows` may be overwritten at once.
     """
-    return _cast_hop(rows, rows, _as_hops(hops), group, into)
+    hops = _as_hops(hops)
+    return _cast_hop(_gather_packed(rows, hops[0].send_index), rows, hops, group, into)
 
 
 def _cast_hop(
+    send: Tensor,
     local: Sequence[Tensor],
-    sendable: Sequence[Tensor],
     hops: Sequence[RowRoutes],
     group: dist.ProcessGroup | None,
     into: Tensor | None,
 ) -> PendingRows:
-    """Start the first of the hops; `sendable` is what its rows are chosen from."""
+    """Start the first of the hops, whose rows have been gathered."""
     hop, *later = hops
     shapes = [(t.shape[1:], t.dtype) for t in local]
-    send = _gather_packed(sendable, hop.send_index)
     received = _empty_packed(hop.num_received, shapes, send.device) if later or into is None else into
     work = exchange_rows(received, send, hop.recv_splits, hop.send_splits, hop, group)
     if not later:
         return PendingRows(work, lambda: _unpack(received, shapes), sending=send)
 
     def next_hop() -> PendingRows:
-        landed = _unpack(received, shapes)
-        both = [torch.cat([mine, came]) for mine, came in zip(local, landed, strict=True)]
-        return _cast_hop(local, both, later, group, into)
+        send = _gather_relayed(local, _unpack(received, shapes), _relay_of(later[0]))
+        return _cast_hop(send, local, later, group, into)
 
     return PendingRows(work, next_hop, more_hops=True, sending=send)
 
@@ -198,14 +226,15 @@ def group_reduce(
     def finish() -> PendingRows | tuple[Tensor, ...]:
         parts = _unpack(received, shapes)
         if not earlier:
-            _reduce_by_sender(parts, into, hop, op)
+            _reduce_by_sender(parts, into, hop.send_splits, hop.send_index, op)
             return tuple(into)
         # Rows that were only passed on are reduced here first, and their sums go on to the owners.
-        num_local = into[0].shape[0]
-        totals = _neutral_rows(into, num_local + earlier[-1].num_received, op)
-        _reduce_by_sender(parts, totals, hop, op)
-        _reduce_all([t[:num_local] for t in totals], into, op)
-        passed_on = [t[num_local:].to(dtype) for t, dtype in zip(totals, dtypes, strict=True)]
+        relay = _relay_of(hop)
+        num_mine = len(relay.distinct)
+        totals = _neutral_rows(into, num_mine + earlier[-1].num_received, op)
+        _reduce_by_sender(parts, totals, hop.send_splits, relay.rows, op)
+        _reduce_rows([t[:num_mine] for t in totals], into, relay.distinct, op)
+        passed_on = [t[num_mine:].to(dtype) for t, dtype in zip(totals, dtypes, strict=True)]
         return group_reduce(passed_on, into, earlier, group, op=op, async_op=True)
 
     pending = PendingRows(work, finish, more_hops=bool(earlier), sending=send)
@@ -227,6 +256,12 @@ def _as_hops(hops: RowRoutes | Sequence[RowRoutes]) -> Sequence[RowRoutes]:
     return (hops,) if isinstance(hops, RowRoutes) else hops
 
 
+def _relay_of(hop: RowRoutes) -> Relay:
+    if hop.relay is None:
+        raise ValueError("routes of a later hop do not say what they relay: make them with relaying(num_local)")
+    return hop.relay
+
+
 def _neutral_rows(like: Sequence[Tensor], num_rows: int, op: str) -> list[Tensor]:
     """Rows that change nothing when reduced with others: zeros, and lse -inf."""
     rows = [t.new_zeros((num_rows, *t.shape[1:])) for t in like]
@@ -235,20 +270,14 @@ def _neutral_rows(like: Sequence[Tensor], num_rows: int, op: str) -> list[Tensor
     return rows
 
 
-def _reduce_all(parts: Sequence[Tensor], into: Sequence[Tensor], op: str) -> None:
-    if op == "lse":
-        merge_partials(into[0], into[1], parts[0], parts[1])
-        return
-    for total, part in zip(into, parts, strict=True):
-        total += part
-
-
-def _reduce_by_sender(parts: Sequence[Tensor], into: Sequence[Tensor], hop: RowRoutes, op: str) -> None:
-    """Reduce what came back along a hop; each sender's rows are distinct, so no two meet in a row."""
+def _reduce_by_sender(
+    parts: Sequence[Tensor], into: Sequence[Tensor], splits: Sequence[int], rows: Tensor, op: str
+) -> None:
+    """Reduce what came back along a hop into those rows; each sender's rows are distinct, so no two meet in a row."""
     start = 0
-    for count in hop.send_splits:
+    for count in splits:
         if count:
-            index = hop.send_index[start : start + count]
+            index = rows[start : start + count]
             _reduce_rows([p[start : start + count] for p in parts], into, index, op)
             start += count
 
@@ -357,6 +386,16 @@ def _gather_packed(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
     packed = _empty_packed(index.numel(), shapes, index.device)
     for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
         torch.index_select(tensor.detach(), 0, index, out=view)
+    return packed
+
+
+def _gather_relayed(local: Sequence[Tensor], landed: Sequence[Tensor], relay: Relay) -> Tensor:
+    """What a later hop sends, gathered from where it lies: the local rows are many, and few of them are sent."""
+    shapes = [(t.shape[1:], t.dtype) for t in local]
+    packed = _empty_packed(relay.rows.numel(), shapes, relay.rows.device)
+    for mine, came, view in zip(local, landed, _unpack(packed, shapes), strict=True):
+        view.index_copy_(0, relay.local_at, mine.detach().index_select(0, relay.local))
+        view.index_copy_(0, relay.landed_at, came.index_select(0, relay.landed))
     return packed
 
 

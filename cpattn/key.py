@@ -478,9 +478,9 @@ def make_key(
             (docs/planning.md). Any head counts; 1: no head sharding. "auto": the divisor with the shortest
             predicted step (`key.describe()` lists them), at the cost of a plan for each; with `plan`, what it
             was made for.
-        hardware: speeds by which num_stages, head_degree and transport are chosen: a preset's name ("h100"), the
-            file that `cpattn calibrate --out` wrote, or a `cpattn.solver.Hardware`; the same on all ranks.
-            None: "h100".
+        hardware: speeds by which schedule, num_stages, head_degree and transport are chosen: a preset's name
+            ("h100"), the file that `cpattn calibrate --out` wrote, or a `cpattn.solver.Hardware`; the same on
+            all ranks. None: "cpu" for a group of gloo, else "h100".
         transport: "all_to_all": one collective for each exchange. "p2p": sends and receives between the ranks
             that have rows for each other. The same results bit for bit. "auto": the faster by the measurements
             of `hardware`, all_to_all where it has none.
@@ -522,7 +522,7 @@ def make_key(
         wire,
         degree,
         bool(keep_kv),
-        read_hardware(hardware),
+        read_hardware(hardware, group),
         transport,
     )
     heads = (int(heads[0]), int(heads[1]), int(heads[2]), int(heads[3]))  # numpy's too: ranks compare by repr
@@ -751,7 +751,7 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device, transport: Transport) -> BoundPlan:
-    queries = _bind_hops(rank_plan.queries, device, transport)
+    queries = _bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport)
 
     num_guests = rank_plan.queries[-1].num_received
 
@@ -760,7 +760,7 @@ def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device, transport
 
     stages = tuple(
         BoundStage(
-            kv=_bind_hops(stage.kv, device, transport),
+            kv=_bind_hops(stage.kv, rank_plan.num_keys, device, transport),
             num_keys=stage.num_keys,
             host_work=prepare(stage.host, rank_plan.num_queries, stage.num_keys),
             guest_work=prepare(stage.guest, num_guests, stage.num_keys),
@@ -771,8 +771,11 @@ def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device, transport
     return BoundPlan(backend, queries, moves_queries, stages)
 
 
-def _bind_hops(hops: tuple[Exchange, ...], device: torch.device, transport: Transport) -> tuple[RowRoutes, ...]:
-    return tuple(bind_exchange(hop, device, transport) for hop in hops)
+def _bind_hops(
+    hops: tuple[Exchange, ...], num_local: int, device: torch.device, transport: Transport
+) -> tuple[RowRoutes, ...]:
+    bound = tuple(bind_exchange(hop, device, transport) for hop in hops)
+    return (*bound[:1], *(later.relaying(num_local) for later in bound[1:]))
 
 
 def bind_exchange(exchange: Exchange, device: torch.device, transport: Transport = "all_to_all") -> RowRoutes:

@@ -5,12 +5,15 @@ Small integers in floats: sums are exact, so equality is exact.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cpattn.collectives import RowRoutes, group_cast, group_reduce, merge_partials
 from tests_dist.harness import fresh_group, run_on_ranks
@@ -188,7 +191,7 @@ def two_level_cast_and_reduce(seed: int) -> None:
                 origin[via][to].append((sender, row))
     landed = [sum(len(landing[s][at]) for s in range(size)) for at in range(size)]
     second = World([n + m for n, m in zip(direct.counts, landed, strict=True)], within)
-    hops = (across.routes(rank), second.routes(rank))
+    hops = (across.routes(rank), second.routes(rank).relaying(direct.counts[rank]))
     everyone = values_of(direct, seed, 3)
     sources = [pair for via in range(size) for pair in origin[via][rank]]
     expected = torch.stack([everyone[s][r] for s, r in sources]) if sources else torch.zeros(0, 3)
@@ -218,6 +221,60 @@ def two_level_cast_and_reduce(seed: int) -> None:
 def test_two_hops_deliver_what_one_does():
     for seed in range(4):
         run_on_ranks(4, two_level_cast_and_reduce, seed=seed)
+
+
+def relay_few_of_many_rows() -> None:
+    """Two nodes of two ranks, 1000 rows each: five of every rank cross, and are passed on with three of the next."""
+    rank, size, local = dist.get_rank(), dist.get_world_size(), 1000
+    opposite, neighbour = (rank + 2) % size, rank ^ 1
+    generator = torch.Generator().manual_seed(5)
+    chosen = [torch.randperm(local, generator=generator)[:5] for _ in range(size)]
+    own = [torch.randperm(local, generator=generator)[:3] for _ in range(size)]
+    to_opposite, to_neighbour = ([0] * size for _ in range(2))
+    to_opposite[opposite], to_neighbour[neighbour] = 5, 8
+    # The rows of either kind take turns.
+    mixed = torch.cat([own[rank], local + torch.arange(5)])[torch.tensor([3, 0, 4, 5, 1, 6, 7, 2])]
+    first = RowRoutes(chosen[rank], tuple(to_opposite), tuple(to_opposite), active=True)
+    second = RowRoutes(mixed, tuple(to_neighbour), tuple(to_neighbour), active=True)
+    values = [torch.randn(local, 2, 8, generator=generator) for _ in range(size)]
+    via = neighbour
+    passed_on = values[(via + 2) % size][chosen[(via + 2) % size]]
+    both = torch.cat([values[via][own[via]], passed_on])[torch.tensor([3, 0, 4, 5, 1, 6, 7, 2])]
+    mine = values[rank]
+    with _Made() as made:
+        got, wide = group_cast((mine, mine[..., 0]), (first, second.relaying(local)), dist.group.WORLD).wait()
+    assert torch.equal(got, both)
+    assert torch.equal(wide, both[..., 0])
+    assert 0 < max(made.rows) < 20
+    into = torch.zeros_like(mine)
+    with _Made() as made:
+        group_reduce((got,), (into,), (first, second.relaying(local)), dist.group.WORLD)
+    assert 0 < max(made.rows) < 20
+    expected = torch.zeros_like(mine)
+    expected[own[rank]] += mine[own[rank]]
+    expected[chosen[rank]] += mine[chosen[rank]]
+    assert torch.equal(into, expected)
+    with pytest.raises(ValueError, match=r"make them with relaying\(num_local\)"):
+        group_cast((mine,), (replace(first, active=False), replace(second, active=False)), dist.group.WORLD).wait()
+
+
+class _Made(TorchDispatchMode):
+    """Rows of the tensors that are made while it is on, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.rows += [t.shape[0] for t in made if t.dim() and t.untyped_storage().data_ptr() not in known]
+        return result
+
+
+def test_a_hop_makes_nothing_as_long_as_the_local_rows():
+    run_on_ranks(4, relay_few_of_many_rows)
 
 
 def exchanges_in_flight() -> None:
