@@ -25,7 +25,9 @@ from .execute import accumulator_dtype, kept_bytes, run_backward, run_forward
 from .head_sharding import trade_heads, trade_rows
 from .key import AttnKey, BoundPlan, HeadSharding
 
-# Backends whose kernels need data (compiled extensions, and flex attention, which is compiled at first use).
+# Backends whose kernels need data, or allocate where no dispatcher sees it. Of these only flex attention is torch's
+# own: a higher-order operator, into which no dispatch mode is let, compiled at first use. On CPU, for tests,
+# it holds the scores of a block of rows in copies of torch's choice; on CUDA the compiler decides.
 _OUTSIDE_TORCH = ("flash_attn", "cudnn", "te", "ffa", "flex")
 
 
@@ -47,7 +49,7 @@ def step_memory(key: AttnKey, dtype: torch.dtype, device: torch.device) -> StepM
 
     Raises:
         ValueError: no backend serves the dtype and device, or the one that does runs its kernel outside
-            torch's operators.
+            torch's operators (`_OUTSIDE_TORCH`).
     """
     if key.sharding is not None:
         return _memory_with_head_exchanges(key, key.sharding, dtype, device)

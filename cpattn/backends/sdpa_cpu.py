@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cpattn.solver import BANDED, CAUSAL, INV_CAUSAL, KernelTile, SliceTable, kernel_tiles
 
@@ -118,15 +119,9 @@ class CpuSdpaBackend:
     ) -> None:
         if not len(work.slices):
             return
-        head_dim_v = v_KGE.shape[-1]
-        q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
-        for call in work.calls(q.dtype):
-            out, lse = _call_forward(call, _queries(q, call), _keys(k, call), _keys(v, call), scale)
-            out, lse = out.transpose(1, 2)[..., :head_dim_v], lse.transpose(1, 2)
-            for b in range(call.num_tiles):
-                start = call.tile.q0 + b * call.q_step
-                rows = slice(start, start + call.num_rows)
-                merge_rows(out_QNE, lse_QN, rows, out[b], lse[b], first=fresh and call.first)
+        tensors = _same_head_dim(q_QND, k_KGD, v_KGE)
+        for call in work.calls(q_QND.dtype):
+            _add_forward(call, *tensors, scale, out_QNE, lse_QN, fresh=fresh and call.first)
 
     def backward(
         self,
@@ -146,20 +141,54 @@ class CpuSdpaBackend:
     ) -> None:
         if not len(work.slices):
             return
-        head_dim, head_dim_v = k_KGD.shape[-1], v_KGE.shape[-1]
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
         dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
         for call in work.calls(q.dtype, backward=True):
-            rows = (_queries(t, call) for t in (dout, q, out))
-            dout_, q_, out_ = rows
-            lse = _queries(lse_QN.unsqueeze(-1), call).squeeze(-1)
-            dq, dk, dv = _call_backward(call, dout_, q_, _keys(k, call), _keys(v, call), out_, lse, scale)
-            dq, dk, dv = (t.transpose(1, 2) for t in (dq, dk, dv))
-            for b in range(call.num_tiles):
-                start, keys_from = call.tile.q0 + b * call.q_step, call.tile.k0 + b * call.k_step
-                dq_QND[start : start + call.num_rows] += dq[b, ..., :head_dim]
-                dk_KGD[keys_from : keys_from + call.num_keys] += dk[b, ..., :head_dim]
-                dv_KGE[keys_from : keys_from + call.num_keys] += dv[b, ..., :head_dim_v]
+            _add_backward(call, dout, q, k, v, out, lse_QN, scale, (dq_QND, dk_KGD, dv_KGE))
+
+
+# One call each, in a function of its own: what a call made is gone when the next one begins.
+
+
+def _add_forward(
+    call: _Call,
+    q_QND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    scale: float,
+    out_QNE: Tensor,
+    lse_QN: Tensor,
+    *,
+    fresh: bool,
+) -> None:
+    """Merge what a call computes into the accumulators."""
+    out, lse = _call_forward(call, _queries(q_QND, call), _keys(k_KGD, call), _keys(v_KGD, call), scale)
+    out, lse = out.transpose(1, 2)[..., : out_QNE.shape[-1]], lse.transpose(1, 2)
+    for b in range(call.num_tiles):
+        start = call.tile.q0 + b * call.q_step
+        merge_rows(out_QNE, lse_QN, slice(start, start + call.num_rows), out[b], lse[b], first=fresh)
+
+
+def _add_backward(
+    call: _Call,
+    dout_QND: Tensor,
+    q_QND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    out_QND: Tensor,
+    lse_QN: Tensor,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add what a call computes to the gradients of q, k and v, whose head dims may be smaller."""
+    dout, q, out = (_queries(t, call) for t in (dout_QND, q_QND, out_QND))
+    lse = _queries(lse_QN.unsqueeze(-1), call).squeeze(-1)
+    parts = _call_backward(call, dout, q, _keys(k_KGD, call), _keys(v_KGD, call), out, lse, scale)
+    starts = ((call.tile.q0, call.q_step), (call.tile.k0, call.k_step), (call.tile.k0, call.k_step))
+    for b in range(call.num_tiles):
+        for grad, part, (start, step) in zip(grads, parts, starts, strict=True):
+            rows = slice(start + b * step, start + b * step + part.shape[2])
+            grad[rows] += part[b, ..., : grad.shape[-1]].transpose(0, 1)
 
 
 def _forward_scratch(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
@@ -307,7 +336,11 @@ def _band_mask(tile: KernelTile, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _additive_band(rows: int, keys: int, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
-    """0 inside the band and -inf outside; blocks of one window share it."""
-    diff = torch.arange(keys) - torch.arange(rows)[:, None]
-    mask = torch.zeros(rows, keys, dtype=dtype)
-    return mask.masked_fill_((diff < lo) | (diff > hi), -torch.inf)
+    """0 inside the band and -inf outside; blocks of one window share it.
+
+    Always a tensor with data, also where the call it is made for is one of tensors without (`FakeTensorMode`): the
+    next call with data may get it.
+    """
+    with _disable_current_modes():
+        band = torch.ones(rows, keys, dtype=torch.bool).triu_(lo).tril_(hi)
+        return torch.full((rows, keys), -torch.inf, dtype=dtype).masked_fill_(band, 0)

@@ -312,17 +312,18 @@ def memory_on_rank(degree: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     out = cpattn.attention(*leaves, key)
     stated = key.memory(dtype, "cpu")
     measured = (
-        allocated_at_peak(lambda: cpattn.attention(*leaves, key), repeats=10),
-        allocated_at_peak(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), repeats=10),
+        allocated_at_peak(lambda: cpattn.attention(*leaves, key)),
+        allocated_at_peak(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)),
     )
     return list(zip(stated[:2], measured, strict=True))
 
 
 @pytest.mark.parametrize(("degree", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (4, torch.bfloat16)])
 def test_stated_memory_is_the_measured_one(degree, dtype):
+    tolerance = 0.005 if dtype == torch.float32 else 0.1  # as in test_memory.py
     for rank, passes in enumerate(run_on_ranks(4, memory_on_rank, degree, dtype)):
         for pass_, (stated, measured) in zip(("forward", "backward"), passes, strict=True):
-            assert stated == pytest.approx(measured, rel=0.1), f"rank {rank}, {pass_}"
+            assert stated == pytest.approx(measured, rel=tolerance), f"rank {rank}, {pass_}"
 
 
 # ----------------------------------------------------------------------------------------------------

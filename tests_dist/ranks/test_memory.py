@@ -1,7 +1,6 @@
 """Runtime layer: the memory that a key states against what the allocator gives out while a call runs.
 
-Bytes, not times: the same on every run, but for buffers that the exchange's own thread frees, which the profiler
-does not see; so the least of several runs is taken.
+Bytes, not times: the same on every run.
 """
 
 from __future__ import annotations
@@ -14,21 +13,27 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn import AttnMaskSpec
+from cpattn.backends.sdpa_cpu import _additive_band
 from cpattn.execute import kept_bytes, run_backward, run_forward
 from cpattn.launch.benchmarks.step import allocated_at_peak
 from tests_dist.harness import run_on_ranks
 
-HEADS, DIM, TOLERANCE = (4, 2), 64, 0.1
+HEADS, DIM = (4, 2), 64
+# What oneDNN packs for half-precision products depends on the CPU.
+TOLERANCE = {torch.float32: 0.005, torch.bfloat16: 0.1}
 SPECS = {
     "causal": AttnMaskSpec.causal(2048),
     "packed": AttnMaskSpec.varlen([900, 500, 17, 600, 31]),
     "window": AttnMaskSpec.sliding_window([2048], 256),
+    "long window": AttnMaskSpec.sliding_window([16384], 512),
 }
 
 
-def key_for(spec: AttnMaskSpec, group: dist.ProcessGroup | None, **options: Any) -> cpattn.AttnKey:
+def key_for(
+    spec: AttnMaskSpec, group: dist.ProcessGroup | None, chunk_size: int = 64, **options: Any
+) -> cpattn.AttnKey:
     heads = {"num_heads_q": HEADS[0], "num_heads_kv": HEADS[1], "head_dim": DIM}
-    return cpattn.make_key(spec, **heads, cp_group=group, chunk_size=64, **options)
+    return cpattn.make_key(spec, **heads, cp_group=group, chunk_size=chunk_size, **options)
 
 
 def memory_on_rank(name: str, dtype: torch.dtype, options: dict[str, Any]) -> list[tuple[int, int]]:
@@ -66,12 +71,13 @@ def memory_on_rank(name: str, dtype: torch.dtype, options: dict[str, Any]) -> li
         ("packed", torch.float32, {"num_stages": 4, "schedule": "tiles"}),
         ("window", torch.float32, {"num_stages": 1, "schedule": "keys"}),
         ("window", torch.bfloat16, {"num_stages": 2, "schedule": "keys"}),
+        ("long window", torch.float32, {"num_stages": 1, "schedule": "keys"}),
     ],
 )
 def test_stated_memory_is_the_measured_one(name, dtype, options):
     for rank, passes in enumerate(run_on_ranks(4, memory_on_rank, name, dtype, options)):
         for pass_, (stated, measured) in zip(("forward", "backward"), passes, strict=True):
-            assert stated == pytest.approx(measured, rel=TOLERANCE), f"rank {rank}, {pass_}"
+            assert stated == pytest.approx(measured, rel=TOLERANCE[dtype]), f"rank {rank}, {pass_}"
 
 
 def test_many_kernel_calls_are_stated_by_the_largest():
@@ -90,8 +96,30 @@ def test_many_kernel_calls_are_stated_by_the_largest():
     out, lse = run_forward(key, plan, q, k, v, None, none, numbers)
     forward = allocated_at_peak(lambda: run_forward(key, plan, q, k, v, None, none, numbers))
     backward = allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, none, numbers))
-    assert light.forward == pytest.approx(forward, rel=TOLERANCE)
-    assert light.backward == pytest.approx(backward, rel=TOLERANCE)
+    assert light.forward == pytest.approx(forward, rel=TOLERANCE[torch.float32])
+    assert light.backward == pytest.approx(backward, rel=TOLERANCE[torch.float32])
+
+
+def test_stating_memory_leaves_the_backend_as_it_was():
+    """The masks of a window's blocks are kept: none without data may be among them. And kept or not, none is stated."""
+    _additive_band.cache_clear()
+    spec = AttnMaskSpec.sliding_window([1000], 100)
+    stated = key_for(spec, None).memory(torch.float32, "cpu")
+    assert _additive_band.cache_info().currsize > 0, "the mask has no such block"
+    after = all_results(key_for(spec, None))
+    assert key_for(spec, None, chunk_size=32).memory(torch.float32, "cpu") == stated
+    _additive_band.cache_clear()
+    for ours, expected in zip(after, all_results(key_for(spec, None)), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def all_results(key: cpattn.AttnKey) -> list[torch.Tensor]:
+    """out and the gradients of q, k and v, for inputs from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((key.num_tokens, HEADS[0]), (key.num_keys, HEADS[1]), (key.num_keys, HEADS[1]))
+    leaves = [torch.randn(*size, DIM, generator=generator).requires_grad_() for size in sizes]
+    out = cpattn.attention(leaves[0], leaves[1], leaves[2], key)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
 def test_stages_and_keeping_show_in_the_statement():
