@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from cpattn.collectives import HeadExchange, PendingRows, heads_to_rows, rows_to_heads
 
 from .key import AttnKey, HeadSharding, key_of_handle
+from .profiling import traded, watched_heads
 
 
 def shard_heads(q_TND: Tensor, k_TGD: Tensor, v_TGE: Tensor, key: AttnKey) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,10 +40,9 @@ def _shard_heads(
     q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
-    sharding = _sharding(key)
     key.require_shapes(q, k, v)
     key.agree(dtype=q.dtype, device=q.device.type)  # what attention compares comes too late for this exchange
-    return trade_rows(sharding, _group(key), q, k, v)
+    return traded("forward", "before", _trade_rows)(key, q, k, v)
 
 
 @_shard_heads.register_fake
@@ -69,7 +69,7 @@ def _shard_heads_backward(
     num_heads_kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
-    return trade_heads(_sharding(key), _group(key), dq, dk, dv)
+    return traded("backward", "after", _trade_heads)(key, dq, dk, dv)
 
 
 @_shard_heads_backward.register_fake
@@ -108,8 +108,7 @@ _shard_heads.register_autograd(_backward_of_shard, setup_context=_save_shapes)
 @torch.library.custom_op("cpattn::gather_rows", mutates_args=())
 def _gather_rows(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
-    (whole,) = heads_to_rows(x, _sharding(key).queries, _group(key)).wait()
-    return whole
+    return traded("forward", "after", _trade_result)(key, x)
 
 
 @_gather_rows.register_fake
@@ -120,8 +119,7 @@ def _(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
 @torch.library.custom_op("cpattn::gather_rows_backward", mutates_args=())
 def _gather_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
-    (block,) = rows_to_heads(grad, _sharding(key).queries, _group(key)).wait()
-    return block
+    return traded("backward", "before", _trade_dout)(key, grad)
 
 
 @_gather_rows_backward.register_fake
@@ -153,24 +151,47 @@ def _group(key: AttnKey) -> ProcessGroup:
     return key.cp_group
 
 
+def _trade_rows(key: AttnKey, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return trade_rows(_sharding(key), _group(key), q, k, v)
+
+
+def _trade_heads(key: AttnKey, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return trade_heads(_sharding(key), _group(key), dq, dk, dv)
+
+
+def _trade_result(key: AttnKey, x: Tensor) -> Tensor:
+    """Heads for rows, of out or lse."""
+    exchange = watched_heads("rows of out" if x.dim() == 3 else "rows of lse", heads_to_rows)
+    (whole,) = exchange(x, _sharding(key).queries, _group(key)).wait()
+    return whole
+
+
+def _trade_dout(key: AttnKey, dout: Tensor) -> Tensor:
+    """Rows for heads, of the gradient of out."""
+    (block,) = watched_heads("heads of dout", rows_to_heads)(dout, _sharding(key).queries, _group(key)).wait()
+    return block
+
+
 def trade_rows(
     sharding: HeadSharding, group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows for heads, of q, k and v."""
-    pending = [rows_to_heads(x, exchange, group) for x, exchange in _by_exchange(sharding, q, k, v)]
-    return _wait_three(pending)
+    exchanges = _by_exchange(sharding, q=q, k=k, v=v)
+    return _wait_three([watched_heads(f"heads of {n}", rows_to_heads)(x, by, group) for n, x, by in exchanges])
 
 
 def trade_heads(
     sharding: HeadSharding, group: ProcessGroup, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads for rows, of the gradients of q, k and v."""
-    pending = [heads_to_rows(x, exchange, group) for x, exchange in _by_exchange(sharding, dq, dk, dv)]
-    return _wait_three(pending)
+    exchanges = _by_exchange(sharding, dq=dq, dk=dk, dv=dv)
+    return _wait_three([watched_heads(f"rows of {n}", heads_to_rows)(x, by, group) for n, x, by in exchanges])
 
 
-def _by_exchange(sharding: HeadSharding, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, HeadExchange]]:
-    return [(q, sharding.queries), (k, sharding.keys), (v, sharding.keys)]
+def _by_exchange(sharding: HeadSharding, **tensors: Tensor) -> list[tuple[str, Tensor, HeadExchange]]:
+    """Name, tensor and exchange of q, k and v, or their gradients."""
+    exchanges = (sharding.queries, sharding.keys, sharding.keys)
+    return [(name, x, by) for (name, x), by in zip(tensors.items(), exchanges, strict=True)]
 
 
 def _wait_three(pending: list[PendingRows]) -> tuple[Tensor, Tensor, Tensor]:

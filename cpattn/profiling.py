@@ -32,11 +32,14 @@ import torch
 import torch.distributed as dist
 
 from cpattn.backends import Backend
-from cpattn.collectives import PendingRows, RowRoutes, cast_encoded, group_reduce
+from cpattn.collectives import PendingRows, RowRoutes, cast_encoded, group_reduce, heads_to_rows
 
 from .key import AttnKey, BoundPlan
 
 Thread: TypeAlias = Literal["compute", "wait", "transfer"]
+PassName: TypeAlias = Literal["forward", "backward"]
+# With head sharding a pass is attention with head exchanges before and after it.
+_Part: TypeAlias = Literal["before", "attention", "after"]
 # A moment: nanoseconds of the performance counter, or an event on a CUDA stream.
 _Mark: TypeAlias = "int | torch.cuda.Event"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -48,7 +51,8 @@ class Span(NamedTuple):
     """Something that a rank did, in seconds since its profile began (in a `Trace`: since the first call).
 
     name: in thread compute "kernel", "encode", "pack", "unpack" or "reduce"; in the others what
-        travels: "queries", "keys 1" (stage 1), on their way home "results" and "gradients 1".
+        travels: "queries", "keys 1" (stage 1), on their way home "results" and "gradients 1"; with head
+        sharding also rows traded for heads, "heads of q", and heads for rows, "rows of out".
     stage: 0 works on own keys; None where none is meant. side: of a kernel, "host" (own queries) or
         "guest" (received ones).
     """
@@ -62,9 +66,9 @@ class Span(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One pass of one attention call on one rank. key: in words."""
+    """One pass of one attention call on one rank, head exchanges included. key: in words."""
 
-    name: Literal["forward", "backward"]
+    name: PassName
     key: str
     start: float
     end: float
@@ -170,7 +174,7 @@ class Profile:
 
     def __init__(self) -> None:
         self._began_ns, self._zero_ns = time.time_ns(), time.perf_counter_ns()
-        self._calls: list[_OpenCall] = []
+        self._calls: list[list[_OpenCall]] = []  # each in parts
         self._clocks: dict[torch.device, _CudaClock] = {}
         self.current: _OpenCall | None = None
 
@@ -178,7 +182,7 @@ class Profile:
         """The calls of this rank, seconds since the profile began. On CUDA it waits for the device."""
         for device in self._clocks:
             torch.cuda.synchronize(device)
-        return tuple(call.closed() for call in self._calls)
+        return tuple(_joined([part.closed() for part in parts]) for parts in self._calls)
 
     def gather(self, group: dist.ProcessGroup | None = None) -> Trace | None:
         """The trace of all ranks of a group on its first rank, None on the others; all of them call it.
@@ -193,23 +197,29 @@ class Profile:
             dist.gather_object(mine, everyone, dst=dist.get_global_rank(group, 0), group=group)
         return None if everyone is None else _from_first_call(everyone)
 
-    def run(
-        self,
-        name: Literal["forward", "backward"],
-        pass_: Callable[..., Any],
-        key: AttnKey,
-        plan: BoundPlan,
-        *tensors: Any,
-    ) -> Any:
+    def run(self, name: PassName, pass_: Callable[..., Any], key: AttnKey, plan: BoundPlan, *tensors: Any) -> Any:
         """Run a pass of the attention call and record it."""
-        call = _OpenCall(name, repr(key), plan, self._clock(tensors[0].device, key.cp_group))
+        call = _OpenPass(name, key, plan, self._clock(tensors[0].device, key.cp_group))
+        return self._record(call, lambda: pass_(key, call.watched_plan(), *tensors))
+
+    def trade(self, name: PassName, part: _Part, trade: Callable[..., Any], key: AttnKey, *tensors: Any) -> Any:
+        """Run the head exchanges before or after a pass and record them as part of it."""
+        assert key.sharding is not None
+        clock = self._clock(tensors[0].device, key.cp_group)
+        call = _OpenCall(name, repr(key), clock, inner=key.sharding.inner, part=part)
+        return self._record(call, lambda: trade(key, *tensors))
+
+    def _record(self, call: _OpenCall, run: Callable[[], Any]) -> Any:
         self.current = call
         try:
-            result = pass_(key, call.watched_plan(), *tensors)
+            result = run()
         finally:
             self.current = None
         call.end = call.mark()
-        self._calls.append(call)
+        if self._calls and call.continues(self._calls[-1][-1]):
+            self._calls[-1].append(call)
+        else:
+            self._calls.append([call])
         return result
 
     def _clock(self, device: torch.device, group: dist.ProcessGroup | None) -> _CpuClock | _CudaClock:
@@ -221,12 +231,20 @@ class Profile:
         return self._clocks[device]
 
 
-def profiled(name: Literal["forward", "backward"], pass_: _Function) -> _Function:
+def profiled(name: PassName, pass_: _Function) -> _Function:
     """The pass itself, or under a profile one that is recorded."""
     recorded = _active
     if recorded is None:
         return pass_
     return cast(_Function, lambda *args: recorded.run(name, pass_, *args))
+
+
+def traded(name: PassName, part: Literal["before", "after"], trade: _Function) -> _Function:
+    """The head exchanges before or after a pass, or under a profile ones that are recorded."""
+    recorded = _active
+    if recorded is None:
+        return trade
+    return cast(_Function, lambda *args: recorded.trade(name, part, trade, *args))
 
 
 def timed(name: str, function: _Function) -> _Function:
@@ -240,7 +258,16 @@ def watched(hops: tuple[RowRoutes, ...], exchange: _Function) -> _Function:
     """The exchange (`group_cast`, `group_reduce`, `cast_encoded`), or under a profile one that is recorded."""
     if _active is None or _active.current is None:
         return exchange
+    assert isinstance(_active.current, _OpenPass)
     return cast(_Function, _active.current.watching(hops, exchange))
+
+
+def watched_heads(name: str, exchange: _Function) -> _Function:
+    """The exchange (`rows_to_heads`, `heads_to_rows`), or under a profile one that is recorded by the name."""
+    if _active is None or _active.current is None:
+        return exchange
+    last = "unpack" if exchange is heads_to_rows else None
+    return cast(_Function, _active.current.watch(exchange, name, None, last))
 
 
 class _CpuClock:
@@ -320,32 +347,25 @@ class _Label(NamedTuple):
 
 
 class _OpenCall:
-    """A pass while it runs."""
+    """A part of a pass while it runs. inner: the key of the attention that it belongs to."""
 
-    def __init__(self, name: Literal["forward", "backward"], key: str, plan: BoundPlan, clock: Any) -> None:
-        self._name, self._key, self._plan, self._clock = name, key, plan, clock
+    def __init__(self, name: PassName, key: str, clock: Any, *, inner: AttnKey, part: _Part) -> None:
+        self._name, self._key, self._clock, self._inner, self._part = name, key, clock, inner, part
         self._spans: list[tuple[Thread, str, int | None, str, _Mark, _Mark]] = []
         self._transfers: list[tuple[str, int | None, _Mark, _Arrival]] = []
-        self._routes: dict[int, int | None] = {id(stage.kv): n for n, stage in enumerate(plan.stages)}
-        self._routes[id(plan.queries)] = None
         self.mark: Callable[[], _Mark] = clock.mark
         self._start = self.mark()
         self.end = self._start
+
+    def continues(self, last: _OpenCall) -> bool:
+        """Whether this is a further part of the pass whose last part is given."""
+        follows = {"before": (), "attention": ("before",), "after": ("attention", "after")}[self._part]
+        return self._name == last._name and self._inner is last._inner and last._part in follows
 
     @property
     def last_end(self) -> _Mark:
         """When the span that was recorded last ended."""
         return self._spans[-1][-1]
-
-    def watched_plan(self) -> BoundPlan:
-        """The plan with a backend that records its kernels."""
-        stages = tuple(
-            stage._replace(
-                host_work=_Label(stage.host_work, number, "host"), guest_work=_Label(stage.guest_work, number, "guest")
-            )
-            for number, stage in enumerate(self._plan.stages)
-        )
-        return self._plan._replace(backend=cast(Backend, _WatchedBackend(self._plan.backend, self)), stages=stages)
 
     def spanning(
         self, function: Callable[..., Any], thread: Thread, name: str, stage: int | None = None, side: str = ""
@@ -360,16 +380,13 @@ class _OpenCall:
 
         return spanned
 
-    def watching(self, hops: tuple[RowRoutes, ...], exchange: Callable[..., Any]) -> Callable[..., Any]:
-        """The exchange, whose start is a span and whose handle is watched."""
-        stage = self._routes[id(hops)]
-        home = exchange is group_reduce
-        kind = ("results" if home else "queries") if stage is None else ("gradients" if home else "keys")
-        name = kind if stage is None else f"{kind} {stage}"
+    def watch(
+        self, exchange: Callable[..., Any], name: str, stage: int | None, last: str | None
+    ) -> Callable[..., PendingRows]:
+        """The exchange, whose start is a span and whose handle is watched; last: name of the span of its last step."""
 
         def watched_exchange(*args: Any, **options: Any) -> PendingRows:
             pending = self.spanning(exchange, "compute", "pack", stage)(*args, **options)
-            last = {group_reduce: "reduce", cast_encoded: "unpack"}.get(exchange)
             return _WatchedRows(pending, self, name, stage, last=last)
 
         return watched_exchange
@@ -392,6 +409,35 @@ class _OpenCall:
             spans.append(Span("transfer", name, stage, "", seconds(start), max(seconds(start), seconds(arrival.mark))))
         spans.sort(key=lambda span: (span.start, span.end))
         return Call(self._name, self._key, seconds(self._start), seconds(self.end), tuple(spans))
+
+
+class _OpenPass(_OpenCall):
+    """The attention of a pass while it runs."""
+
+    def __init__(self, name: PassName, key: AttnKey, plan: BoundPlan, clock: Any) -> None:
+        super().__init__(name, repr(key), clock, inner=key, part="attention")
+        self._plan = plan
+        self._routes: dict[int, int | None] = {id(stage.kv): n for n, stage in enumerate(plan.stages)}
+        self._routes[id(plan.queries)] = None
+
+    def watched_plan(self) -> BoundPlan:
+        """The plan with a backend that records its kernels."""
+        stages = tuple(
+            stage._replace(
+                host_work=_Label(stage.host_work, number, "host"), guest_work=_Label(stage.guest_work, number, "guest")
+            )
+            for number, stage in enumerate(self._plan.stages)
+        )
+        return self._plan._replace(backend=cast(Backend, _WatchedBackend(self._plan.backend, self)), stages=stages)
+
+    def watching(self, hops: tuple[RowRoutes, ...], exchange: Callable[..., Any]) -> Callable[..., PendingRows]:
+        """`watch` for an exchange of the plan."""
+        stage = self._routes[id(hops)]
+        home = exchange is group_reduce
+        kind = ("results" if home else "queries") if stage is None else ("gradients" if home else "keys")
+        name = kind if stage is None else f"{kind} {stage}"
+        last = {group_reduce: "reduce", cast_encoded: "unpack"}.get(exchange)
+        return self.watch(exchange, name, stage, last)
 
 
 class _WatchedBackend:
@@ -449,6 +495,11 @@ class _WatchedRows(PendingRows):
     def _depart(self) -> None:
         if self._pending.work is not None:
             self._arrival = self._call.departed(self._pending.work, self._name, self._stage)
+
+
+def _joined(parts: Sequence[Call]) -> Call:
+    """The parts of a pass, one after the other, as one call."""
+    return parts[0]._replace(end=parts[-1].end, spans=tuple(span for part in parts for span in part.spans))
 
 
 def _from_first_call(ranks: Sequence[RankTrace]) -> Trace:

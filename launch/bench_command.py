@@ -11,15 +11,42 @@ import platform
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
-from cpattn.solver import HARDWARE, Hardware, Heads, StepTimeline, plan_report, simulate
+from cpattn.solver import (
+    HARDWARE,
+    Hardware,
+    Heads,
+    StepTimeline,
+    head_exchange_seconds,
+    plan_report,
+    simulate,
+    split_heads,
+)
 
 from .calibrate import calibrate, launched_ranks
-from .plan_command import Layouts, MaskName, Schedules, hardware_of_option, heads_of_option, spec_of_options
+from .options import (
+    BlockOption,
+    FileOption,
+    HeadDimOption,
+    HeadsOption,
+    LayoutOption,
+    Layouts,
+    LengthsOption,
+    MaskName,
+    MaskOption,
+    ScheduleOption,
+    Schedules,
+    SeqlenOption,
+    StagesOption,
+    WindowOption,
+    hardware_of_option,
+    heads_of_option,
+    spec_of_options,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,19 +64,20 @@ class Dtypes(str, Enum):
 
 
 def bench_command(
-    mask: Annotated[MaskName, typer.Option(help="The shape of the mask of each document.")] = MaskName.causal,
-    seqlen: Annotated[str, typer.Option(help="Tokens of one sequence: 65536, 64K, 4M.")] = "",
-    lengths: Annotated[str, typer.Option(help="Document lengths instead, comma-separated: 8K,3000,512.")] = "",
-    file: Annotated[Path | None, typer.Option(help="JSON file with the mask: see docs/planning.md.")] = None,
-    window: Annotated[int | None, typer.Option(help="Keys that a query sees, itself included.")] = None,
-    block: Annotated[int, typer.Option(help="Tokens of a block (mask block-causal).")] = 1024,
-    heads: Annotated[str, typer.Option(help="Query and key heads, q:kv.")] = "8:8",
-    head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 64,
+    mask: MaskOption = MaskName.causal,
+    seqlen: SeqlenOption = "",
+    lengths: LengthsOption = "",
+    file: FileOption = None,
+    window: WindowOption = None,
+    block: BlockOption = 1024,
+    heads: HeadsOption = "8:8",
+    head_dim: HeadDimOption = 64,
     dtype: Annotated[Dtypes, typer.Option(help="Of q, k and v.")] = Dtypes.bf16,
     chunk_size: Annotated[int, typer.Option(help="Tokens by which ranks may differ.")] = 512,
-    layout: Annotated[Layouts, typer.Option(help="Who owns which tokens.")] = Layouts.balanced,
-    schedule: Annotated[Schedules, typer.Option(help="Whether queries travel too.")] = Schedules.auto,
-    num_stages: Annotated[int | None, typer.Option(help="Parts in which remote keys travel; default: chosen.")] = None,
+    layout: LayoutOption = Layouts.balanced,
+    schedule: ScheduleOption = Schedules.auto,
+    num_stages: StagesOption = None,
+    head_degree: Annotated[int, typer.Option(help="Ranks that share rows, each with some of the heads.")] = 1,
     keep_kv: Annotated[bool, typer.Option("--keep-kv", help="Keep fetched keys for backward.")] = False,
     wire: Annotated[str | None, typer.Option(help="8-bit rows on the wire: e4m3 or e5m2.")] = None,
     backend: Annotated[str, typer.Option(help="Local kernel.")] = "auto",
@@ -79,6 +107,7 @@ def bench_command(
                 schedule=schedule.value,
                 backend=backend,
                 num_stages=num_stages,
+                head_degree=head_degree,
                 wire=wire,
                 keep_kv=keep_kv,
             )
@@ -89,8 +118,8 @@ def bench_command(
         measured = measure(key, _torch_dtype(dtype), device, repeats)
         if measured is None:
             return
-        predicted = simulate(key.plan, machine, shape)
-        report = bench_report(key, measured, predicted, machine, shape, _torch_dtype(dtype), device)
+        predicted = predict(key, machine, shape)
+        report = bench_report(key, measured, predicted, machine, _torch_dtype(dtype), device)
         _print(key, report, measured)
         if trace is not None:
             _write(trace, measured, predicted, report)
@@ -130,18 +159,53 @@ def measure(key: AttnKey, dtype: torch.dtype, device: torch.device, repeats: int
     return profile.gather(key.cp_group)
 
 
+class Prediction(NamedTuple):
+    """A step by the cost model.
+
+    attention: with head sharding, between the context ranks. heads: those that it is for, of the part with most.
+    head_degree: ranks that share a context rank's rows.
+    head_seconds: of the head exchanges before and after attention, in forward and in backward.
+    """
+
+    attention: StepTimeline
+    heads: Heads
+    head_degree: int
+    head_seconds: tuple[tuple[float, float], tuple[float, float]]
+
+    @property
+    def seconds(self) -> float:
+        return self.attention.seconds + sum(map(sum, self.head_seconds))
+
+
+def predict(key: AttnKey, hardware: Hardware, heads: Heads) -> Prediction:
+    """What the cost model says of a step of a key, on links and kernels of the hardware."""
+    from cpattn.head_degree import most_heads
+
+    degree = key.options.head_degree
+    inner = Heads(*most_heads((heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v), degree), heads.itemsize)
+    between = replace(hardware, ranks_per_node=max(hardware.ranks_per_node // degree, 1))
+    parts = split_heads(heads.num_q, heads.num_kv, degree)
+    total = head_exchange_seconds((key.plan.q_placement, key.plan.k_placement), parts, heads, hardware) / 2
+    # q, k and v go in and out comes home; backward is the mirror.
+    into = heads.num_q * heads.head_dim + heads.num_kv * (heads.head_dim + heads.head_dim_v)
+    before = total * into / (into + heads.num_q * heads.head_dim_v)
+    seconds = ((before, total - before), (total - before, before))
+    return Prediction(simulate(key.plan, between, inner), inner, degree, seconds)
+
+
 def bench_report(
     key: AttnKey,
     trace: Trace,
-    predicted: StepTimeline,
+    predicted: Prediction,
     hardware: Hardware,
-    heads: Heads,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
     """What was run on what, the shares of every rank, and predictions; plain values for JSON."""
     import torch
 
+    inner = key if key.sharding is None else key.sharding.inner
+    report = plan_report(key.plan, heads=predicted.heads, hardware=hardware, chunk_size=key.options.chunk_size)
     try:
         memory: dict[str, Any] | None = key.memory(dtype, device.type)._asdict()
     except ValueError:  # a kernel that cannot be run without data
@@ -151,14 +215,14 @@ def bench_report(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "backend": key.bind(device, dtype).backend.name,
+        "backend": inner.bind(device, dtype).backend.name,
         "options": asdict(key.options),
         "steps_s": _step_seconds(trace),
         "predicted_s": predicted.seconds,
         "hardware": json.loads(hardware.to_json()),
         "ranks": [{**share._asdict(), "exposed": share.exposed} for share in trace.shares()],
         "memory_of_rank_0": memory,
-        "plan": plan_report(key.plan, heads=heads, hardware=hardware, chunk_size=key.options.chunk_size).to_dict(),
+        "plan": report.to_dict(),
     }
 
 
@@ -186,7 +250,7 @@ def _print(key: AttnKey, report: dict[str, Any], trace: Trace) -> None:
     )
 
 
-def _write(folder: Path, trace: Trace, predicted: StepTimeline, report: dict[str, Any]) -> None:
+def _write(folder: Path, trace: Trace, predicted: Prediction, report: dict[str, Any]) -> None:
     from .trace_pictures import draw_step
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -19,6 +20,8 @@ import numpy as np
 import typer
 
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
+
+from .options import HeadDimOption, HeadsOption, heads_of_option
 
 if TYPE_CHECKING:
     import torch
@@ -35,17 +38,17 @@ _NO_LINK = Link(0.0, 1e12)
 def calibrate_command(
     out: Annotated[Path | None, typer.Option(help="Write the result here, for cpattn plan --hardware.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the largest kernel measured; 0: 2K on CPU, 32K on CUDA.")] = 0,
-    heads: Annotated[str, typer.Option(help="Query and key heads, q:kv.")] = "8:8",
-    head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 64,
+    heads: HeadsOption = "8:8",
+    head_dim: HeadDimOption = 64,
 ) -> None:
     """Measure kernel, copies and (under torchrun) links; print and store them as JSON."""
     try:
-        num_q, num_kv = (int(part) for part in heads.split(":"))
-    except ValueError:
-        raise typer.BadParameter(f"--heads is {heads!r}: give query and key heads as 32:8") from None
+        shape = heads_of_option(heads, head_dim)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     with launched_ranks() as (device, group):
         cuda = device.type == "cuda"
-        shape = Heads(num_q, num_kv, head_dim, head_dim, itemsize=2 if cuda else 4)
+        shape = replace(shape, itemsize=2 if cuda else 4)
         hardware = calibrate(shape, device=device.type, tokens=tokens or (1 << 15 if cuda else 1 << 11))
         if group is None or group.rank() == 0:
             print(hardware.to_json())

@@ -15,11 +15,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from cpattn.profiling import Call, Span, Trace
-from cpattn.solver import PassTimeline, StepTimeline
+from cpattn.solver import PassTimeline
 
+from .bench_command import Prediction
 from .plan_pictures import COMPUTE, HOME, KEYS, QUERIES, STYLE, draw_bar, lanes_of, stage_colour, transfer_colour
 
-WAIT, COPIES = "#D55E00", "#A6A6A6"
+WAIT, COPIES, HEAD_EXCHANGES = "#D55E00", "#A6A6A6", "#F0E442"
 # Top and height of the bar of compute and of that of the link, within a rank's lane.
 _THREAD, _LINK = (-0.34, 0.42), (0.12, 0.2)
 
@@ -41,7 +42,7 @@ class PassBars(NamedTuple):
     waited: float
 
 
-def draw_step(trace: Trace, predicted: StepTimeline, folder: Path, *, machine: str) -> list[Path]:
+def draw_step(trace: Trace, predicted: Prediction, folder: Path, *, machine: str) -> list[Path]:
     """Draw the median of the traced steps over the predicted one, as folder/timeline.png and .pdf; the files written.
 
     Args:
@@ -49,7 +50,10 @@ def draw_step(trace: Trace, predicted: StepTimeline, folder: Path, *, machine: s
         machine: what it was measured on.
     """
     measured = measured_step(trace)
-    model = tuple(predicted_bars(timeline) for timeline in predicted)
+    model = tuple(
+        around_attention(predicted_bars(timeline), *seconds, degree=predicted.head_degree)
+        for timeline, seconds in zip(predicted.attention, predicted.head_seconds, strict=True)
+    )
     longest = max(sum(p.seconds for p in step) for step in (measured, model))
     unit, scale = ("s", 1.0) if longest > 2 else ("ms", 1e3) if longest > 2e-3 else ("us", 1e6)
     lanes = lanes_of(np.array([rank[-1].end if rank else 0.0 for rank in measured[1].ranks]))
@@ -63,8 +67,8 @@ def draw_step(trace: Trace, predicted: StepTimeline, folder: Path, *, machine: s
         below.set_xlabel(f"time, {unit}")
         below.set_xlim(0, 1.01 * longest * scale)
         below.xaxis.set_major_locator(MaxNLocator(9))
-        travels = any(bar.colour == QUERIES for rank in measured[0].ranks for bar in rank)
-        figure.legend(handles=_key(travels), loc="outside lower center", ncols=6, columnspacing=1.2, handlelength=1.3)
+        shown = {bar.colour for part in measured for rank in part.ranks for bar in rank}
+        figure.legend(handles=_key(shown), loc="outside lower center", ncols=6, columnspacing=1.2, handlelength=1.3)
         paths = [folder / "timeline.png", folder / "timeline.pdf"]
         for path in paths:
             figure.savefig(path)
@@ -97,6 +101,25 @@ def predicted_bars(timeline: PassTimeline) -> PassBars:
     return PassBars(ranks, float(timeline.seconds.max()), sum(waits) / max(len(ranks), 1))
 
 
+def around_attention(attention: PassBars, before: float, after: float, *, degree: int) -> PassBars:
+    """A pass of context ranks as that of their parts, with the waits for head exchanges before and after it.
+
+    before, after: seconds of the two exchanges; the second begins when the last rank is done.
+    degree: parts of a context rank; with one part there are no exchanges.
+    """
+    if degree == 1:
+        return attention
+    begin, end = before + attention.seconds, before + attention.seconds + after
+    trades = (Bar(0.0, before, HEAD_EXCHANGES, on_link=True), Bar(begin, end, HEAD_EXCHANGES, on_link=True))
+    ranks, waited = [], attention.waited + before
+    for bars in attention.ranks:
+        later = [bar._replace(start=bar.start + before, end=bar.end + before) for bar in bars]
+        done = max((bar.end for bar in later if not bar.on_link), default=before)
+        ranks += [(Bar(0.0, before, WAIT), *later, Bar(done, end, WAIT), *trades)] * degree
+        waited += (end - done) / len(attention.ranks)
+    return PassBars(tuple(ranks), end, waited)
+
+
 def _predicted_of(timeline: PassTimeline, rank: int) -> Iterator[Bar]:
     colours = [stage_colour(int(span.name.split()[1])) for span in timeline.compute] + [COPIES] * len(timeline.copies)
     spans = (*timeline.compute, *timeline.copies)
@@ -115,7 +138,9 @@ def _predicted_of(timeline: PassTimeline, rank: int) -> Iterator[Bar]:
 
 def _bar_of(span: Span, first: float) -> Bar:
     if span.thread == "transfer":
-        return Bar(span.start - first, span.end - first, transfer_colour(span.name), on_link=True)
+        of_heads = span.name.startswith(("heads of ", "rows of "))
+        colour = HEAD_EXCHANGES if of_heads else transfer_colour(span.name)
+        return Bar(span.start - first, span.end - first, colour, on_link=True)
     busy = stage_colour(span.stage or 0) if span.name == "kernel" else COPIES
     return Bar(span.start - first, span.end - first, WAIT if span.thread == "wait" else busy)
 
@@ -145,14 +170,15 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _key(queries_travel: bool) -> list[Patch]:
+def _key(shown: set[str]) -> list[Patch]:
     named = [
         (COMPUTE, "kernel (shades: stages)"),
         (COPIES, "packing, reducing"),
         (WAIT, "waiting"),
         (KEYS, "keys and values travel"),
+        (QUERIES, "queries travel"),
         (HOME, "gradients, results travel"),
+        (HEAD_EXCHANGES, "rows traded for heads"),
     ]
-    if queries_travel:
-        named.insert(4, (QUERIES, "queries travel"))
-    return [Patch(color=colour, label=label) for colour, label in named]
+    rare = {QUERIES, HEAD_EXCHANGES} - shown
+    return [Patch(color=colour, label=label) for colour, label in named if colour not in rare]

@@ -44,10 +44,6 @@ class Pieces(NamedTuple):
     table: SliceTable
     kinds: NDArray[np.int64]
 
-    def of_kind(self, kind: int) -> SliceTable:
-        """The slices of one kind."""
-        return self.table.take(self.kinds == kind)
-
 
 def piece_kinds(table: SliceTable) -> NDArray[np.int64]:
     """The kind of every slice of a canonical table, [n]."""

@@ -1,4 +1,4 @@
-"""Layer 1: `cpattn bench` on one process, and the picture of a step of several ranks."""
+"""`cpattn bench` on one process, and the picture and prediction of a step of several ranks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import cpattn
 from cpattn.profiling import Call, RankTrace, Span, Trace
 from cpattn.solver import HARDWARE, Heads, simulate
+from tests_dist.harness import run_on_ranks
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("matplotlib")
@@ -50,6 +52,7 @@ def test_table_and_files(tmp_path: Path) -> None:
         (("--seqlen", "64", "--hardware", "no_such_file.json"), "cannot be read"),
         (("--seqlen", "64", "--backend", "nothing"), "backend 'nothing' is unknown"),
         (("--seqlen", "64", "--wire", "int8"), "wire is 'int8'"),
+        (("--seqlen", "64", "--head-degree", "2"), "head_degree is 2 and the group has 1 ranks"),
     ],
 )
 def test_bad_options_are_refused(args: tuple[str, ...], message: str) -> None:
@@ -102,3 +105,64 @@ def test_predicted_bars_fill_each_rank() -> None:
             copied = sum(float(span.ends[rank] - span.starts[rank]) for span in timeline.copies)
             assert waited + copied == pytest.approx(timeline.exposed[rank])
         assert sum(bar.on_link for bar in drawn.ranks[0]) == len(timeline.transfers)
+
+
+def test_head_exchanges_are_predicted_around_attention(tmp_path: Path) -> None:
+    """Each context rank's bars are those of its parts, later by the first exchange; all wait for the second."""
+    from cpattn.launch.bench_command import Prediction
+    from cpattn.launch.trace_pictures import (
+        HEAD_EXCHANGES,
+        WAIT,
+        around_attention,
+        draw_step,
+        measured_bars,
+        predicted_bars,
+    )
+
+    spec, heads = cpattn.AttnMaskSpec.causal(4096), Heads(4, 2, 8, 8)
+    plan = cpattn.make_plan(spec, cp_size=2, num_stages=1, num_heads_q=4, num_heads_kv=2, head_dim=8).plan
+    step = simulate(plan, HARDWARE["h100"], heads)
+    attention = predicted_bars(step[0])
+    before, after = attention.seconds, 0.5 * attention.seconds
+    whole = around_attention(attention, before, after, degree=2)
+    assert whole.seconds == pytest.approx(2.5 * attention.seconds)
+    assert [whole.ranks[0], whole.ranks[2]] == [whole.ranks[1], whole.ranks[3]]
+    for bars, inside in zip(whole.ranks[::2], attention.ranks, strict=True):
+        assert [bar.start for bar in bars[1 : len(inside) + 1]] == [bar.start + before for bar in inside]
+        exchanges = [(bar.start, bar.end) for bar in bars if bar.colour == HEAD_EXCHANGES]
+        assert exchanges == [(0.0, before), (before + attention.seconds, whole.seconds)]
+    waited = [sum(bar.end - bar.start for bar in rank if bar.colour == WAIT) for rank in whole.ranks]
+    assert whole.waited == pytest.approx(sum(waited) / 4)
+    assert around_attention(attention, 0.0, 0.0, degree=1) == attention
+
+    def call(name: Any) -> Call:
+        spans = (Span("transfer", "heads of q", None, "", 0.0, 1.0), Span("compute", "kernel", 0, "host", 1.0, 2.0))
+        return Call(name, "key", 0.0, 2.0, spans)
+
+    calls = (call("forward"), call("backward"))
+    assert [bar.colour == HEAD_EXCHANGES for bar in measured_bars(calls[:1]).ranks[0]] == [True, False]
+    trace = Trace(tuple(RankTrace(rank, "host", 0, calls) for rank in range(4)))
+    predicted = Prediction(step, heads, 2, ((before, after), (after, before)))
+    assert predicted.seconds == pytest.approx(step.seconds + 2 * (before + after))
+    assert all(path.exists() for path in draw_step(trace, predicted, tmp_path, machine="none"))
+
+
+def test_prediction_has_the_head_exchanges_by_which_a_degree_is_chosen() -> None:
+    """Shared out by what travels: of equally many heads q, k and v go in and out comes back."""
+    predicted, chosen_by = run_on_ranks(2, predicted_on_rank)[0]
+    assert predicted.seconds == pytest.approx(chosen_by)
+    (before, after), backward = predicted.head_seconds
+    assert before == pytest.approx(3 * after)
+    assert backward == (after, before)
+    assert predicted.heads.num_q == 2
+
+
+def predicted_on_rank() -> tuple[Any, float]:
+    """The prediction for degree 2, and the seconds that the choice of a degree has for it."""
+    from cpattn.launch.bench_command import predict
+
+    options: dict[str, Any] = {"num_heads_q": 4, "num_heads_kv": 4, "head_dim": 8, "cp_group": dist.group.WORLD}
+    hardware, spec = HARDWARE["h100"], cpattn.AttnMaskSpec.causal(4096)
+    key = cpattn.make_key(spec, head_degree=2, hardware=hardware, **options)
+    choice = cpattn.make_key(spec, head_degree="auto", hardware=hardware, **options)
+    return predict(key, hardware, Heads(4, 4, 8, 8)), dict(choice.degree_seconds)[2]

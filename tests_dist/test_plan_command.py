@@ -163,6 +163,15 @@ def test_calibration_fits_and_writes(tmp_path: Path) -> None:
     assert report("--seqlen", "4K", "--hardware", str(file))["seconds"] > 0
 
 
+@pytest.mark.parametrize(("heads", "message"), [("8", "give query and key heads as 32:8"), ("5:2", "multiple of key")])
+def test_calibrate_refuses_heads_as_plan_does(heads: str, message: str) -> None:
+    from cpattn.launch.commands import app
+
+    done = typer_testing.CliRunner().invoke(app, ["calibrate", "--heads", heads], env={"COLUMNS": "140"})
+    assert done.exit_code == 2
+    assert message in done.output, done.output
+
+
 def causal(seqlen: int) -> cpattn.AttnMaskSpec:
     return cpattn.AttnMaskSpec.causal(seqlen)
 

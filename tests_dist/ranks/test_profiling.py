@@ -136,6 +136,50 @@ def test_kept_keys_do_not_travel_in_backward():
         assert names(rank.calls[1], "transfer") == {"gradients 1": 1, "gradients 2": 1}
 
 
+@pytest.mark.parametrize("degree", [2, 4])
+def test_head_exchanges_belong_to_the_pass(degree):
+    """Rows for heads before attention, and back after it; waited for in the order in which they left."""
+    trace = trace_of(4, head_degree=degree, num_stages=1, schedule="keys")
+    check_order(trace)
+    inside = {"forward": ["keys 1"], "backward": ["keys 1", "gradients 1"]}
+    around = {
+        "forward": (["heads of q", "heads of k", "heads of v"], ["rows of out"]),
+        "backward": (["heads of dout"], ["rows of dq", "rows of dk", "rows of dv"]),
+    }
+    for rank in trace.ranks:
+        assert [call.name for call in rank.calls] == ["forward", "backward"] * 2
+        for call in rank.calls:
+            before, after = around[call.name]
+            travel = inside[call.name] if degree < 4 else []  # a block of all ranks has all keys
+            assert f"heads {HEADS[0]}:{HEADS[1]} " in call.key, "all heads, not those of this rank"
+            for thread in ("transfer", "wait"):
+                assert [s.name for s in call.spans if s.thread == thread] == [*before, *travel, *after]
+            kernels = [s for s in call.spans if s.name == "kernel"]
+            assert all(s.end <= kernels[0].start for s in call.spans if s.name in before)
+            assert all(s.start >= kernels[-1].end for s in call.spans if s.name in after)
+            copies = names(call, "compute")
+            assert copies["pack"] == len([*before, *travel, *after])
+            assert copies["unpack"] == len(after)
+
+
+def test_two_calls_of_a_key_with_head_exchanges_stay_two():
+    """And the exchange of lse belongs to the call as that of out does."""
+    calls = run_on_ranks(2, two_calls_with_lse_on_rank)[0]
+    assert [call.name for call in calls] == ["forward", "forward", "backward"]
+    for call in calls[:2]:
+        assert names(call, "transfer")["rows of out"] == names(call, "transfer")["rows of lse"] == 1
+
+
+def two_calls_with_lse_on_rank() -> tuple[Call, ...]:
+    key = key_for(AttnMaskSpec.causal(64), head_degree=2)
+    q, k, v = (torch.randn(key.num_tokens, h, DIM, requires_grad=True) for h in (HEADS[0], HEADS[1], HEADS[1]))
+    with cpattn.profile() as profile:
+        cpattn.attention(q, k, v, key, return_lse=True)
+        out, _ = cpattn.attention(q, k, v, key, return_lse=True)
+        out.sum().backward()
+    return profile.calls()
+
+
 def test_chrome_trace_and_table(tmp_path: Path):
     """Valid JSON; a process for each rank with named threads; the table's parts add up to the step."""
     trace = trace_of(3, schedule="keys", num_stages=2)
@@ -183,7 +227,13 @@ def test_nothing_is_recorded_outside():
     step(key)
     assert profile.calls() == ()
     assert profiling._active is None
-    for function in (profiling.timed("x", step), profiling.watched((), step), profiling.profiled("forward", step)):
+    for function in (
+        profiling.timed("x", step),
+        profiling.watched((), step),
+        profiling.watched_heads("x", step),
+        profiling.profiled("forward", step),
+        profiling.traded("forward", "before", step),
+    ):
         assert function is step
 
 

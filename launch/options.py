@@ -1,0 +1,177 @@
+"""Options that several commands take, and what they describe: the mask, heads, hardware."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from cpattn.mask_spec import AttnMaskSpec
+from cpattn.solver import HARDWARE, Hardware, Heads, hardware_named
+
+
+class MaskName(str, Enum):
+    """Masks that need no more than options."""
+
+    causal = "causal"
+    full = "full"
+    window = "window"
+    block_causal = "block-causal"
+
+
+class Layouts(str, Enum):
+    balanced = "balanced"
+    contiguous = "contiguous"
+    zigzag = "zigzag"
+
+
+class Schedules(str, Enum):
+    auto = "auto"
+    keys = "keys"
+    tiles = "tiles"
+
+
+# The mask (`spec_of_options`).
+MaskOption: TypeAlias = Annotated[MaskName, typer.Option(help="The shape of the mask of each document.")]
+SeqlenOption: TypeAlias = Annotated[str, typer.Option(help="Tokens of one sequence: 65536, 64K, 4M.")]
+LengthsOption: TypeAlias = Annotated[str, typer.Option(help="Document lengths instead, comma-separated: 8K,3000,512.")]
+FileOption: TypeAlias = Annotated[Path | None, typer.Option(help="JSON file with the mask: see docs/planning.md.")]
+WindowOption: TypeAlias = Annotated[int | None, typer.Option(help="Keys that a query sees, itself included.")]
+BlockOption: TypeAlias = Annotated[int, typer.Option(help="Tokens of a block (mask block-causal).")]
+# Heads (`heads_of_option`).
+HeadsOption: TypeAlias = Annotated[str, typer.Option(help="Query and key heads, q:kv.")]
+HeadDimOption: TypeAlias = Annotated[int, typer.Option(help="Dim of a head.")]
+# The plan.
+LayoutOption: TypeAlias = Annotated[Layouts, typer.Option(help="Who owns which tokens.")]
+ScheduleOption: TypeAlias = Annotated[Schedules, typer.Option(help="Whether queries travel too.")]
+StagesOption: TypeAlias = Annotated[
+    int | None, typer.Option(help="Parts in which remote keys travel; default: chosen.")
+]
+
+
+def hardware_of_option(text: str) -> Hardware:
+    """The preset of a name, or what a file holds."""
+    return hardware_named(text) if text in HARDWARE else Hardware.from_json(_read(Path(text)))
+
+
+def heads_of_option(text: str, head_dim: int) -> Heads:
+    """Heads from "32:8"; of 16 bits."""
+    try:
+        num_q, num_kv = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"--heads is {text!r}: give query and key heads as 32:8") from None
+    if num_q < 1 or num_kv < 1 or num_q % num_kv or head_dim < 1:
+        raise ValueError(f"--heads {text}, dim {head_dim}: query heads must be a multiple of key heads, all at least 1")
+    return Heads(num_q, num_kv, head_dim, head_dim)
+
+
+def parse_count(text: str) -> int:
+    """Tokens from 65536, 64K or 4M (powers of 1024).
+
+    >>> parse_count("64K"), parse_count("4m"), parse_count("300")
+    (65536, 4194304, 300)
+    """
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    digits, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        return int(digits) * unit
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of tokens: write 65536, 64K or 4M") from None
+
+
+def spec_of_options(
+    mask: MaskName, seqlen: str, lengths: str, file: Path | None, window: int | None, block: int
+) -> AttnMaskSpec:
+    """The mask that the options of a command describe.
+
+    Raises:
+        ValueError: none or several are given, or one is malformed.
+    """
+    if sum(map(bool, (seqlen, lengths, file))) != 1:
+        raise ValueError("give the tokens once: --seqlen 1M, or --lengths 8K,3000,512, or --file mask.json")
+    if file is not None:
+        return spec_from_json(_read(file), name=str(file))
+    documents = [parse_count(part) for part in (seqlen or lengths).split(",")]
+    if mask is MaskName.window or window is not None:
+        if window is None:
+            raise ValueError("--mask window needs --window, the number of keys that a query sees")
+        return AttnMaskSpec.sliding_window(documents, window)
+    if mask is MaskName.block_causal:
+        return AttnMaskSpec.block_causal(documents, block)
+    return AttnMaskSpec.varlen(documents, causal=mask is MaskName.causal)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+_JSON_KINDS: dict[str, frozenset[str]] = {
+    "lengths": frozenset({"lengths", "causal", "window", "block_size", "prefix_lengths"}),
+    "node_lengths": frozenset({"node_lengths", "paths"}),
+    "seqlens_q": frozenset({"seqlens_q", "seqlens_k", "causal"}),
+    "q_ranges": frozenset({"q_ranges", "k_ranges", "mask_types", "total_seqlen", "total_seqlen_k"}),
+}
+
+
+def spec_from_json(text: str, *, name: str = "mask") -> AttnMaskSpec:
+    """The mask that a JSON text describes, by the fields it has.
+
+    A list of ints is document lengths. An object has one of: `lengths` (with `causal`, `window`,
+    `block_size` or `prefix_lengths`), `node_lengths` and `paths` (a prefix tree), `seqlens_q` and
+    `seqlens_k` (cross-attention), or `q_ranges`, `k_ranges`, `mask_types`, `total_seqlen`.
+
+    Raises:
+        ValueError: it is not JSON, or not one of these.
+
+    >>> spec_from_json("[3, 5]").total_seqlen
+    8
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if isinstance(data, list):
+        data = {"lengths": data}
+    kind = next((k for k in _JSON_KINDS if isinstance(data, dict) and k in data), None)
+    if kind is None:
+        kinds = ", ".join(_JSON_KINDS)
+        raise ValueError(f"{name} describes no mask: give a list of lengths, or an object with one of {kinds}")
+    fields = ", ".join(sorted(_JSON_KINDS[kind]))
+    unknown = set(data) - _JSON_KINDS[kind]
+    if unknown:
+        raise ValueError(f"{name} has {', '.join(sorted(unknown))}: the fields are {fields}")
+    try:
+        return _spec_of_fields(kind, data)
+    except (KeyError, TypeError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{name}: {missing}; the fields are {fields}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _spec_of_fields(kind: str, data: dict[str, Any]) -> AttnMaskSpec:
+    if kind == "node_lengths":
+        return AttnMaskSpec.prefix_tree(data["node_lengths"], data["paths"])[0]
+    if kind == "seqlens_q":
+        return AttnMaskSpec.cross(data["seqlens_q"], data["seqlens_k"], causal=bool(data.get("causal", False)))
+    if kind == "q_ranges":
+        return AttnMaskSpec(
+            data["q_ranges"], data["k_ranges"], data["mask_types"], data["total_seqlen"], data.get("total_seqlen_k")
+        )
+    extra = [name for name in ("window", "block_size", "prefix_lengths") if name in data]
+    if len(extra) > 1:
+        raise ValueError(f"{' and '.join(extra)} do not go together")
+    if "window" in data:
+        window = data["window"]
+        return AttnMaskSpec.sliding_window(data["lengths"], tuple(window) if isinstance(window, list) else window)
+    if "block_size" in data:
+        return AttnMaskSpec.block_causal(data["lengths"], data["block_size"])
+    if "prefix_lengths" in data:
+        return AttnMaskSpec.prefix_lm(data["prefix_lengths"], data["lengths"])
+    return AttnMaskSpec.varlen(data["lengths"], causal=bool(data.get("causal", True)))
