@@ -25,23 +25,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .balance_divide import Allowed
 from .balance_metric import kv_rows_received, kv_rows_sent, rank_areas
 from .balance_peel import PeelOptions, place_peeled
 from .balance_pool import TokenPool, find_components
 from .balance_profile import DensityProfile
 from .balance_queues import place_by_density, place_in_levels
-from .balance_relief import relieve_senders
-from .balance_repack import Allowed, repack
+from .balance_relief import BUSY_SENDER, relieve_senders
+from .balance_repack import repack
 from .balance_repair import even_out
 from .placement import Placement, place_contiguous
 from .slices import IntArray, SliceTable
 
 __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 
-# Largest area of a rank over the mean that counts as balanced. One component can be cut anywhere,
-# so nothing hinders an even cut; whole documents have to be packed.
+# Largest area of a rank over the mean that counts as balanced. One component can be cut anywhere, so nothing
+# hinders an even cut, and an uneven one saves few rows: with 1.01, a causal sequence would move 1 % less.
 AREA_LIMIT = 1.02
-AREA_LIMIT_ONE_COMPONENT = 1.01
+AREA_LIMIT_ONE_COMPONENT = 1.004
 
 # Peelings tried by default: as many as take about 40 ms, or 0.25 ms for each rank if that is more.
 # In units of 0.11 ms a peeling costs one for each rank and 1/8 for each component.
@@ -50,14 +51,19 @@ _PEELING_BUDGET_PER_RANK = 2.2
 _COST_OF_COMPONENT = 0.125
 _MOST_PEELINGS = 24
 
-# Pairs of ranks divided anew (about 0.25 ms each), by default: at least, and for few ranks divided by their
-# number; and for each unit of search effort.
-_REPACKED_PAIRS = 24
-_REPACKED_PAIRS_OF_FEW = 6400
-_PAIRS_PER_EFFORT = 100
-# Rows sent over most received from which senders are relieved; pairs divided anew for that; what has to be
-# left of the busiest at most, and rows over those before.
-_BUSY_SENDER = 1.2
+# Milliseconds for repacking by default: so many, less what more ranks take for peeling, at least so many for each
+# rank; and for each unit of search effort.
+_REPACKING = 66.0
+_PEELING_PER_RANK = 0.14
+_LEAST_REPACKING_PER_RANK = 0.05
+_REPACKING_PER_EFFORT = 25.0
+# What one round of it takes: at least, for each rank, and for each component.
+_MS_PER_ROUND = 0.5
+_MS_PER_RANK = 0.0075
+_MS_PER_COMPONENT = 0.0007
+_FEWEST_ROUNDS = 2
+_MOST_ROUNDS = 48  # by default
+# Pairs divided anew to relieve senders; what has to be left of the busiest at most, and rows over those before.
 _RELIEVED_PAIRS = 24
 _WORTH_RELIEVING = 0.9
 _ROWS_FOR_RELIEF = 1.01
@@ -81,15 +87,11 @@ class _Problem:
     cp_size: int
     chunk_size: int
     components: IntArray = field(repr=False)
+    limit: float  # largest area over the mean
 
     @property
     def num_components(self) -> int:
         return len(self.components)
-
-    @property
-    def limit(self) -> float:
-        """Largest area over the mean."""
-        return AREA_LIMIT_ONE_COMPONENT if self.num_components == 1 else AREA_LIMIT
 
     def even_out(self, placement: Placement) -> Placement:
         """The placement with its areas brought under the limit by exchanges."""
@@ -101,21 +103,18 @@ class _Problem:
 
     def repack(self, placement: Placement, search_effort: int) -> Placement:
         """The placement with what pairs of ranks hold divided anew, no less balanced."""
-        return repack(
-            placement,
-            self.profile,
-            self.components,
-            self._allowed(placement),
-            num_pairs=max(_REPACKED_PAIRS, _REPACKED_PAIRS_OF_FEW // self.cp_size, self.cp_size // 8),
-            num_searched=_PAIRS_PER_EFFORT * search_effort,
-        )
+        time = max(_REPACKING - _PEELING_PER_RANK * self.cp_size, _LEAST_REPACKING_PER_RANK * self.cp_size)
+        per_round = _MS_PER_ROUND + _MS_PER_RANK * self.cp_size + _MS_PER_COMPONENT * self.num_components
+        rounds = min(max(int(time / per_round), _FEWEST_ROUNDS), _MOST_ROUNDS)
+        rounds += int(_REPACKING_PER_EFFORT * search_effort / per_round)
+        return repack(placement, self.profile, self.components, self._allowed(placement), num_rounds=rounds)
 
     def relieve_senders(self, placement: Placement) -> Placement:
         """The placement, or one whose busiest sender sends clearly less, for hardly more rows in all."""
         received = kv_rows_received(self.table, placement)
         sent = kv_rows_sent(self.table, placement)
         busiest = int(sent.max())
-        if busiest <= _BUSY_SENDER * received.max():
+        if busiest <= BUSY_SENDER * received.max():
             return placement
         allowed = self._allowed(placement)
         relieved = relieve_senders(
@@ -146,7 +145,13 @@ class _Scored(NamedTuple):
 
 
 def place_balanced(
-    table: SliceTable, *, total_seqlen: int, cp_size: int, chunk_size: int, search_effort: int = 0
+    table: SliceTable,
+    *,
+    total_seqlen: int,
+    cp_size: int,
+    chunk_size: int,
+    search_effort: int = 0,
+    area_limit: float = AREA_LIMIT,
 ) -> Placement:
     """Owner of every token for self-attention whose queries and keys share the placement.
 
@@ -155,20 +160,22 @@ def place_balanced(
         chunk_size: token counts of any two ranks differ by at most this; at least 1.
         search_effort: further search, in units of about 25 ms; 0 is the fast default. Of use only where
             the mask has several components.
+        area_limit: largest area over the mean; for one component it is AREA_LIMIT_ONE_COMPONENT if that is less.
 
     Returns:
-        Runs cut at any token. The largest area is at most AREA_LIMIT times the mean (that for one
-        component if there is only one), unless single tokens are too coarse for it.
+        Runs cut at any token, within the area limit unless single tokens are too coarse for it.
     """
     if total_seqlen == 0 or cp_size == 1:
         return place_contiguous(total_seqlen, cp_size)
+    components = find_components(table, total_seqlen)[0]
     problem = _Problem(
         table,
         DensityProfile.from_table(table, total_seqlen),
         total_seqlen,
         cp_size,
         chunk_size,
-        components=find_components(table, total_seqlen)[0],
+        components,
+        limit=min(area_limit, AREA_LIMIT_ONE_COMPONENT) if len(components) == 1 else area_limit,
     )
     contiguous = best = _score(problem, place_contiguous(total_seqlen, cp_size))
     for placement in _constructions(problem, contiguous):

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, make_dispatch_plan
 from cpattn.solver.balance import kv_rows_received, place_balanced, rank_areas
+from cpattn.solver.balance_divide import Allowed, Pool, best_divisions
 from cpattn.solver.balance_metric import kv_rows_sent
 from cpattn.solver.balance_pool import find_components
 from cpattn.solver.balance_profile import DensityProfile
 from cpattn.solver.balance_relief import relieve_senders
-from cpattn.solver.balance_repack import Allowed, Holdings, repack
+from cpattn.solver.balance_repack import repack
 from tests_dist.solver.test_balance import documents, lognormal_lengths, random_masks
 
 
@@ -41,20 +42,20 @@ def test_needless_cuts_are_mended(causal: bool) -> None:
     table = documents([100, 100], causal=causal)
     halves = Placement.from_runs(np.array([50, 100, 150, 200]), np.array([0, 1, 1, 0]), cp_size=2)
     allowed = allowed_by(table, halves)
-    mended = repack(halves, *parts(table, halves), allowed, num_pairs=4)
+    mended = repack(halves, *parts(table, halves), allowed, num_rounds=4)
     assert kv_rows_received(table, halves).sum() > 0
     assert kv_rows_received(table, mended).sum() == 0
     check_allowed(table, mended, allowed)
 
 
-@pytest.mark.parametrize("searched", [0, 200])
+@pytest.mark.parametrize("rounds", [1, 60])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_fewer_rows_and_no_less_balance(seed: int, causal: bool, searched: int) -> None:
+def test_fewer_rows_and_no_less_balance(seed: int, causal: bool, rounds: int) -> None:
     table = documents(lognormal_lengths(1 << 16, seed), causal=causal)
     before = place_balanced(table, total_seqlen=1 << 16, cp_size=8, chunk_size=512)
     allowed = allowed_by(table, before, 512)
-    after = repack(before, *parts(table, before), allowed, num_pairs=100, num_searched=searched)
+    after = repack(before, *parts(table, before), allowed, num_rounds=rounds)
     assert after.total_seqlen == 1 << 16
     assert kv_rows_received(table, after).sum() <= kv_rows_received(table, before).sum()
     check_allowed(table, after, allowed)
@@ -68,7 +69,7 @@ def test_any_mask_stays_balanced(case: tuple[SliceTable, int]) -> None:
     owners = np.arange(seqlen) % 3
     scattered = Placement.from_runs(np.arange(1, seqlen + 1), owners, cp_size=3)
     allowed = allowed_by(table, scattered)
-    after = repack(scattered, *parts(table, scattered), allowed, num_pairs=6, num_searched=6)
+    after = repack(scattered, *parts(table, scattered), allowed, num_rounds=6)
     assert after.total_seqlen == seqlen
     check_allowed(table, after, allowed)
 
@@ -83,9 +84,7 @@ def test_the_division_is_the_best_there_is(seed: int) -> None:
     if not kv_rows_received(table, start).any():
         pytest.skip("nothing to mend")
     allowed = allowed_by(table, start, 2)
-    holdings = Holdings(start, *parts(table, start), allowed)
-    holdings.divide(0, 1)
-    holdings.divide(1, 0)
+    divided = repack(start, *parts(table, start), allowed, num_rounds=20)
     starts = np.cumsum(lengths) - lengths
     best = int(kv_rows_received(table, start).sum())
     for cut in range(4):
@@ -100,7 +99,72 @@ def test_the_division_is_the_best_there_is(seed: int) -> None:
                     tokens, areas = placement.num_tokens, rank_areas(table, placement)
                     if tokens.min() >= allowed.least and tokens.max() <= allowed.most and areas.max() <= allowed.area:
                         best = min(best, int(kv_rows_received(table, placement).sum()))
-    assert kv_rows_received(table, holdings.placement()).sum() == best
+    assert kv_rows_received(table, divided).sum() == best
+
+
+def random_pool(rng: np.random.Generator, num_pairs: int, num_free: int) -> Pool:
+    """Pieces of random lengths at random places of a few causal documents, and some that are kept."""
+    tokens = rng.integers(0, 40, (num_pairs, num_free)).astype(np.float64)
+    sparse = rng.integers(1, 60, tokens.shape) * (tokens > 0)
+    rise = np.maximum(tokens - 1, 0)
+    kept_tokens = rng.integers(0, 60, (num_pairs, 2)).astype(np.float64)
+    return Pool(
+        np.where(tokens > 0, rng.integers(0, 3, tokens.shape), -1),
+        tokens,
+        tokens * (2 * sparse + rise) / 2,
+        sparse + rise,
+        sparse,
+        rise,
+        rng.integers(0, 50, (num_pairs, 2, num_free)) * rng.integers(0, 2, (num_pairs, 2, num_free)).astype(np.float64),
+        kept_tokens,
+        kept_tokens * 30,
+    )
+
+
+def rows_of(pool: Pool, pair: int, held: list[dict[int, float]]) -> float:
+    """Keys that both ranks need; held: for either rank, what its pieces of each component need."""
+    total = 0.0
+    for side, needs in enumerate(held):
+        for component in {c for c in pool.component[pair].tolist() if c >= 0}:
+            at = pool.component[pair].tolist().index(component)
+            total += max(needs.get(component, 0.0), float(pool.kept_need[pair, side, at]))
+    return total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_pairs_are_divided_as_each_alone_would_be(seed: int) -> None:
+    """No subset of whole pieces that is allowed needs fewer keys, and pairs do not mix."""
+    rng = np.random.default_rng(seed)
+    pool = random_pool(rng, 40, 4)
+    # Whatever is kept of a component is so for all its pieces.
+    for pair in range(40):
+        for i, component in enumerate(pool.component[pair]):
+            pool.kept_need[pair, :, i] = pool.kept_need[pair, :, pool.component[pair].tolist().index(component)]
+    allowed = Allowed(60, 120, 5000.0)
+    together = best_divisions(pool, allowed)
+    for pair in range(40):
+        alone = best_divisions(Pool(*(column[pair : pair + 1] for column in pool)), allowed)
+        assert [column[0] for column in alone] == [column[pair] for column in together]
+        best = np.inf
+        for subset in range(16):
+            took = np.array([subset >> i & 1 for i in range(4)], dtype=bool)
+            sides = [took, ~took]
+            tokens = [pool.tokens[pair][side].sum() + pool.kept_tokens[pair, i] for i, side in enumerate(sides)]
+            areas = [pool.area[pair][side].sum() + pool.kept_area[pair, i] for i, side in enumerate(sides)]
+            if min(tokens) < allowed.least or max(tokens) > allowed.most or max(areas) > allowed.area:
+                continue
+            held: list[dict[int, float]] = [{}, {}]
+            for i, component in enumerate(pool.component[pair].tolist()):
+                needs = held[0 if took[i] else 1]
+                needs[component] = max(needs.get(component, 0.0), float(pool.need[pair, i]))
+            best = min(best, rows_of(pool, pair, held))
+        assert together.found[pair] or best == np.inf
+        if together.found[pair] and together.cut[pair] < 0:
+            held = [{}, {}]
+            for i, component in enumerate(pool.component[pair].tolist()):
+                needs = held[0 if together.subset[pair] >> i & 1 else 1]
+                needs[component] = max(needs.get(component, 0.0), float(pool.need[pair, i]))
+            assert rows_of(pool, pair, held) == best
 
 
 @pytest.mark.parametrize("seed", [0, 2])
@@ -112,7 +176,7 @@ def test_busiest_sender_is_relieved(seed: int) -> None:
     profile, components = parts(table, before)
     # Let the search undo the relief: it counts rows alone.
     allowed = allowed_by(table, before, 256)
-    crowded = repack(before, profile, components, allowed, num_pairs=400)
+    crowded = repack(before, profile, components, allowed, num_rounds=40)
     sent, received = kv_rows_sent(table, crowded), kv_rows_received(table, crowded)
     after = relieve_senders(crowded, profile, components, allowed, sent=sent, num_pairs=40)
     check_allowed(table, after, allowed)
@@ -145,6 +209,6 @@ def test_a_flipped_document_is_cut_at_its_sparse_end() -> None:
     table = SliceTable.from_columns(ends - lengths, ends, ends - lengths, ends, 0, UNBOUNDED)
     before = Placement.from_runs(np.array([30, 60, 80, 100]), np.array([0, 1, 0, 1]), cp_size=2)
     allowed = allowed_by(table, before, 20)
-    after = repack(before, *parts(table, before), allowed, num_pairs=4)
+    after = repack(before, *parts(table, before), allowed, num_rounds=4)
     assert kv_rows_received(table, after).sum() <= kv_rows_received(table, before).sum()
     check_allowed(table, after, allowed)

@@ -1,0 +1,211 @@
+"""The best division of what two ranks hold together, for many pairs of ranks at once.
+
+Two ranks together hold a dozen pieces of components. All subsets of the pieces that are free to move are
+looked at, and for each of them every piece as the one that is cut, where the two ranks' areas and token
+counts allow it. That is hundreds of divisions for each pair, in closed form: twenty microseconds where many
+pairs are divided at once.
+
+A rank's rows are counted as the keys that its densest token of each component sees. That is exact for
+packed documents; for other masks the caller compares what comes out by the exact count.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .slices import IntArray
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+# Rows that one piece more is worth: every piece is a route to each rank that needs it.
+PIECE_PRICE = 16
+# Rows that a rank's sending x times too much is worth, in units of x**2 times what it may send for nothing.
+_SEND_PRICE = 0.1
+# Pairs looked at together: what is known of their divisions has to fit into the cache.
+_MOST_PAIRS = 32
+
+
+class Allowed(NamedTuple):
+    """What a rank may hold: tokens within [least, most], visible pairs up to `area`."""
+
+    least: int
+    most: int
+    area: float
+
+
+class Pool(NamedTuple):
+    """What each of M pairs of ranks holds: up to F pieces that may go to either rank, and others that are kept.
+
+    component: -1 where a pair has fewer pieces. need: keys seen by the densest token of a piece; sparse: by
+    the token at its sparser end; rise: how many more at the other end, on a straight line. kept_need: keys of
+    the piece's component that either rank needs for what it keeps.
+    """
+
+    component: FloatArray  # [M, F], as all up to `rise`
+    tokens: FloatArray
+    area: FloatArray
+    need: FloatArray
+    sparse: FloatArray
+    rise: FloatArray
+    kept_need: FloatArray  # [M, 2, F]
+    kept_tokens: FloatArray  # [M, 2]
+    kept_area: FloatArray  # [M, 2]
+
+
+class Sending(NamedTuple):
+    """Rows that a pair's pieces send, [M, F], and those it keeps, [M, 2]; rows that a rank may send for nothing."""
+
+    pieces: FloatArray
+    kept: FloatArray
+    free: float
+
+
+def sending_price(sent: FloatArray, free: float) -> FloatArray:
+    """What sending costs, in rows: up to `free` nothing, then it grows with the square, so the busiest counts most."""
+    price: FloatArray = _SEND_PRICE / max(free, 1.0) * np.maximum(sent - free, 0.0) ** 2
+    return price
+
+
+class Divisions(NamedTuple):
+    """The first rank of pair i takes the pieces in the bits of subset[i] and the sparser tokens[i] of piece cut[i].
+
+    The other rank takes the rest. cut: -1 where no piece is cut. found: whether any division is allowed.
+    """
+
+    found: BoolArray
+    subset: IntArray
+    cut: IntArray
+    tokens: IntArray
+
+
+def best_divisions(
+    pool: Pool,
+    allowed: Allowed,
+    *,
+    temperature: float = 0.0,
+    rng: np.random.Generator | None = None,
+    sending: Sending | None = None,
+) -> Divisions:
+    """The division of the fewest rows for each pair, among those allowed; with `rng` give or take the temperature."""
+    parts = []
+    for at in range(0, len(pool.tokens), _MOST_PAIRS):
+        some = slice(at, at + _MOST_PAIRS)
+        part = Pool(*(column[some] for column in pool))
+        sent = sending and Sending(sending.pieces[some], sending.kept[some], sending.free)
+        parts.append(_divisions(part, allowed, temperature, rng, sent))
+    return Divisions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+class _Subsets(NamedTuple):
+    """Members of all S = 2**F subsets of F pieces, 0 or 1, [S, F]; and the subsets without each piece, [F, S / 2]."""
+
+    members: FloatArray
+    without: IntArray
+    apart: FloatArray  # members of the subsets without each piece, [F, S / 2, F]
+    other: BoolArray  # pieces that are not the same one, [F, F]
+    earlier: BoolArray  # [i, j]: whether j comes before i
+
+
+@lru_cache(maxsize=16)
+def _subsets(n: int) -> _Subsets:
+    members = (np.arange(1 << n)[:, None] >> np.arange(n)) & 1
+    without = np.stack([np.flatnonzero(members[:, i] == 0) for i in range(n)])
+    other, earlier = ~np.eye(n, dtype=np.bool_), np.tri(n, k=-1, dtype=np.bool_)
+    return _Subsets(members.astype(np.float64), without, members[without].astype(np.float64), other, earlier)
+
+
+def _divisions(
+    pool: Pool, allowed: Allowed, temperature: float, rng: np.random.Generator | None, sending: Sending | None
+) -> Divisions:
+    num_pairs, num_free = pool.tokens.shape
+    members, without, *_ = _subsets(num_free)
+    tokens_a = pool.tokens @ members.T + pool.kept_tokens[:, :1]
+    area_a = pool.area @ members.T + pool.kept_area[:, :1]
+    all_tokens = pool.tokens.sum(axis=1) + pool.kept_tokens.sum(axis=1)
+    all_area = pool.area.sum(axis=1) + pool.kept_area.sum(axis=1)
+    # Bounds for rank a under which rank b, which gets the rest, is within its own.
+    least = np.maximum(allowed.least, all_tokens - allowed.most)[:, None]
+    most = np.minimum(allowed.most, all_tokens - allowed.least)[:, None]
+    floor, limit = (all_area - allowed.area)[:, None], allowed.area
+    rows, need_a = _rows(pool)
+    fits = (tokens_a >= least) & (tokens_a <= most) & (area_a >= floor) & (area_a <= limit)
+    whole = np.where(fits, rows, np.inf)
+
+    # One piece cut: t tokens from its sparser end go to rank a, area first * t + slope * t * (t - 1) / 2.
+    def apart(values: FloatArray) -> FloatArray:
+        return values[:, without.ravel()].reshape(num_pairs, num_free, -1)
+
+    before, open_ = apart(area_a), apart(tokens_a)
+    size, first = pool.tokens[:, :, None], pool.sparse[:, :, None]
+    slope = pool.rise[:, :, None] / np.maximum(size - 1, 1)
+    half = first - slope / 2
+    half_squared, twice = half * half, 2 * slope
+
+    def count_of(area: FloatArray) -> FloatArray:
+        area = np.maximum(area, 0)
+        return 2 * area / np.maximum(half + np.sqrt(np.maximum(half_squared + twice * area, 0)), 1e-9)
+
+    fewest = np.maximum(np.maximum(least[:, :, None] - open_, 1), np.ceil(count_of(floor[:, :, None] - before)))
+    room = limit - before
+    largest = np.where(room >= 0, np.floor(count_of(room)), 0)
+    largest = np.minimum(np.minimum(most[:, :, None] - open_, size - 1), largest)
+    extra = np.maximum(first + slope * (fewest - 1) - need_a, 0)
+    cut = np.where(fewest <= largest, apart(rows) + extra + PIECE_PRICE, np.inf)
+
+    if sending is not None:
+        sent, total = sending.pieces @ members.T, sending.pieces.sum(axis=1)[:, None]
+        kept_a, kept_b = sending.kept[:, :1], sending.kept[:, 1:] + total
+        whole += sending_price(kept_a + sent, sending.free) + sending_price(kept_b - sent, sending.free)
+        cut_sent = apart(sent) + (sending.pieces[:, :, None] / np.maximum(size, 1)) * fewest
+        cut += sending_price(kept_a[:, :, None] + cut_sent, sending.free)
+        cut += sending_price(kept_b[:, :, None] - cut_sent, sending.free)
+    scores = np.concatenate([whole, cut.reshape(num_pairs, -1)], axis=1)
+    if rng is not None and temperature > 0:
+        scores += temperature * rng.standard_exponential(scores.shape, dtype=np.float32)
+    best = scores.argmin(axis=1)
+    pair = np.arange(num_pairs)
+    is_cut = best >= len(members)
+    piece, nth = np.divmod(np.maximum(best - len(members), 0), without.shape[1])
+    subset = np.where(is_cut, without[piece, nth], np.minimum(best, len(members) - 1))
+    found = np.isfinite(scores[pair, best])
+    counts = np.where(found & is_cut, fewest[pair, piece, nth], 0).astype(np.int64)
+    return Divisions(found, subset, np.where(is_cut, piece, -1), counts)
+
+
+def _rows(pool: Pool) -> tuple[FloatArray, FloatArray]:
+    """Keys needed by both ranks, less a constant, for each subset, [M, S]; and by rank a of the component of each
+    piece, for each subset without it, [M, F, 1 or S / 2].
+
+    Of the pieces of a component that a rank takes, the densest counts, if it needs more than what the rank keeps.
+    """
+    num_free = pool.tokens.shape[1]
+    members, without, apart, other, earlier = _subsets(num_free)
+    more_a = np.maximum(pool.need - pool.kept_need[:, 0], 0)
+    more_b = np.maximum(pool.need - pool.kept_need[:, 1], 0)
+    rows: FloatArray = (more_a - more_b) @ members.T + more_b.sum(axis=1)[:, None]
+    alike = (pool.component[:, :, None] == pool.component[:, None, :]) & (pool.component[:, :, None] >= 0) & other
+    if not alike.any():
+        return rows, pool.kept_need[:, 0, :, None]
+    # Ties go to the piece that comes first.
+    denser = pool.need[:, None, :] > pool.need[:, :, None]
+    denser |= (pool.need[:, None, :] == pool.need[:, :, None]) & earlier
+    above = ((alike & denser) << np.arange(num_free)).sum(axis=2)
+    pair, piece = np.nonzero(above)
+    mask, subset, member = above[pair, piece][:, None], np.arange(len(members)), members.T[piece]
+    hidden_a = np.where(subset & mask, member, 0) * more_a[pair, piece][:, None]
+    hidden_b = np.where(~subset & mask, 1 - member, 0) * more_b[pair, piece][:, None]
+    opens = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
+    rows[pair[opens]] -= np.add.reduceat(hidden_a + hidden_b, opens, axis=0)
+    need_a = np.repeat(pool.kept_need[:, 0, :, None], without.shape[1], axis=2)
+    pair, piece = np.nonzero(alike.any(axis=2))
+    others = alike[pair, piece] * pool.need[pair]
+    need = need_a[pair, piece]
+    for i in range(num_free):
+        np.maximum(need, apart[piece, :, i] * others[:, i : i + 1], out=need)
+    need_a[pair, piece] = need
+    return rows, need_a
