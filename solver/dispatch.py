@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
 from .balance import place_balanced
+from .balance_nodes import place_on_nodes
+from .balance_pool import find_components
 from .cost import DEFAULT_HARDWARE, Hardware, RowCosts
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
@@ -21,6 +24,8 @@ SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 
 # Queries travel only where it saves so much in bytes and in time; the estimate of the time is the rougher for it.
 TILES_BYTES, TILES_SECONDS = 0.95, 0.9
+# Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
+_LINKS_ALIKE = 2.0
 
 
 def make_dispatch_plan(
@@ -77,9 +82,21 @@ def make_dispatch_plan(
         tiles = Draft.of(tiled, placement, placement)
         if schedule == "tiles":
             return tiles.plan(tiles.staging(*choices), ranks_per_node)
-    placed = _place(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout, search_effort)
-    keys = Draft.of(keys_schedule(slices, placed[0]), *placed)
-    staging = keys.staging(*choices)
+    if layout == "balanced" and total_seqlen_k is None:
+        placements = _place_balanced(
+            slices,
+            ranks_per_node=ranks_per_node,
+            hardware=hardware,
+            total_seqlen=total_seqlen,
+            cp_size=cp_size,
+            chunk_size=chunk_size,
+            search_effort=search_effort,
+        )
+        drafts = [Draft.of(keys_schedule(slices, placement), placement, placement) for placement in placements]
+    else:
+        placed = _place_by_name(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout)
+        drafts = [Draft.of(keys_schedule(slices, placed[0]), *placed)]
+    staging, keys = min(((draft.staging(*choices), draft) for draft in drafts), key=lambda pair: pair[0].seconds)
     if tiles is not None and tiles.bytes_moved(costs) < TILES_BYTES * keys.bytes_moved(costs):
         tiles_staging = tiles.staging(*choices)
         if tiles_staging.seconds < TILES_SECONDS * staging.seconds:
@@ -116,34 +133,40 @@ def check_sizes(
         raise ValueError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
 
 
-def _place(
+def _place_balanced(
+    slices: SliceTable, *, ranks_per_node: int | None, hardware: Hardware, **options: int
+) -> Iterator[Placement]:
+    """Placements to choose from by time: one, or several on a network of two levels.
+
+    options: of `place_balanced`.
+    """
+    cp_size, total_seqlen = options["cp_size"], options["total_seqlen"]
+    found = 0
+    if ranks_per_node is not None and 1 < ranks_per_node < cp_size and cp_size % ranks_per_node == 0:
+        for placement in place_on_nodes(slices, ranks_per_node=ranks_per_node, **options):
+            found += 1
+            yield placement
+    # Placed as on one level, documents are spread over nodes: not worth the time where that is slow.
+    alike = _LINKS_ALIKE * hardware.across.bytes_per_s >= hardware.within.bytes_per_s
+    if not found or alike or len(find_components(slices, total_seqlen)[0]) == 1:
+        yield place_balanced(slices, **options)
+
+
+def _place_by_name(
     slices: SliceTable,
     total_seqlen: int,
     total_seqlen_k: int | None,
     cp_size: int,
     chunk_size: int,
     layout: Layout,
-    search_effort: int,
 ) -> tuple[Placement, Placement]:
-    if layout == "contiguous" or cp_size == 1:
-        by_name = place_contiguous
-    elif layout == "zigzag":
-        by_name = place_zigzag
-    elif total_seqlen_k is None:
-        placement = place_balanced(
-            slices,
-            total_seqlen=total_seqlen,
-            cp_size=cp_size,
-            chunk_size=chunk_size,
-            search_effort=search_effort,
-        )
-        return placement, placement
-    else:
+    """Placements of queries and keys of a layout, or of cross-attention."""
+    if layout == "balanced" and cp_size > 1:
+        assert total_seqlen_k is not None, "self-attention is placed by its balance"
         return place_cross(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size)
+    by_name = place_zigzag if layout == "zigzag" else place_contiguous
     q_placement = by_name(total_seqlen, cp_size)
-    if total_seqlen_k is None:
-        return q_placement, q_placement
-    return q_placement, by_name(total_seqlen_k, cp_size)
+    return q_placement, q_placement if total_seqlen_k is None else by_name(total_seqlen_k, cp_size)
 
 
 def place_cross(

