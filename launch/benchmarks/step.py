@@ -116,14 +116,19 @@ def make_schedules(name: str, case: Case, dtype: str) -> tuple[list[sched.Schedu
     return found, notes
 
 
-def worker(name: str, dtype: str, repeats: int, out: Path, dry: bool) -> None:
-    """One rank: check every schedule, then time them in turns. Rank 0 writes the result."""
+def worker(name: str, dtype: str, repeats: int, only: list[str], out: Path, dry: bool) -> None:
+    """One rank: check every schedule, or `only` some, then time them in turns. Rank 0 writes the result."""
     die_with_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     size, rank = dist.get_world_size(), dist.get_rank()
     case = make_case(name)
     everything, notes = make_schedules(name, case, dtype)
+    if only:
+        unknown = set(only) - {s.name for s in everything}
+        if unknown:
+            raise ValueError(f"schedules {sorted(unknown)}: choose from {[s.name for s in everything[1:]]}")
+        everything = everything[:1] + [s for s in everything[1:] if s.name in only]
     generator = torch.Generator().manual_seed(0)
     shape = (case.spec.total_seqlen, HEADS, HEAD_DIM)
     whole = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(4)]
@@ -332,6 +337,8 @@ def _run(options: argparse.Namespace, ranks: int, name: str, dtype: str, folder:
     def measure(repeats: int, mbit: float | None) -> dict[str, Any]:
         out = folder / "result.json"
         arguments = ["--worker", str(out), "--cases", name, "--dtypes", dtype, "--repeats", str(repeats)]
+        if options.schedules:
+            arguments += ["--schedules", *options.schedules, *(["all-gather"] if options.hosts else [])]
         if options.hosts:
             with two_hosts(mbit):
                 run_on_hosts(MODULE, [*arguments, "--dry"], num_ranks=ranks)
@@ -353,6 +360,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT_CASES), help="kind:tokens")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--schedules", nargs="+", default=[], help="beside the kernel; default: all")
     parser.add_argument("--hosts", action="store_true", help="two network namespaces and a slow link (root)")
     parser.add_argument("--link-mbit", type=float, help="rate of the link; default: gathering takes as long as compute")
     parser.add_argument("--out", type=Path, help="JSON; a Markdown table goes beside it")
@@ -360,7 +368,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.cases[0], options.dtypes[0], options.repeats, options.worker, options.dry)
+        worker(options.cases[0], options.dtypes[0], options.repeats, options.schedules, options.worker, options.dry)
         return
     for name in options.cases:
         make_case(name)
