@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Cells in which the sparsest tokens are counted: one token each up to this length, longer after it.
 _MOST_CELLS = 1 << 17
-_QUICK_CELLS = 1 << 12
 # Even thresholds at which all components are looked at together.
 _THRESHOLDS = 1 << 12
 # Ranks x pieces, summed over zones, beyond which a partition of the keys is not tried.
@@ -142,17 +141,6 @@ def kv_rows_bound(table: SliceTable, *, total_seqlen: int, cp_size: int, limits:
     at_end = profile.first + profile.slopes * (profile.ends - profile.starts - 1)
     most_seen = int(np.maximum(profile.first, at_end).max())
     return RowsBound(total, max(-(-total // cp_size), most_seen - limits.max_tokens, 0))
-
-
-def quick_rows_bound(table: SliceTable, *, total_seqlen: int, cp_size: int, limits: Limits) -> int:
-    """A looser total of `kv_rows_bound`, in a few milliseconds: zones are whole components, fillers are rough."""
-    if not len(table) or cp_size == 1:
-        return 0
-    profile = DensityProfile.from_table(table, total_seqlen)
-    sparsest = _Sparsest.of(profile, total_seqlen, num_cells=_QUICK_CELLS)
-    starts, _ = find_components(table, total_seqlen)
-    rows, steps = _zone_rows(table, profile, sparsest, np.append(starts, total_seqlen), cp_size, limits)
-    return max(int(rows.sum()), _pooled_rows(profile, sparsest, starts, steps, cp_size, limits))
 
 
 class _Steps(NamedTuple):
