@@ -53,8 +53,8 @@ _MOST_PEELINGS = 24
 
 # Milliseconds for repacking by default: so many, less what more ranks take for peeling, at least so many for each
 # rank; and for each unit of search effort.
-_REPACKING = 66.0
-_PEELING_PER_RANK = 0.14
+_REPACKING = 69.0
+_PEELING_PER_RANK = 0.19
 _LEAST_REPACKING_PER_RANK = 0.05
 _REPACKING_PER_EFFORT = 25.0
 # What one round of it takes: at least, for each rank, and for each component.
