@@ -11,9 +11,11 @@ from .balance import place_balanced
 from .balance_nodes import place_on_nodes
 from .balance_pool import find_components
 from .cost import DEFAULT_HARDWARE, Hardware, RowCosts
+from .estimate import Staging
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
 from .schedule import Schedule, bisect_tasks, place_for_schedule
+from .simulate import simulate
 from .slices import SliceTable
 
 Layout = Literal["balanced", "contiguous", "zigzag"]
@@ -26,6 +28,8 @@ SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 TILES_BYTES, TILES_SECONDS = 0.95, 0.9
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
+# Routes of a plan up to which it is simulated to be compared with others.
+_MOST_SIMULATED = 1 << 14
 
 
 def make_dispatch_plan(
@@ -60,7 +64,7 @@ def make_dispatch_plan(
         ranks_per_node: ranks that share a node, in a two-level network; None: one level.
         search_effort: extra placement search, in units of a fixed number of steps (about 25 ms each, the
             same result on every rank); 0 is the fast default.
-        hardware: speeds by which the schedule and the stages are chosen.
+        hardware: speeds by which placement on two levels, schedule and stages are chosen.
 
     Raises:
         ValueError: a size is out of range or the layout is unknown.
@@ -96,12 +100,27 @@ def make_dispatch_plan(
     else:
         placed = _place_by_name(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout)
         drafts = [Draft.of(keys_schedule(slices, placed[0]), *placed)]
-    staging, keys = min(((draft.staging(*choices), draft) for draft in drafts), key=lambda pair: pair[0].seconds)
+    staging, keys = _fastest([(draft.staging(*choices), draft) for draft in drafts], costs, hardware, ranks_per_node)
     if tiles is not None and tiles.bytes_moved(costs) < TILES_BYTES * keys.bytes_moved(costs):
         tiles_staging = tiles.staging(*choices)
         if tiles_staging.seconds < TILES_SECONDS * staging.seconds:
             return tiles.plan(tiles_staging, ranks_per_node)
     return keys.plan(staging, ranks_per_node)
+
+
+def _fastest(
+    staged: list[tuple[Staging, Draft]], costs: RowCosts, hardware: Hardware, ranks_per_node: int | None
+) -> tuple[Staging, Draft]:
+    """The first to be done with both passes: by simulation while that is a matter of milliseconds, else by estimate."""
+
+    def simulated(pair: tuple[Staging, Draft]) -> float:
+        staging, draft = pair
+        return simulate(draft.plan(staging, ranks_per_node), hardware, costs.heads).seconds
+
+    if len(staged) == 1:
+        return staged[0]
+    small = all(len(staging.weights) * draft.num_runs() <= _MOST_SIMULATED for staging, draft in staged)
+    return min(staged, key=simulated if small else lambda pair: pair[0].seconds)
 
 
 def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:

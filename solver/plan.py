@@ -221,9 +221,13 @@ class Draft:
             counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
         return choose_stages(load, costs.heads, hardware, counts)
 
+    def num_runs(self) -> int:
+        """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""
+        return int(runs_needed(self.keys, self.k_placement)[1].sum())
+
     def _most_stages(self) -> int:
         """As many as can share all senders, if that is a few; where it is not, they do not share them anyway."""
-        shared = most_shared_stages(int(runs_needed(self.keys, self.k_placement)[1].sum()))
+        shared = most_shared_stages(self.num_runs())
         return min(shared, MAX_STAGES) if shared >= _FEW_STAGES else MAX_STAGES
 
     def plan(self, staging: Staging, ranks_per_node: int | None) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cpattn import AttnMaskSpec
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.mask_spec import lower_mask
-from cpattn.solver import DEFAULT_HARDWARE, Plan, SliceTable, make_dispatch_plan, simulate, two_level_routes
+from cpattn.solver import DEFAULT_HARDWARE, Plan, SliceTable, dispatch, make_dispatch_plan, simulate, two_level_routes
 from cpattn.solver.balance import AREA_LIMIT, rank_areas
 from cpattn.solver.balance_nodes import place_on_nodes
 from cpattn.solver.dispatch import keys_schedule
@@ -85,14 +85,22 @@ def test_beginnings_that_many_nodes_need_are_sent_by_many_ranks() -> None:
     assert sent[2] < 0.7 * sent[0]
 
 
-def test_the_faster_placement_is_taken() -> None:
-    """Of all candidates, by the estimate."""
-    table = lower_mask(MASKS["documents"])
+@pytest.mark.parametrize("name", ["documents", "window"])
+@pytest.mark.parametrize("simulated", [True, False])
+def test_the_fastest_placement_is_taken(name: str, simulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all candidates, by simulation; by the estimate where there are too many routes."""
+    if not simulated:
+        monkeypatch.setattr(dispatch, "_MOST_SIMULATED", 0)
+    table = lower_mask(MASKS[name])
+    flat, two = plans(table)
     options = {"cp_size": RANKS, "chunk_size": 512, "ranks_per_node": PER_NODE}
-    two = plans(table)[1]
+    candidates = list(place_on_nodes(table, total_seqlen=TOTAL, **options))
+    if name == "window":  # one component: the placement for one level takes part
+        candidates.append(flat.q_placement)
     seconds = []
-    for placement in place_on_nodes(table, total_seqlen=TOTAL, **options):
+    for placement in candidates:
         draft = Draft.of(keys_schedule(table, placement), placement, placement)
         staging = draft.staging(DEFAULT_COSTS, DEFAULT_HARDWARE, PER_NODE, None)
-        seconds.append((staging.seconds, draft.plan(staging, PER_NODE).fingerprint))
+        plan = draft.plan(staging, PER_NODE)
+        seconds.append((simulate(plan).seconds if simulated else staging.seconds, plan.fingerprint))
     assert two.fingerprint == min(seconds)[1]
