@@ -205,6 +205,7 @@ class Draft:
         """
         cp_size = self.q_placement.cp_size
         per_node = _ranks_per_node(ranks_per_node, cp_size)
+        two_level = 1 < per_node < cp_size
         load = Load.of(
             np.bincount(self.task_ranks, self.tasks.areas(), cp_size).astype(np.int64),
             np.bincount(self.task_ranks, minlength=cp_size),
@@ -212,8 +213,9 @@ class Draft:
             self.keys,
             self.q_placement,
             self.k_placement,
-            ranks_per_node=min(per_node, hardware.ranks_per_node),
-            two_level=1 < per_node < cp_size,
+            # Hops go by the plan's nodes; on one level a row takes the link that the hardware has between two ranks.
+            ranks_per_node=per_node if two_level else hardware.ranks_per_node,
+            two_level=two_level,
         )
         if not load.keys.within.any() and not load.keys.across.any():
             counts: Iterable[int] = (0,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,6 +58,16 @@ def plans(table: SliceTable) -> tuple[Plan, Plan]:
     flat = assemble_plan(*schedule, flat.q_placement, flat.k_placement, ranks_per_node=PER_NODE)
     two = make_dispatch_plan(table, total_seqlen=TOTAL, cp_size=RANKS, schedule="keys", ranks_per_node=PER_NODE)
     return flat, two
+
+
+def test_nodes_may_be_larger_than_the_hardware_says() -> None:
+    """Three nodes of six ranks on hardware of four: the hops go by the plan's nodes."""
+    table = lower_mask(AttnMaskSpec.causal(1800))
+    hardware = replace(DEFAULT_HARDWARE, ranks_per_node=4)
+    options = {"total_seqlen": 1800, "cp_size": 18, "chunk_size": 32, "ranks_per_node": 6}
+    plan = make_dispatch_plan(table, schedule="auto", hardware=hardware, **options)
+    assert plan.ranks_per_node == 6
+    assert simulate(plan, hardware).seconds > 0
 
 
 def test_documents_stay_inside_nodes() -> None:
