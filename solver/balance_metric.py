@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .placement import Placement
-from .routes import Intervals, merge_intervals
+from .routes import Intervals, merge_intervals, rows_sent
 from .slices import IntArray, SliceTable
 
 
@@ -28,19 +28,7 @@ def kv_rows_sent(table: SliceTable, placement: Placement) -> IntArray:
     """Key rows that each rank sends, [cp_size]: once for each rank that needs them and does not own them."""
     tasks, _ = table.split_q(placement.ends[:-1])
     needed = merge_intervals(placement.owner_of(tasks.q0), tasks.k0, tasks.k1)
-    starts, ends = np.sort(needed.starts), np.sort(needed.ends)
-    started, ended = np.append(0, np.cumsum(starts)), np.append(0, np.cumsum(ends))
-
-    def needed_below(token: IntArray) -> IntArray:
-        """Rows before a token that are needed, over all ranks."""
-        i, j = np.searchsorted(starts, token), np.searchsorted(ends, token)
-        result: IntArray = (i * token - started[i]) - (j * token - ended[j])
-        return result
-
-    owners = placement.owners
-    rows = needed_below(placement.ends) - needed_below(placement.starts)
-    rows -= _covered(needed, owners, placement.starts, placement.ends)
-    return np.bincount(owners, rows, placement.cp_size).astype(np.int64)
+    return rows_sent(needed, placement, placement)
 
 
 def _covered(needed: Intervals, ranks: IntArray, starts: IntArray, ends: IntArray) -> IntArray:

@@ -36,20 +36,22 @@ def place_on_nodes(
     total_seqlen: int,
     cp_size: int,
     chunk_size: int,
-    ranks_per_node: int,
+    ranks_per_node: int | None,
     search_effort: int = 0,
 ) -> Iterator[Placement]:
     """Placements for self-attention on nodes of `ranks_per_node` ranks, those of the fewest runs first.
 
     Args:
         table: disjoint canonical slices, indices in [0, total_seqlen).
-        cp_size: a multiple of ranks_per_node.
+        ranks_per_node: None, 1, or one that does not divide cp_size into several nodes: there is no placement.
         chunk_size: token counts of any two ranks differ by at most this. With less than 3 there is none.
         search_effort: of the placement over nodes, as in `place_balanced`.
 
     Yields:
         Placements whose largest area is at most about AREA_LIMIT times the mean.
     """
+    if ranks_per_node is None or not 1 < ranks_per_node < cp_size or cp_size % ranks_per_node:
+        return
     runs = [count for count in _RUNS if 2 * count < chunk_size]
     if not runs or not total_seqlen:
         return

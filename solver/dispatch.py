@@ -159,15 +159,11 @@ def _place_balanced(
 
     options: of `place_balanced`.
     """
-    cp_size, total_seqlen = options["cp_size"], options["total_seqlen"]
-    found = 0
-    if ranks_per_node is not None and 1 < ranks_per_node < cp_size and cp_size % ranks_per_node == 0:
-        for placement in place_on_nodes(slices, ranks_per_node=ranks_per_node, **options):
-            found += 1
-            yield placement
+    on_nodes = list(place_on_nodes(slices, ranks_per_node=ranks_per_node, **options))
+    yield from on_nodes
     # Placed as on one level, documents are spread over nodes: not worth the time where that is slow.
     alike = _LINKS_ALIKE * hardware.across.bytes_per_s >= hardware.within.bytes_per_s
-    if not found or alike or len(find_components(slices, total_seqlen)[0]) == 1:
+    if not on_nodes or alike or len(find_components(slices, options["total_seqlen"])[0]) == 1:
         yield place_balanced(slices, **options)
 
 

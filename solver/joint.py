@@ -272,8 +272,7 @@ def _placements(
     size = {"total_seqlen": total_seqlen, "cp_size": cp_size, "chunk_size": chunk_size}
     for mask in masks:
         yield place_balanced(mask, **size, search_effort=search_effort)
-        if ranks_per_node is not None and 1 < ranks_per_node < cp_size and cp_size % ranks_per_node == 0:
-            yield from place_on_nodes(mask, **size, ranks_per_node=ranks_per_node, search_effort=search_effort)
+        yield from place_on_nodes(mask, **size, ranks_per_node=ranks_per_node, search_effort=search_effort)
     profile = weighted_profile(masks, weights, total_seqlen)
     yield place_by_density(profile, total_seqlen=total_seqlen, cp_size=cp_size)
     for pieces in _INTERLEAVED:

@@ -140,8 +140,8 @@ def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, o
         return _two_level_link_rows(needed, merge_intervals(*of_node), placement, nodes, ranks_per_node)
     far = of_node.ends - of_node.starts - _rows_owned(of_node, nodes)
     far_in = np.bincount(needed.ranks, far, size).astype(np.int64)
-    far_out = _rows_sent(of_node, nodes, placement)
-    near_out = _rows_sent(needed, placement, placement) - far_out
+    far_out = rows_sent(of_node, nodes, placement)
+    near_out = rows_sent(needed, placement, placement) - far_out
     near_in = rows_missing(needed, placement) - far_in
     return LinkRows(np.maximum(near_in, near_out), np.maximum(far_in, far_out))
 
@@ -170,11 +170,11 @@ def _two_level_link_rows(
     # What lies or lands at a rank's own place need not be sent to it.
     moved[np.arange(size), np.arange(size) % ranks_per_node] = 0
     sent = moved.reshape(-1, ranks_per_node, ranks_per_node).sum(axis=1).ravel()
-    across = np.maximum(landed, _rows_sent(of_node, nodes, placement))
+    across = np.maximum(landed, rows_sent(of_node, nodes, placement))
     return LinkRows(np.maximum(moved.sum(axis=1), sent), across)
 
 
-def _rows_sent(needed: Intervals, groups: Placement, placement: Placement) -> IntArray:
+def rows_sent(needed: Intervals, groups: Placement, placement: Placement) -> IntArray:
     """Rows that each rank sends to other groups, [cp_size]; the intervals' ranks are groups, as the owners of `groups`.
 
     A row counts once for each interval that has it, of a group that does not own it.
