@@ -93,10 +93,15 @@ def _mean_seconds(
     plans: tuple[LayerPlan, ...], heads: tuple[int, int, int, int], degree: int, inner: Heads, hardware: Hardware
 ) -> float:
     parts, whole = split_heads(heads[0], heads[1], degree), Heads(*heads)
-    between = replace(hardware, ranks_per_node=max(hardware.ranks_per_node // degree, 1))
+    between = between_context_ranks(hardware, degree)
     total = weight = 0.0
     for layers, plan in plans:
         exchanged = head_exchange_seconds((plan.q_placement, plan.k_placement), parts, whole, hardware)
         total += layers.num_layers * (simulate(plan, between, inner).seconds + exchanged)
         weight += layers.num_layers
     return total / weight
+
+
+def between_context_ranks(hardware: Hardware, degree: int) -> Hardware:
+    """The hardware as context ranks of `degree` ranks each see it: so many fewer of them share a node."""
+    return replace(hardware, ranks_per_node=max(hardware.ranks_per_node // degree, 1))

@@ -179,11 +179,11 @@ class Prediction(NamedTuple):
 
 def predict(key: AttnKey, hardware: Hardware, heads: Heads) -> Prediction:
     """What the cost model says of a step of a key, on links and kernels of the hardware."""
-    from cpattn.head_degree import most_heads
+    from cpattn.head_degree import between_context_ranks, most_heads
 
     degree = key.options.head_degree
     inner = Heads(*most_heads((heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v), degree), heads.itemsize)
-    between = replace(hardware, ranks_per_node=max(hardware.ranks_per_node // degree, 1))
+    between = between_context_ranks(hardware, degree)
     parts = split_heads(heads.num_q, heads.num_kv, degree)
     total = head_exchange_seconds((key.plan.q_placement, key.plan.k_placement), parts, heads, hardware) / 2
     # q, k and v go in and out comes home; backward is the mirror.
