@@ -7,6 +7,7 @@ import torch
 
 import cpattn
 from cpattn import AttnMaskSpec
+from cpattn.backends import sdpa_cpu
 from cpattn.backends.flex import FlexBackend
 from cpattn.backends.reference import ReferenceBackend
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
@@ -33,6 +34,17 @@ def test_backend_is_as_exact_as_plain_attention(backend: str, name: str, dtype: 
     check_backend(kernel, name, dtype)
     if backend == "sdpa" or name in OFTEN:
         check_backend(kernel, name, dtype, num_parts=1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LARGE | {"softcap"}])
+def test_heads_called_one_by_one(name: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads, with copies of q, k and v: what large tiles get, here for all."""
+    monkeypatch.setattr(sdpa_cpu, "_MANY_ROWS", 1)
+    monkeypatch.setattr(sdpa_cpu, "_MANY_KEYS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_backend(BACKENDS["sdpa"], name, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
