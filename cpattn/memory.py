@@ -36,12 +36,14 @@ class StepMemory(NamedTuple):
 
     forward, backward: at the peak of each pass, results included. kept: what forward leaves to backward
     beside inputs and results: the fetched keys and values with `keep_kv`, and with head sharding the
-    block's q, k, v, out and lse.
+    block's q, k, v, out and lse. step: at the peak of both passes of one call after the other, with out and lse and
+    what is kept alive as long as backward needs them.
     """
 
     forward: int
     backward: int
     kept: int
+    step: int
 
 
 def step_memory(key: AttnKey, dtype: torch.dtype, device: torch.device) -> StepMemory:
@@ -76,7 +78,8 @@ def step_memory(key: AttnKey, dtype: torch.dtype, device: torch.device) -> StepM
         backward = _peak(
             lambda: run_backward(key, plan, out, q, k, v, out, lse, kept, numbers), [q, k, v, kept, out, lse]
         )
-    return StepMemory(forward + num_kept, backward, num_kept)
+    results = out.nbytes + lse.nbytes
+    return StepMemory(forward + num_kept, backward, num_kept, max(forward + num_kept, results + num_kept + backward))
 
 
 def _memory_with_head_exchanges(
@@ -115,8 +118,11 @@ def _memory_with_head_exchanges(
         dout_traded = _peak(lambda: rows_to_heads(dout, still.queries, group).wait(), [dout])
         gradients = _peak(lambda: trade_heads(still, group, *block), block)
     forward = max(before, in_block + between.forward, in_block + results + between.kept + after)
-    backward = max(dout_traded, out.nbytes + between.backward, in_block + gradients)
-    return StepMemory(forward, backward, in_block + results + between.kept)
+    attention_backward = max(dout_traded, out.nbytes + between.backward)
+    kept = in_block + results + between.kept
+    # When gradients are traded, autograd has let go of what was kept.
+    step = max(forward, dout.nbytes + max(kept + attention_backward, in_block + gradients))
+    return StepMemory(forward, max(attention_backward, in_block + gradients), kept, step)
 
 
 def _light(plan: BoundPlan, dtype: torch.dtype) -> BoundPlan:

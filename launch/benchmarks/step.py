@@ -139,7 +139,7 @@ def worker(name: str, dtype: str, repeats: int, only: list[str], out: Path, dry:
     good = [s for s in everything if errors[s.name] <= TOLERANCE[dtype]]
     notes += [f"{s.name} is wrong by {errors[s.name]:.1e} and was not timed" for s in everything if s not in good]
     memory = {s.name: _across_ranks(_peak_bytes(s, local[s.name])) for s in good}
-    stated = {s.name: _across_ranks(_stated_bytes(s, DTYPES[dtype])) for s in good if isinstance(s, sched.Ours)}
+    stated = {s.name: _across_ranks(s.key.memory(DTYPES[dtype], "cpu").step) for s in good if isinstance(s, sched.Ours)}
     modes = ("real", "dry") if dry else ("real",)
     times: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
     for turn in range(repeats):
@@ -223,14 +223,6 @@ class _Settled:
 
 def _peak_bytes(schedule: sched.Schedule, tensors: list[torch.Tensor]) -> int:
     return allocated_at_peak(lambda: schedule.run(*tensors), repeats=3)
-
-
-def _stated_bytes(ours: sched.Ours, dtype: torch.dtype) -> int:
-    """What the key states for a step: out, lse and what is kept live from forward through backward."""
-    memory = ours.key.memory(dtype, "cpu")
-    lse_bytes = 4 if ours.key.sharding is None else 0  # with head sharding it is among what is kept
-    results = ours.key.num_tokens * HEADS * (HEAD_DIM * dtype.itemsize + lse_bytes)
-    return max(memory.forward, results + memory.kept + memory.backward)
 
 
 def _across_ranks(number: int) -> int:

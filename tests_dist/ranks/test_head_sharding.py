@@ -304,7 +304,7 @@ def test_selective_checkpoint_adds_no_exchange():
 
 
 def memory_on_rank(degree: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Stated and measured peaks of forward and backward."""
+    """Stated and measured peaks of forward, of backward, and of both."""
     spec = AttnMaskSpec.causal(2048)
     key = key_for(spec, (6, 3), degree=degree, head_dim=64, num_stages=2)
     q, k, v, dout = (cpattn.dispatch(t, key) for t in make_inputs(spec, heads=(6, 3), head_dim=64, dtype=dtype))
@@ -314,15 +314,18 @@ def memory_on_rank(degree: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     measured = (
         allocated_at_peak(lambda: cpattn.attention(*leaves, key)),
         allocated_at_peak(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)),
+        allocated_at_peak(lambda: torch.autograd.grad(cpattn.attention(*leaves, key), leaves, dout), repeats=3),
     )
-    return list(zip(stated[:2], measured, strict=True))
+    return list(zip((stated.forward, stated.backward, stated.step), measured, strict=True))
 
 
-@pytest.mark.parametrize(("degree", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (4, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("degree", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (4, torch.bfloat16)]
+)
 def test_stated_memory_is_the_measured_one(degree, dtype):
     tolerance = 0.005 if dtype == torch.float32 else 0.1  # as in test_memory.py
     for rank, passes in enumerate(run_on_ranks(4, memory_on_rank, degree, dtype)):
-        for pass_, (stated, measured) in zip(("forward", "backward"), passes, strict=True):
+        for pass_, (stated, measured) in zip(("forward", "backward", "step"), passes, strict=True):
             assert stated == pytest.approx(measured, rel=tolerance), f"rank {rank}, {pass_}"
 
 
