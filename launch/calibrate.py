@@ -22,6 +22,7 @@ import typer
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
 from .options import HeadDimOption, HeadsOption, heads_of_option
+from .torchrun import num_cores
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,7 @@ def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGrou
         ranks_per_node=per_node,
         source=f"cpattn calibrate, torch {torch.__version__}, {heads}, {tokens} tokens",
         transports=transports,
+        transfer_load=_transfer_load(group) if together and device == "cpu" else 0.0,  # on CUDA it is not measured
     )
     if together:
         first = dist.get_global_rank(group, 0) if group is not None else 0
@@ -248,6 +250,27 @@ def measure_link(group: dist.ProcessGroup | None, device: torch.device, large: i
     (b0, t0), (b1, t1) = points
     slope = max(t1 - t0, 1e-9) / (b1 - b0)
     return Link(max(t0 - b0 * slope, 0.0), 1 / slope)
+
+
+def _transfer_load(group: dist.ProcessGroup | None, repeats: int = 6) -> float:
+    """Share of an exchange's time in which its threads keep a core busy; 0 where there are cores for them."""
+    import torch
+    import torch.distributed as dist
+
+    size = dist.get_world_size(group)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size < 2 or here * (torch.get_num_threads() + 1) <= num_cores():
+        return 0.0
+    send = torch.zeros(size * _LARGE, dtype=torch.uint8)
+    received = torch.empty_like(send)
+    shares = []
+    for _ in range(repeats):
+        dist.barrier(group)
+        wall, busy = time.perf_counter(), time.process_time() - time.thread_time()
+        dist.all_to_all_single(received, send, group=group)
+        busy = time.process_time() - time.thread_time() - busy
+        shares.append(busy / (time.perf_counter() - wall))
+    return float(np.clip(np.median(shares), 0.0, 1.0))
 
 
 def measure_transports(

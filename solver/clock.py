@@ -84,13 +84,16 @@ class Clock:
     """Time on every rank while a pass is replayed.
 
     shape: [..., cp_size]; several passes may be replayed at once. num_hops: of an exchange, 1 or 2; so many
-    exchanges of one kind are under way at once.
+    exchanges of one kind are under way at once. transfer_load: as in `Hardware`; a rank owes that share of its
+    transfers' time, and pays with the next compute or by waiting.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_hops: int) -> None:
+    def __init__(self, shape: tuple[int, ...], num_hops: int, transfer_load: float) -> None:
         self.depth = num_hops
+        self.transfer_load = transfer_load
         self.now = np.zeros(shape)
         self.link_free = np.zeros(shape)
+        self.owed = np.zeros(shape)
         self.compute: list[Span] = []
         self.copies: list[Span] = []
         self.transfers: list[Span] = []
@@ -127,7 +130,7 @@ class Clock:
             for side in sorted(sides, reverse=number == 0):
                 if side == "guest" and number == 0:
                     self._take(guests)
-                self._spend(self.compute, f"stage {number}" + " guests" * (side == "guest"), sides[side])
+                self._compute(f"stage {number}" + " guests" * (side == "guest"), sides[side])
                 if side == "guest" and number == len(kernels) - 1:
                     homeward.append(self._send("results", queries, home_bytes, home=True))
             if number and dkv_bytes:
@@ -136,6 +139,12 @@ class Clock:
                 homeward.append(self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True))
         for arrival in homeward:
             self._take(arrival)
+
+    def _compute(self, name: str, seconds: FloatArray) -> None:
+        """A kernel, and what transfers take from it meanwhile; ranks without work go on."""
+        working = seconds > 0
+        self._spend(self.compute, name, seconds + np.where(working, self.owed, 0.0))
+        self.owed = np.where(working, 0.0, self.owed)
 
     def _spend(self, spans: list[Span], name: str, seconds: FloatArray) -> None:
         """Every rank is busy for so long."""
@@ -146,6 +155,7 @@ class Clock:
         """Wait for an exchange, if there is one, and take it in."""
         if arrival is None:
             return
+        self.owed = np.maximum(self.owed - np.maximum(arrival.at - self.now, 0.0), 0.0)
         self.now = np.maximum(self.now, arrival.at)
         if arrival.reduction.any():
             self._spend(self.copies, "reduce", arrival.reduction)
@@ -158,7 +168,9 @@ class Clock:
         self._spend(self.copies, "pack", pack)
         begin = np.maximum(self.now, self.link_free)
         starts = wire.started(begin)
-        ends = starts + wire.seconds(row_bytes)
+        seconds = wire.seconds(row_bytes)
+        self.owed = self.owed + self.transfer_load * seconds
+        ends = starts + seconds
         # Where a rank moves nothing it waits for no one.
         idle = ends == starts
         starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)

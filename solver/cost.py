@@ -158,11 +158,14 @@ class Hardware:
     forward_flops, backward_flops: FLOP/s of the local kernel on long slices, one device; masked
         pairs are not counted as work.
     slice_s: seconds that each slice adds; launch_s: seconds of a stage without any work.
-    copy_bytes_per_s: packing rows to send and adding or merging rows received.
+    copy_bytes_per_s: packing rows to send, adding or merging rows received, and adding a stage's results to those
+        of the stages before.
     within, across: links inside a node and between nodes, for one rank.
     ranks_per_node: ranks that share a node.
     source: where the numbers come from.
     transports: what exchanges of several sparsities and sizes took by either transport; none: not measured.
+    transfer_load: share of a transfer's time by which it delays the compute that hides it: its copies run on the same
+        cores, or a communication kernel takes multiprocessors; in [0, 1].
     """
 
     name: str
@@ -176,6 +179,7 @@ class Hardware:
     ranks_per_node: int
     source: str = ""
     transports: tuple[TransportTimes, ...] = ()
+    transfer_load: float = 0.0
 
     def __post_init__(self) -> None:
         links = (self.within.bytes_per_s, self.across.bytes_per_s)
@@ -185,6 +189,8 @@ class Hardware:
             raise ValueError(
                 f"hardware {self.name!r}: rates must be finite and above 0, times finite and at least 0; got {self}"
             )
+        if not 0 <= self.transfer_load <= 1:
+            raise ValueError(f"hardware {self.name!r}: transfer_load is {self.transfer_load}: a share, from 0 to 1")
         if self.ranks_per_node < 1:
             raise ValueError(f"hardware {self.name!r}: ranks_per_node is {self.ranks_per_node}: at least 1")
 
@@ -230,6 +236,15 @@ class Hardware:
         rate = self.backward_flops if backward else self.forward_flops
         busy = self.launch_s + num_slices * self.slice_s + areas * (flop / rate)
         return np.where(num_slices > 0, busy, 0.0)
+
+    def merge_seconds(
+        self, rows: FloatArray, keys: FloatArray, heads: Heads, *, backward: bool = False
+    ) -> FloatArray:
+        """Time to add a kernel's results to what earlier stages left, in fp32: out, or dq (rows), dk and dv (keys)."""
+        row = heads.num_q * (heads.head_dim if backward else heads.head_dim_v)
+        key = heads.num_kv * (heads.head_dim + heads.head_dim_v) if backward else 0
+        seconds: FloatArray = (rows * row + keys * key) * (_FP32 / self.copy_bytes_per_s)
+        return seconds
 
 
 # Attention rates: FA3 on H100, causal, 32K tokens: 679 forward and 586 backward TFLOP/s, as published
@@ -279,16 +294,17 @@ HARDWARE: dict[str, Hardware] = {
     ),
     "cpu": Hardware(
         name="cpu",
-        forward_flops=50e9,
-        backward_flops=50e9,
+        forward_flops=70e9,
+        backward_flops=70e9,
         slice_s=200e-6,
         launch_s=400e-6,
-        copy_bytes_per_s=1e10,
+        copy_bytes_per_s=4e9,
         within=Link(250e-6, 1.4e9),
         across=Link(250e-6, 1e9),
         ranks_per_node=64,
         source="one core of an x86-64 server in fp32 and gloo over its loopback, rounded from `cpattn calibrate`; "
-        "links between hosts assumed",
+        "copies in part into fresh memory; a core for each rank, none for its transfers; links between hosts assumed",
+        transfer_load=0.5,
     ),
 }
 

@@ -16,8 +16,8 @@ import numpy as np
 from .clock import Clock
 from .cost import FloatArray, Hardware, Heads
 from .placement import Placement
-from .routes import Intervals, LinkRows, link_rows, rows_missing
-from .slices import IntArray
+from .routes import Intervals, LinkRows, link_rows, rows_missing, rows_owned
+from .slices import IntArray, SliceTable
 
 # Factors by which the first and the last stage may be smaller than the others.
 _EDGES = (1, 2, 4)
@@ -31,14 +31,17 @@ class Load:
     """What a schedule asks of every rank, each [cp_size].
 
     areas, num_slices: visible pairs and slices. own_share: of its pairs, those on keys that it owns.
-    guest_share: those of queries that it receives. keys, queries: rows on its links; two_level: these go
-    between nodes and then inside them, else at once.
+    guest_share: those of queries that it receives. merged: rows of queries that see keys which it does not own,
+    fetched: rows of those keys. keys, queries: rows on its links; two_level: these go between nodes and then inside
+    them, else at once.
     """
 
     areas: IntArray
     num_slices: IntArray
     own_share: FloatArray
     guest_share: FloatArray
+    merged: FloatArray
+    fetched: FloatArray
     keys: LinkRows
     queries: LinkRows
     two_level: bool
@@ -46,8 +49,8 @@ class Load:
     @classmethod
     def of(
         cls,
-        areas: IntArray,
-        num_slices: IntArray,
+        tasks: SliceTable,
+        task_ranks: IntArray,
         queries: Intervals,
         keys: Intervals,
         q_placement: Placement,
@@ -56,15 +59,21 @@ class Load:
         ranks_per_node: int,
         two_level: bool,
     ) -> Load:
-        """That of ranks which need these rows, nodes being of `ranks_per_node`."""
+        """That of ranks which compute these tasks and need these rows, nodes being of `ranks_per_node`."""
         sides = ((queries, q_placement), (keys, k_placement))
         q_missing, k_missing = (rows_missing(*side) for side in sides)
         q_rows, k_rows = (link_rows(*side, ranks_per_node, once_per_node=two_level) for side in sides)
-        q_needed = np.bincount(queries.ranks, queries.ends - queries.starts, q_placement.cp_size)
+        size = q_placement.cp_size
+        q_needed = np.bincount(queries.ranks, queries.ends - queries.starts, size)
         owned = k_placement.num_tokens
+        far = tasks.k1 - tasks.k0 - rows_owned(Intervals(task_ranks, tasks.k0, tasks.k1), k_placement)
+        # As many rows as see the first so many keys.
+        merged = np.clip(tasks.k0 + far - tasks.lo - tasks.q0, 0, tasks.q1 - tasks.q0) * (far > 0)
         return cls(
-            areas=areas,
-            num_slices=num_slices,
+            areas=np.bincount(task_ranks, tasks.areas(), size).astype(np.int64),
+            num_slices=np.bincount(task_ranks, minlength=size),
+            merged=np.bincount(task_ranks, merged, size).astype(np.float64),
+            fetched=k_missing.astype(np.float64),
             own_share=owned / np.maximum(owned + k_missing, 1),
             guest_share=q_missing / np.maximum(q_needed, 1),
             keys=k_rows,
@@ -117,21 +126,26 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
     shape = (shares.shape[1], len(load.areas))
     queries = _EstimatedWire(load.queries, np.ones((1, 1)), hardware, load.two_level)
     stages = [_EstimatedWire(load.keys, share, hardware, load.two_level) for share in shares]
-    parts = [np.broadcast_to(load.own_share, shape), *((1 - load.own_share) * share for share in shares)]
+    own = np.broadcast_to(load.own_share, shape)
+    sides = {"host": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
+
+    def kernel(part: FloatArray, side: FloatArray, fetched: FloatArray | None, *, backward: bool) -> FloatArray:
+        """Seconds on a part of the pairs; fetched: share of the remote keys that came for it, None for own keys."""
+        of_side = part * side
+        slices = np.where(of_side > 0, load.num_slices, 0)
+        seconds = hardware.kernel_seconds(load.areas * of_side, slices, heads, backward=backward)
+        if fetched is None:
+            return seconds
+        return seconds + side * hardware.merge_seconds(load.merged, load.fetched * fetched, heads, backward=backward)
+
     total = np.zeros(shape[0])
     for backward in (False, True):
-        kernels = []
-        for part in parts:
-            sides = {"host": part * (1 - load.guest_share)}
-            if queries.active:
-                sides["guest"] = part * load.guest_share
+        kernels = [{name: kernel(own, side, None, backward=backward) for name, side in sides.items()}]
+        for share in shares:
             kernels.append({
-                side: hardware.kernel_seconds(
-                    load.areas * of_side, np.where(of_side > 0, load.num_slices, 0), heads, backward=backward
-                )
-                for side, of_side in sides.items()
+                name: kernel((1 - own) * share, side, share, backward=backward) for name, side in sides.items()
             })
-        clock = Clock(shape, num_hops=2 if load.two_level else 1)
+        clock = Clock(shape, 2 if load.two_level else 1, hardware.transfer_load)
         clock.run(
             kernels,
             queries,

@@ -207,8 +207,8 @@ class Draft:
         per_node = _ranks_per_node(ranks_per_node, cp_size)
         two_level = 1 < per_node < cp_size
         load = Load.of(
-            np.bincount(self.task_ranks, self.tasks.areas(), cp_size).astype(np.int64),
-            np.bincount(self.task_ranks, minlength=cp_size),
+            self.tasks,
+            self.task_ranks,
             self.queries,
             self.keys,
             self.q_placement,

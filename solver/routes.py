@@ -93,11 +93,11 @@ def tokens_needed(tasks: SliceTable, task_ranks: IntArray) -> tuple[Intervals, I
 
 def rows_missing(needed: Intervals, placement: Placement) -> IntArray:
     """Rows that each rank needs and does not own, [cp_size]: what routes would bring it."""
-    missing = needed.ends - needed.starts - _rows_owned(needed, placement)
+    missing = needed.ends - needed.starts - rows_owned(needed, placement)
     return np.bincount(needed.ranks, missing, placement.cp_size).astype(np.int64)
 
 
-def _rows_owned(needed: Intervals, placement: Placement) -> IntArray:
+def rows_owned(needed: Intervals, placement: Placement) -> IntArray:
     """Rows of each interval that its rank owns."""
     if not len(needed.ranks):
         return np.zeros(0, dtype=np.int64)
@@ -138,7 +138,7 @@ def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, o
     of_node = needed._replace(ranks=needed.ranks // ranks_per_node)
     if once_per_node:
         return _two_level_link_rows(needed, merge_intervals(*of_node), placement, nodes, ranks_per_node)
-    far = of_node.ends - of_node.starts - _rows_owned(of_node, nodes)
+    far = of_node.ends - of_node.starts - rows_owned(of_node, nodes)
     far_in = np.bincount(needed.ranks, far, size).astype(np.int64)
     far_out = rows_sent(of_node, nodes, placement)
     near_out = rows_sent(needed, placement, placement) - far_out
@@ -162,7 +162,7 @@ def _two_level_link_rows(
         place = np.tile(np.arange(ranks_per_node), len(intervals.ranks))
         cell = group * ranks_per_node + place
         owners, owned_by = (placement, cell) if at_home else (places, place)
-        rows = _rows_owned(Intervals(owned_by, starts, ends), owners)
+        rows = rows_owned(Intervals(owned_by, starts, ends), owners)
         return np.bincount(cell, rows, size * ranks_per_node).astype(np.int64).reshape(size, ranks_per_node)
 
     landed = (by_place(of_node, at_home=False) - by_place(of_node, at_home=True)).ravel()[:size]

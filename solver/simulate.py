@@ -44,16 +44,22 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
     queries = _Wire.of(plan, plan.q_routes, hardware)
     stages = [_Wire.of(plan, plan.kv_routes.of_stage(stage), hardware) for stage in range(plan.num_stages)]
 
+    def kernel(work: StageWork, *, backward: bool, first: bool) -> FloatArray:
+        seconds = hardware.kernel_seconds(work.areas, work.slices, heads, backward=backward)
+        if first:
+            return seconds
+        return seconds + hardware.merge_seconds(work.rows, work.keys, heads, backward=backward)
+
     def kernels(backward: bool) -> list[dict[str, FloatArray]]:
         return [
-            {side: hardware.kernel_seconds(w.areas, w.slices, heads, backward=backward) for side, w in sides.items()}
-            for sides in works
+            {side: kernel(work, backward=backward, first=number == 0) for side, work in sides.items()}
+            for number, sides in enumerate(works)
         ]
 
     num_hops = len(queries.hops)
-    forward = Clock((plan.cp_size,), num_hops)
+    forward = Clock((plan.cp_size,), num_hops, hardware.transfer_load)
     forward.run(kernels(False), queries, stages, out_bytes=row.q, kv_bytes=row.kv, home_bytes=row.partial, dkv_bytes=0)
-    backward = Clock((plan.cp_size,), num_hops)
+    backward = Clock((plan.cp_size,), num_hops, hardware.transfer_load)
     backward.run(
         kernels(True), queries, stages, out_bytes=row.q_again, kv_bytes=row.kv, home_bytes=row.dq, dkv_bytes=row.dkv
     )
@@ -61,10 +67,12 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
 
 
 class StageWork(NamedTuple):
-    """Pairs and slices of each rank in one stage, [cp_size]."""
+    """Pairs and slices of each rank in one stage, and how many rows of queries and of keys these touch, [cp_size]."""
 
     areas: FloatArray
     slices: FloatArray
+    rows: FloatArray
+    keys: FloatArray
 
 
 def _stage_works(plan: Plan) -> list[dict[str, StageWork]]:
@@ -88,9 +96,17 @@ def _work_on(plan: Plan, tasks: IntArray, ranks: IntArray, keys: Intervals) -> S
     rows, owners = _cut(tasks, ranks, keys, 2, plan.k_placement.total_seqlen + 1)
     table, kept = SliceTable(rows).canonical()
     owner = owners[kept]
-    slices = np.bincount(owner, minlength=plan.cp_size)
-    areas = np.bincount(owner, table.areas(), plan.cp_size).astype(np.float64)
-    return StageWork(areas, slices.astype(np.float64))
+    q_rows, k_rows = (merge_intervals(owner, *ends) for ends in ((table.q0, table.q1), (table.k0, table.k1)))
+
+    def per_rank(ranks: IntArray, counts: IntArray) -> FloatArray:
+        return np.bincount(ranks, counts, plan.cp_size).astype(np.float64)
+
+    return StageWork(
+        areas=per_rank(owner, table.areas()),
+        slices=per_rank(owner, np.ones_like(owner)),
+        rows=per_rank(q_rows.ranks, q_rows.ends - q_rows.starts),
+        keys=per_rank(k_rows.ranks, k_rows.ends - k_rows.starts),
+    )
 
 
 def _cut(

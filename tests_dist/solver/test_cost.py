@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -52,9 +55,27 @@ def test_bad_hardware_files_are_refused(text: str) -> None:
         Hardware.from_json(text)
 
 
+def test_a_file_from_before_the_load_of_transfers_is_read() -> None:
+    values = json.loads(DEFAULT_HARDWARE.to_json())
+    del values["transfer_load"]
+    assert Hardware.from_json(json.dumps(values)) == DEFAULT_HARDWARE
+
+
+def test_merging_by_hand() -> None:
+    """Rows of 3 query heads and 2 key heads in fp32, at 1 KB/s."""
+    hardware = dataclasses.replace(DEFAULT_HARDWARE, copy_bytes_per_s=1e3)
+    heads, rows, keys = Heads(3, 2, 5, 7), np.array([10.0]), np.array([20.0])
+    assert hardware.merge_seconds(rows, keys, heads)[0] == pytest.approx(10 * 3 * 7 * 4 / 1e3)
+    backward = (10 * 3 * 5 + 20 * 2 * (5 + 7)) * 4 / 1e3
+    assert hardware.merge_seconds(rows, keys, heads, backward=True)[0] == pytest.approx(backward)
+
+
 def test_numbers_out_of_range_are_refused() -> None:
     text = DEFAULT_HARDWARE.to_json().replace("645000000000000.0", "-1")
     with pytest.raises(ValueError, match="rates must be finite and above 0"):
+        Hardware.from_json(text)
+    text = DEFAULT_HARDWARE.to_json().replace('"transfer_load": 0.0', '"transfer_load": 1.5')
+    with pytest.raises(ValueError, match=r"transfer_load is 1\.5: a share, from 0 to 1"):
         Hardware.from_json(text)
     with pytest.raises(ValueError, match="unknown: use one of h100"):
         hardware_named("abacus")

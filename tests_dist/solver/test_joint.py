@@ -53,7 +53,8 @@ def work(plans: list[Plan], weights: list[float]) -> float:
 def test_layers_planned_together_wait_for_less(seed: int, window: int, num_full: int, num_local: int) -> None:
     """Packed documents and windows of half their mean length or all of it, so that both kinds of layers weigh.
 
-    Against the placement of either mask, which the other then has to bear.
+    Against the placement of either mask, which the other then has to bear; or that one is taken, as it is done first by
+    the cost model.
     """
     lengths = document_lengths(256 * K, seed=seed)
     spec, weights = AttnMaskSpec.varlen(lengths), [float(num_full), float(num_local)]
@@ -65,7 +66,7 @@ def test_layers_planned_together_wait_for_less(seed: int, window: int, num_full:
         placement = make_plan(spec, window=own, **shape).plan.q_placement
         areas = [np.bincount(ranks, tasks.areas()) for tasks, ranks in (keys_schedule(m, placement) for m in masks)]
         alone = sum(weight * float(area.max()) for weight, area in zip(weights, areas, strict=True))
-        assert work(joint, weights) < alone
+        assert work(joint, weights) <= alone
     assert work(joint, weights) <= 1.08 * sum(w * p.areas().mean() for w, p in zip(weights, joint, strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,30 @@ def test_two_ranks_by_hand() -> None:
     (keys,) = forward.transfers
     assert keys.ends[1] == pytest.approx(rows)
     assert forward.seconds[1] == pytest.approx(max(rows, triangle) + square)
+
+
+def test_a_transfer_delays_the_work_that_hides_it() -> None:
+    """The plan above: what waiting does not pay comes on top of the next kernel."""
+    heads = Heads(1, 1, 1, 1, itemsize=2)
+    mine = plan(AttnMaskSpec.causal(8), 2, layout="contiguous", num_stages=1)
+    triangle, square, rows = 10 * 4 / 1e9, 16 * 4 / 1e9, 16 / 1e6
+    for load, rate in ((0.5, 1e9), (1.0, 1e9), (0.5, 1e5)):
+        scale = 1e9 / rate
+        hardware = replace(SLOW, forward_flops=rate, transfer_load=load)
+        forward = simulate(mine, hardware, heads).forward
+        own = triangle * scale + load * rows
+        assert forward.compute[0].ends[1] == pytest.approx(own)
+        assert forward.seconds[1] == pytest.approx(max(rows, own) + square * scale)
+
+
+def test_adding_to_earlier_stages_takes_time() -> None:
+    """Rank 1 merges its 4 rows of out once, behind the second stage."""
+    heads = Heads(1, 1, 1, 1, itemsize=2)
+    mine = plan(AttnMaskSpec.causal(8), 2, layout="contiguous", num_stages=1)
+    slow = replace(SLOW, copy_bytes_per_s=1e3)
+    (_, plain), (_, merging) = (simulate(mine, hardware, heads).forward.compute for hardware in (SLOW, slow))
+    added = (merging.ends - merging.starts) - (plain.ends - plain.starts)
+    assert added.tolist() == pytest.approx([0.0, 4 * 4 / 1e3])
 
 
 @pytest.mark.parametrize("schedule", ["keys", "tiles"])
