@@ -9,6 +9,7 @@ CPU seconds of all ranks for each visible pair, over those of one rank in the sa
 Predicted: `simulate` on a hardware preset, 8K tokens for each rank, 64 query and 8 key heads of 128 in bf16, beside
 the predictions for ring, all-gather, Ulysses and a plan that balances chunks with a heap and moves only needed keys.
 Ours crosses between nodes once for each row and node, as it does under torchrun; of the others only the rings do.
+Ring, zigzag ring, all-gather and Ulysses are formulas in which packing and merging rows cost nothing.
 The figure is the share of the step in which the busiest kernel would be done if nothing but compute counted.
 """
 
@@ -145,7 +146,8 @@ def _markdown(measured: dict[str, dict[str, float]], predicted: list[dict[str, A
             lines.append(f"| {name} | " + " | ".join(f"{ratios[str(p)]:.3f}" for p in SIZES) + " |")
     if predicted:
         names = list(predicted[0]["shares"])
-        lines += ["", f"Predicted: compute over step time on {preset}, 8K tokens for each rank, heads 64:8 of 128.", ""]
+        lines += ["", f"Predicted: compute over step time on {preset}, 8K tokens for each rank, heads 64:8 of 128."]
+        lines += ["Packing and merging rows cost ring, zigzag ring, all-gather and Ulysses nothing.", ""]
         lines += ["| mask | ranks | compute, ms | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
         for row in predicted:
             cells = (row["shares"].get(n) for n in names)

@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -379,7 +380,7 @@ def main() -> None:
 
 
 def _write(out: Path, results: list[dict[str, Any]]) -> None:
-    command = " ".join(["python -m", MODULE, *sys.argv[1:]])
+    command = shlex.join(["python", "-m", MODULE, *sys.argv[1:]])
     machine: dict[str, Any] = {
         "command": command,
         "date": str(datetime.date.today()),
