@@ -15,7 +15,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import CpuSdpaBackend
-from cpattn.launch.calibrate import measure_transports
+from cpattn.launch.calibrate import _transfer_load, measure_transports
 from cpattn.solver import DEFAULT_HARDWARE, Hardware, Link, TransportTimes
 from tests_dist.harness import run_on_ranks
 from tests_dist.masks import MASKS
@@ -166,6 +166,20 @@ def test_calibration_measures_both_at_every_sparsity_and_size(size, peers):
     everyone = run_on_ranks(size, calibrated, (64, 4096))
     assert all(times == everyone[0] for times in everyone), "equal on all ranks"
     assert [(t.peers, t.peer_bytes) for t in everyone[0]] == [(p, n) for p in peers for n in (64.0, 4096.0)]
+
+
+def loads_by_cores() -> list[float]:
+    found = []
+    for cores in (1, 64):
+        with mock.patch("cpattn.launch.calibrate.num_cores", return_value=cores):
+            found.append(_transfer_load(None))
+    return found
+
+
+def test_calibration_finds_the_load_of_transfers_unless_there_are_cores_for_them():
+    for busy, spare in run_on_ranks(2, loads_by_cores):
+        assert 0 < busy <= 1
+        assert spare == 0
 
 
 def times(peers: float, peer_bytes: float, faster: str) -> TransportTimes:
