@@ -392,8 +392,8 @@ def seconds_of(spec: AttnMaskSpec, heads: tuple[int, int], hardware: Hardware, c
 
 def with_links(rate: float) -> Hardware:
     """Links of a rate, and no costs besides them and the kernel's work."""
-    link = Link(1e-6, rate)
-    return dataclasses.replace(DEFAULT_HARDWARE, within=link, across=link, launch_s=0.0, slice_s=0.0)
+    link, free = Link(1e-6, rate), {"launch_s": 0.0, "slice_s": 0.0, "copy_bytes_per_s": 1e30}
+    return dataclasses.replace(DEFAULT_HARDWARE, within=link, across=link, **free)
 
 
 def test_heads_are_shared_out_where_keys_are_dear():
@@ -414,7 +414,7 @@ def test_heads_are_shared_out_where_keys_are_dear():
 def test_predicted_seconds_of_the_head_exchange():
     """By hand: 2 parts of 4 heads, 8 rows each, 16 + 16 dims, on links of 1 kB/s without latency; both passes alike."""
     placement, parts, heads = place_zigzag(16, 1), split_heads(8, 8, 2), Heads(8, 8, 16, 16, 2)
-    hardware = dataclasses.replace(with_links(1e3), copy_bytes_per_s=1e30, within=Link(0.5, 1e3))
+    hardware = dataclasses.replace(with_links(1e3), within=Link(0.5, 1e3))
     num_bytes = 8 * 4 * (16 + 16 + 16 + 16) * 2
     assert head_exchange_bytes((placement, placement), parts, heads) == num_bytes
     assert head_exchange_seconds((placement, placement), parts, heads, hardware) == 2 * (2 * 0.5 + num_bytes / 1e3)
