@@ -74,12 +74,12 @@ def step_memory(key: AttnKey, dtype: torch.dtype, device: torch.device) -> StepM
         lse = empty(rows, heads, dtype=accumulator_dtype(dtype))
         num_kept = kept_bytes(key, plan, k, v) if key.options.keep_kv else 0
         kept = empty(num_kept, dtype=torch.uint8)
-        forward = _peak(lambda: run_forward(key, plan, q, k, v, None, kept, numbers), [q, k, v, kept])
+        forward = num_kept + _peak(lambda: run_forward(key, plan, q, k, v, None, kept, numbers), [q, k, v, kept])
         backward = _peak(
             lambda: run_backward(key, plan, out, q, k, v, out, lse, kept, numbers), [q, k, v, kept, out, lse]
         )
     results = out.nbytes + lse.nbytes
-    return StepMemory(forward + num_kept, backward, num_kept, max(forward + num_kept, results + num_kept + backward))
+    return StepMemory(forward, backward, num_kept, max(forward, results + num_kept + backward))
 
 
 def _memory_with_head_exchanges(
@@ -116,13 +116,13 @@ def _memory_with_head_exchanges(
         before = _peak(lambda: trade_rows(still, group, *rows), rows)
         after = _peak(lambda: heads_to_rows(out, still.queries, group).wait(), [out])
         dout_traded = _peak(lambda: rows_to_heads(dout, still.queries, group).wait(), [dout])
-        gradients = _peak(lambda: trade_heads(still, group, *block), block)
+        gradients = in_block + _peak(lambda: trade_heads(still, group, *block), block)
     forward = max(before, in_block + between.forward, in_block + results + between.kept + after)
     attention_backward = max(dout_traded, out.nbytes + between.backward)
     kept = in_block + results + between.kept
     # When gradients are traded, autograd has let go of what was kept.
-    step = max(forward, dout.nbytes + max(kept + attention_backward, in_block + gradients))
-    return StepMemory(forward, max(attention_backward, in_block + gradients), kept, step)
+    step = max(forward, dout.nbytes + max(kept + attention_backward, gradients))
+    return StepMemory(forward, max(attention_backward, gradients), kept, step)
 
 
 def _light(plan: BoundPlan, dtype: torch.dtype) -> BoundPlan:

@@ -129,21 +129,19 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
     own = np.broadcast_to(load.own_share, shape)
     sides = {"host": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
 
-    def kernel(part: FloatArray, side: FloatArray, fetched: FloatArray | None, *, backward: bool) -> FloatArray:
-        """Seconds on a part of the pairs; fetched: share of the remote keys that came for it, None for own keys."""
-        of_side = part * side
-        slices = np.where(of_side > 0, load.num_slices, 0)
-        seconds = hardware.kernel_seconds(load.areas * of_side, slices, heads, backward=backward)
-        if fetched is None:
-            return seconds
-        return seconds + side * hardware.merge_seconds(load.merged, load.fetched * fetched, heads, backward=backward)
+    def kernel(part: FloatArray, *, backward: bool) -> FloatArray:
+        """Seconds on a part of the pairs."""
+        slices = np.where(part > 0, load.num_slices, 0)
+        return hardware.kernel_seconds(load.areas * part, slices, heads, backward=backward)
 
     total = np.zeros(shape[0])
     for backward in (False, True):
-        kernels = [{name: kernel(own, side, None, backward=backward) for name, side in sides.items()}]
+        kernels = [{name: kernel(own * side, backward=backward) for name, side in sides.items()}]
         for share in shares:
+            merging = hardware.merge_seconds(load.merged, load.fetched * share, heads, backward=backward)
             kernels.append({
-                name: kernel((1 - own) * share, side, share, backward=backward) for name, side in sides.items()
+                name: kernel((1 - own) * share * side, backward=backward) + side * merging
+                for name, side in sides.items()
             })
         clock = Clock(shape, 2 if load.two_level else 1, hardware.transfer_load)
         clock.run(

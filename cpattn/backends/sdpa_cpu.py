@@ -328,10 +328,11 @@ def _batch_tiles(tiles: list[KernelTile], num_queries: int) -> tuple[_Call, ...]
 
 
 def _outgrown_by_none(calls: tuple[_Call, ...]) -> tuple[_Call, ...]:
-    kept: dict[tuple[int, bool], dict[tuple[int, int, int], _Call]] = {}
+    # A large call, with few heads at once, may take less memory than a smaller one.
+    kept: dict[tuple[int, bool, bool], dict[tuple[int, int, int], _Call]] = {}
     for call in calls:
         size = (call.num_tiles * call.num_rows, call.num_tiles * call.num_keys, call.num_rows)
-        others = kept.setdefault((call.tile.kind, call.first), {})
+        others = kept.setdefault((call.tile.kind, call.first, call.large), {})
         if any(all(a <= b for a, b in zip(size, other, strict=True)) for other in others):
             continue
         for other in [o for o in others if all(a >= b for a, b in zip(size, o, strict=True))]:

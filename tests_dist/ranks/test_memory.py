@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn import AttnMaskSpec
-from cpattn.backends.sdpa_cpu import _additive_band
+from cpattn.backends.sdpa_cpu import _MANY_ROWS, _additive_band
 from cpattn.execute import kept_bytes, run_backward, run_forward
 from cpattn.launch.benchmarks.step import allocated_at_peak
 from tests_dist.harness import run_on_ranks
@@ -93,15 +93,33 @@ def test_many_kernel_calls_are_stated_by_the_largest():
     work = plan.stages[0].host_work
     few = plan.backend.heaviest(work, torch.float32)  # type: ignore[attr-defined]
     assert len(few.calls(torch.float32)) < len(work.calls(torch.float32)) / 4
-    q, dout = (torch.randn(key.num_tokens, HEADS[0], DIM) for _ in range(2))
-    k, v = (torch.randn(key.num_keys, HEADS[1], DIM) for _ in range(2))
+    forward, backward = measured_alone(key)
+    assert light.forward == pytest.approx(forward, rel=TOLERANCE[torch.float32])
+    assert light.backward == pytest.approx(backward, rel=TOLERANCE[torch.float32])
+
+
+def test_a_large_tile_does_not_stand_for_smaller_ones():
+    """It has its heads one by one, where a smaller one has all at once and takes more."""
+    spec = AttnMaskSpec.varlen([_MANY_ROWS + 100, _MANY_ROWS - 100])
+    key = cpattn.make_key(spec, num_heads_q=8, num_heads_kv=8, head_dim=DIM)
+    forward, backward = measured_alone(key)
+    stated = key.memory(torch.float32, "cpu")
+    assert stated.forward == pytest.approx(forward, rel=TOLERANCE[torch.float32])
+    assert stated.backward == pytest.approx(backward, rel=TOLERANCE[torch.float32])
+
+
+def measured_alone(key: cpattn.AttnKey) -> tuple[int, int]:
+    """Measured peaks of forward and of backward of a key of one rank, in fp32."""
+    plan = key.bind(torch.device("cpu"), torch.float32)
+    q, dout = (torch.randn(key.num_tokens, key.num_heads_q, DIM) for _ in range(2))
+    k, v = (torch.randn(key.num_keys, key.num_heads_kv, DIM) for _ in range(2))
     numbers = {"scale": 0.125, "softcap": None}
     none = torch.empty(0, dtype=torch.uint8)
     out, lse = run_forward(key, plan, q, k, v, None, none, numbers)
-    forward = allocated_at_peak(lambda: run_forward(key, plan, q, k, v, None, none, numbers))
-    backward = allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, none, numbers))
-    assert light.forward == pytest.approx(forward, rel=TOLERANCE[torch.float32])
-    assert light.backward == pytest.approx(backward, rel=TOLERANCE[torch.float32])
+    return (
+        allocated_at_peak(lambda: run_forward(key, plan, q, k, v, None, none, numbers)),
+        allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, none, numbers)),
+    )
 
 
 def test_stating_memory_leaves_the_backend_as_it_was():

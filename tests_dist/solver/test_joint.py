@@ -53,8 +53,8 @@ def work(plans: list[Plan], weights: list[float]) -> float:
 def test_layers_planned_together_wait_for_less(seed: int, window: int, num_full: int, num_local: int) -> None:
     """Packed documents and windows of half their mean length or all of it, so that both kinds of layers weigh.
 
-    Against the placement of either mask, which the other then has to bear; or that one is taken, as it is done first by
-    the cost model.
+    Against the placement of either mask, which the other then has to bear, unless that very one is taken, being done
+    first by the cost model.
     """
     lengths = document_lengths(256 * K, seed=seed)
     spec, weights = AttnMaskSpec.varlen(lengths), [float(num_full), float(num_local)]
@@ -66,7 +66,9 @@ def test_layers_planned_together_wait_for_less(seed: int, window: int, num_full:
         placement = make_plan(spec, window=own, **shape).plan.q_placement
         areas = [np.bincount(ranks, tasks.areas()) for tasks, ranks in (keys_schedule(m, placement) for m in masks)]
         alone = sum(weight * float(area.max()) for weight, area in zip(weights, areas, strict=True))
-        assert work(joint, weights) <= alone
+        taken = joint[0].q_placement
+        same = np.array_equal(taken.ends, placement.ends) and np.array_equal(taken.owners, placement.owners)
+        assert work(joint, weights) < alone or same
     assert work(joint, weights) <= 1.08 * sum(w * p.areas().mean() for w, p in zip(weights, joint, strict=True))
 
 
