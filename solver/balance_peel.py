@@ -31,6 +31,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from .balance_pool import TokenPool
+from .balance_profile import last_within
 from .placement import Placement
 
 # Fillers looked at for one gap. More find better fits and cost time; results hardly change past 64.
@@ -428,23 +429,7 @@ class _Peeler:
         def excess(count: int) -> float:
             return pool.top_area(top, count) + pool.bottom_area(bottom, tokens - count) - limit
 
-        low, high = excess(least), excess(most)
-        if high <= 0:
-            return most
-        if low > 0:
-            return None
-        while most - least > 1:  # false position, then a halving: the function is nearly straight
-            guess = least + int((most - least) * -low / (high - low))
-            for count in (guess, (least + most) // 2):
-                if least < count < most:
-                    value = excess(count)
-                    if value > 0:
-                        most, high = count, value
-                    else:
-                        least, low = count, value
-            if low > -1e-5 * limit:
-                break
-        return least
+        return last_within(excess, least, most, close=1e-5 * limit) if excess(least) <= 0 else None
 
     # Components that fit.
 

@@ -182,3 +182,30 @@ class AreaRamp:
         b = self.first[i] - slope / 2
         steps = (math.sqrt(max(b * b + 2.0 * slope * rest, 0.0)) - b) / slope
         return self.starts[i] + max(int(steps), 0)
+
+
+def last_within(value: Callable[[int], float], least: int, most: int, *, close: float = 0.0) -> int:
+    """The largest count in [least, most] with value(count) <= 0, or `least` if there is none; value must not fall.
+
+    False position in the Illinois variant (the value at an end that stays is halved), with a halving every third
+    time: values that are nearly straight, as areas are, take five looks instead of one for each bit. A smaller count
+    will do if its value is above -close.
+    """
+    low, high = reached, _ = value(least), value(most)
+    if high <= 0:
+        return most
+    side, looks = 0, 0
+    while most - least > 1 and reached <= -close:
+        looks += 1
+        guess = least + int((most - least) * (low / (low - high))) if looks % 3 else (least + most) // 2
+        guess = min(max(guess, least + 1), most - 1)
+        found = value(guess)
+        if found > 0:
+            if side > 0:
+                low /= 2
+            most, high, side = guess, found, 1
+        else:
+            if side < 0:
+                high /= 2
+            least, low, reached, side = guess, found, found, -1
+    return least

@@ -6,7 +6,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from .balance_profile import DensityProfile
+from .balance_profile import DensityProfile, last_within
 from .placement import Placement
 from .slices import IntArray
 
@@ -100,13 +100,8 @@ def _mix(heavy: _Queue, light: _Queue, tokens: int, target: float) -> tuple[int,
         )
 
     least, most = max(0, tokens - len(light)), min(tokens, len(heavy))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if area(middle) <= target:
-            least = middle
-        else:
-            most = middle - 1
-    return least, area(least)
+    count = last_within(lambda count: area(count) - target, least, most)
+    return count, area(count)
 
 
 def place_in_levels(
@@ -171,15 +166,11 @@ def _snapped_share(queue: _Queue, ranks_left: int, tolerance: int) -> int:
 
 def _head_share(base: _Queue, count: int, target: float) -> int:
     """How many of `count` base tokens to take from the head (the dense end) for an area of `target`."""
-    least, most = 0, count
-    while least < most:
-        middle = (least + most + 1) // 2
-        area = base.area(base.head, base.head + middle)
-        if area + base.area(base.tail - (count - middle), base.tail) <= target:
-            least = middle
-        else:
-            most = middle - 1
-    return least
+
+    def excess(head: int) -> float:
+        return base.area(base.head, base.head + head) + base.area(base.tail - (count - head), base.tail) - target
+
+    return last_within(excess, 0, count)
 
 
 def _placement(runs: list[list[tuple[int, int]]]) -> Placement:

@@ -14,7 +14,7 @@ from cpattn.solver.balance import AREA_LIMIT, kv_rows_received, place_balanced, 
 from cpattn.solver.balance_bundles import BundledLayout
 from cpattn.solver.balance_peel import PeelOptions, place_peeled
 from cpattn.solver.balance_pool import TokenPool, find_components
-from cpattn.solver.balance_profile import DensityProfile
+from cpattn.solver.balance_profile import DensityProfile, last_within
 from cpattn.solver.balance_queues import place_by_density, place_in_levels
 
 
@@ -52,6 +52,27 @@ def prefix_tree(root, node, branches, leaves):
             rows.append((at, at + node, at, at + node, -UNBOUNDED, 0))
             at += node
     return SliceTable.from_columns(*np.array(rows).T), at
+
+
+@given(
+    steps=st.lists(st.sampled_from([0, 0, 1, 5, 1000]), max_size=300),
+    offset=st.integers(0, 50_000),
+    close=st.sampled_from([0.0, 3.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_last_count_within_a_limit(steps: list[int], offset: int, close: float) -> None:
+    """Flat stretches, steps and jumps; few looks for either, and never past the limit."""
+    values = np.concatenate([[0], np.cumsum(steps)]) - offset + 1000
+    looked: list[int] = []
+
+    def value(count: int) -> float:
+        looked.append(count)
+        return float(values[count - 7])
+
+    found = last_within(value, 7, 7 + len(steps), close=close) - 7
+    last = max(int(np.searchsorted(values, 0, side="right")) - 1, 0)
+    assert found == last or (found < last and values[found] > -close)
+    assert len(looked) <= 2 + 3 * max(len(steps), 1).bit_length()
 
 
 @st.composite
