@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from cpattn.solver import (
@@ -30,6 +31,7 @@ from cpattn.solver import (
     row_costs,
 )
 
+from .hardware import find_hardware
 from .mask_spec import AttnMaskSpec, lower_mask
 
 Item = TypeVar("Item")
@@ -159,7 +161,7 @@ def plan_layers(
     ranks_per_node: int | None,
     search_effort: int,
     costs: RowCosts,
-    hardware: Hardware = DEFAULT_HARDWARE,
+    hardware: Hardware,
 ) -> tuple[LayerPlan, ...]:
     """A plan for each mask; several are planned jointly, over one placement.
 
@@ -239,11 +241,13 @@ def make_plan(
     wire: str | None = None,
     num_layers: float = 1.0,
     also: Sequence[LayerKind] = (),
+    hardware: Hardware | str | Path | None = None,
 ) -> ReadyPlan:
     """Plan a mask for a group of `cp_size` ranks; for all of them at once, without torch.
 
-    The other arguments are those of `make_key`, which takes the result as `plan=`. It knows no launcher:
-    `ranks_per_node` None is one level.
+    The other arguments are those of `make_key`, which takes the result as `plan=`. It knows no launcher and no
+    group: `ranks_per_node` None is one level, `hardware` None is "h100" ("cpu" gives the plan that `make_key` makes
+    for a group of gloo).
 
     >>> ready = make_plan(AttnMaskSpec.causal(1000), cp_size=4, num_heads_q=8, num_heads_kv=2, head_dim=64)
     >>> ready.plan.cp_size
@@ -262,6 +266,7 @@ def make_plan(
         ranks_per_node=ranks_per_node,
         search_effort=search_effort,
         costs=row_costs(*heads, wire_8bit=wire is not None),
+        hardware=DEFAULT_HARDWARE if hardware is None else find_hardware(hardware),
     )
     return ReadyPlan(
         plans, heads, chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, wire

@@ -1,9 +1,7 @@
-"""By which calls rows travel, from what was measured; and the hardware description that holds it."""
+"""By which calls rows travel, from what was measured; and the hardware of a group."""
 
 from __future__ import annotations
 
-import functools
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -13,37 +11,21 @@ import torch.distributed as dist
 from cpattn.collectives import Transport
 from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable, two_level_routes
 
+from .hardware import find_hardware
+
 TransportChoice = Literal["auto", "all_to_all", "p2p"]
 
 
 def read_hardware(hardware: Hardware | str | Path | None, group: dist.ProcessGroup | None) -> Hardware:
-    """A description, a preset's name, or the file that `cpattn calibrate` wrote; None goes by the group.
-
-    A group of gloo alone has CPU ranks, any other the default preset. A file is read again when it has changed.
+    """What `find_hardware` finds; None goes by the group: gloo alone has CPU ranks, any other the default preset.
 
     Raises:
-        ValueError: no such preset or file, or the file does not hold a description.
+        ValueError: as `find_hardware` does.
     """
     if hardware is None:
         on_cpu = group is not None and dist.get_backend(group) == "gloo"
         return HARDWARE["cpu"] if on_cpu else DEFAULT_HARDWARE
-    if isinstance(hardware, Hardware):
-        return hardware
-    if isinstance(hardware, str) and hardware in HARDWARE:
-        return HARDWARE[hardware]
-    try:
-        path = os.fspath(hardware)
-        return _read_file(path, os.stat(path).st_mtime_ns)
-    except (TypeError, OSError):
-        raise ValueError(
-            f"hardware is {hardware!r}: give one of {', '.join(HARDWARE)}, a file that `cpattn calibrate --out` wrote, "
-            f"or a cpattn.solver.Hardware"
-        ) from None
-
-
-@functools.lru_cache(maxsize=8)
-def _read_file(path: str, changed: int) -> Hardware:
-    return Hardware.from_json(Path(path).read_text())
+    return find_hardware(hardware)
 
 
 def choose_transport(

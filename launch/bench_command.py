@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
+from cpattn.hardware import find_hardware
 from cpattn.solver import (
     HARDWARE,
     Hardware,
@@ -43,7 +44,6 @@ from .options import (
     SeqlenOption,
     StagesOption,
     WindowOption,
-    hardware_of_option,
     heads_of_option,
     spec_of_options,
 )
@@ -264,7 +264,7 @@ def _write(folder: Path, trace: Trace, predicted: Prediction, report: dict[str, 
 def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:
     """The hardware of an option; "measure" calibrates this one, which every rank takes part in."""
     if hardware != "measure":
-        return hardware_of_option(hardware)
+        return find_hardware(hardware)
     return calibrate(heads, device=device.type, tokens=1 << 15 if device.type == "cuda" else 1 << 11)
 
 

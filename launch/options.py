@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from cpattn.mask_spec import AttnMaskSpec
-from cpattn.solver import HARDWARE, Hardware, Heads, hardware_named
+from cpattn.solver import Heads
 
 
 class MaskName(str, Enum):
@@ -50,11 +50,6 @@ ScheduleOption: TypeAlias = Annotated[Schedules, typer.Option(help="Whether quer
 StagesOption: TypeAlias = Annotated[
     int | None, typer.Option(help="Parts in which remote keys travel; default: chosen.")
 ]
-
-
-def hardware_of_option(text: str) -> Hardware:
-    """The preset of a name, or what a file holds."""
-    return hardware_named(text) if text in HARDWARE else Hardware.from_json(_read(Path(text)))
 
 
 def heads_of_option(text: str, head_dim: int) -> Heads:

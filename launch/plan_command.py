@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cpattn.hardware import find_hardware
 from cpattn.mask_spec import AttnMaskSpec, lower_mask
 from cpattn.solver import (
     HARDWARE,
@@ -40,7 +41,6 @@ from .options import (
     SeqlenOption,
     StagesOption,
     WindowOption,
-    hardware_of_option,
     heads_of_option,
     spec_of_options,
 )
@@ -78,7 +78,7 @@ def plan_command(
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
     try:
         spec = spec_of_options(mask, seqlen, lengths, file, window, block)
-        machine = hardware_of_option(hardware)
+        machine = find_hardware(hardware)
         answer = _answer(
             spec,
             ranks=ranks,

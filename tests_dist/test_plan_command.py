@@ -107,7 +107,7 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "1K", "--mask", "window"), "needs --window"),
         (("--seqlen", "1K", "--layout", "contiguous", "--imbalance", "1.1"), "above --imbalance 1.1"),
         (("--seqlen", "1K", "--imbalance", "0.5"), "at least 1"),
-        (("--seqlen", "1K", "--hardware", "no_such_file.json"), "cannot be read"),
+        (("--seqlen", "1K", "--hardware", "no_such_file.json"), "a file that `cpattn calibrate"),
         (("--file", "no_such_file.json"), "cannot be read"),
         (("--seqlen", "1K", "--num-stages", "99"), "num_stages is 99"),
     ],

@@ -211,6 +211,11 @@ def key_with(**options: Any) -> cpattn.AttnKey:
     return cpattn.make_key(AttnMaskSpec.causal(400), **{**defaults, **options})
 
 
+def plan_with(**options: Any) -> cpattn.ReadyPlan:
+    shape = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 16, "chunk_size": 8}
+    return cpattn.make_plan(AttnMaskSpec.causal(400), cp_size=dist.get_world_size(), **shape, **options)
+
+
 def keys_of_hardware(folder: str) -> None:
     direct, sparse = measured(times(1.0, 1e4, "p2p")), measured(times(1.0, 1e4, "all_to_all"), times(1 / 3, 1e4, "p2p"))
     path = Path(folder) / f"rank{dist.get_rank()}.json"
@@ -235,6 +240,14 @@ def keys_of_hardware(folder: str) -> None:
         dataclasses.replace(direct, forward_flops=1e9, launch_s=0.0, within=link, across=link) for link in links
     )
     assert key_with(hardware=slow).plan.num_stages > key_with(hardware=fast).plan.num_stages
+    # Made elsewhere, by the same description the same plan; on a group of gloo that is the one of "cpu".
+    path.write_text(slow.to_json())
+    stages = {}
+    for machine, given in ((slow, path), (fast, fast), (None, "cpu")):
+        ready = plan_with(hardware=given)
+        assert ready.plan.fingerprint == key_with(hardware=machine).plan.fingerprint
+        stages[given] = ready.plan.num_stages
+    assert stages[path] > stages[fast]
 
     for message, options in (
         ("hardware is 'h1': give one of h100, ", {"hardware": "h1"}),
@@ -243,6 +256,8 @@ def keys_of_hardware(folder: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             key_with(**options)
+    with pytest.raises(ValueError, match="hardware is 'h1': give one of h100, "):
+        plan_with(hardware="h1")
     with pytest.raises(ValueError, match="key options differs between ranks: ranks"):
         key_with(hardware=direct if dist.get_rank() else slow, chunk_size=16)
 

@@ -1,0 +1,36 @@
+"""The hardware that plans are made for: a preset, a file or a description. Loads no torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from cpattn.solver import HARDWARE, Hardware
+
+
+def find_hardware(hardware: Hardware | str | Path) -> Hardware:
+    """A description as it is, the preset of a name, or what the file holds that `cpattn calibrate` wrote.
+
+    A file is read again when it has changed.
+
+    Raises:
+        ValueError: no such preset or file, or the file does not hold a description.
+    """
+    if isinstance(hardware, Hardware):
+        return hardware
+    if isinstance(hardware, str) and hardware in HARDWARE:
+        return HARDWARE[hardware]
+    try:
+        path = os.fspath(hardware)
+        return _read_file(path, os.stat(path).st_mtime_ns)
+    except (TypeError, OSError):
+        raise ValueError(
+            f"hardware is {hardware!r}: give one of {', '.join(HARDWARE)}, a file that `cpattn calibrate --out` wrote, "
+            f"or a cpattn.solver.Hardware"
+        ) from None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_file(path: str, changed: int) -> Hardware:
+    return Hardware.from_json(Path(path).read_text())
