@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cpattn.solver import (
     Hardware,
     Heads,
+    Placement,
     RowCosts,
     context_ranks_per_node,
     head_exchange_seconds,
+    place_contiguous,
     row_costs,
     simulate,
     split_heads,
+    step_time_bound,
 )
 
-from .mask_spec import AttnMaskSpec
+from .mask_spec import AttnMaskSpec, lower_mask
 from .planning import LayerMask, LayerPlan, plan_layers
 
 # Head sharding must bring the step below this share of that without: the prediction is not exact, and no exchange of
@@ -29,7 +34,7 @@ class DegreeChoice(NamedTuple):
     """A head degree with its plans, and what it was chosen from.
 
     seconds: (degree, predicted seconds of one attention call, forward and backward, in the mean over layers) for each
-        degree that was considered.
+        degree that was planned; the others cannot be faster.
     """
 
     head_degree: int
@@ -60,21 +65,30 @@ def choose_head_degree(
 ) -> DegreeChoice:
     """Plan for every divisor of cp_size that leaves each rank a head; take the fastest, 1 unless another is clearly so.
 
-    The same on all ranks, as everything it is computed from is. It costs the planning of each degree.
+    The same on all ranks, as everything it is computed from is. It costs the planning of each degree, but for those
+    whose head exchanges and share of the work alone take longer than a smaller degree.
 
     Args:
         masks, options: as `plan_layers` takes them.
         heads: query heads, key heads, head dims of all ranks together.
         ranks_per_node: of the whole group.
     """
+    spec = masks[0][1]
+    weights = [layers.num_layers for layers, _ in masks]
+    area = float(np.average([lower_mask(mask, layers.window).area() for layers, mask in masks], weights=weights))
     found: dict[int, tuple[float, tuple[LayerPlan, ...]]] = {}
     for degree in range(1, min(cp_size, heads[0]) + 1):
         if cp_size % degree or not _blocks_fit(ranks_per_node, degree):
             continue
+        contexts = cp_size // degree
+        even = place_contiguous(spec.total_seqlen, contexts), place_contiguous(spec.seqlen_k, contexts)
+        least = _least_seconds(area, even, heads, degree, hardware)
+        if found and least >= min(seconds for seconds, _ in found.values()):
+            continue
         costs = inner_costs(heads, degree, wire_8bit)
         plans = plan_layers(
             masks,
-            cp_size=cp_size // degree,
+            cp_size=contexts,
             ranks_per_node=context_ranks_per_node(ranks_per_node, degree),
             costs=costs,
             hardware=hardware,
@@ -88,6 +102,23 @@ def choose_head_degree(
 
 def _blocks_fit(ranks_per_node: int | None, degree: int) -> bool:
     return ranks_per_node is None or ranks_per_node % degree == 0 or degree % ranks_per_node == 0
+
+
+def _least_seconds(
+    area: float, rows: tuple[Placement, Placement], heads: tuple[int, int, int, int], degree: int, hardware: Hardware
+) -> float:
+    """A bound below `_mean_seconds` for any plan: even work, no keys to wait for, and the head exchanges.
+
+    area: visible pairs, in the mean over layers. rows: even placements of queries and keys over the context ranks.
+    """
+    inner, context_ranks = Heads(*most_heads(heads, degree)), rows[0].cp_size
+    work = sum(
+        step_time_bound(
+            area=area, cp_size=context_ranks, worst_bytes=0.0, heads=inner, hardware=hardware, backward=backward
+        )
+        for backward in (False, True)
+    )
+    return work + head_exchange_seconds(rows, split_heads(heads[0], heads[1], degree), Heads(*heads), hardware)
 
 
 def _mean_seconds(

@@ -476,8 +476,8 @@ def make_key(
             ranks exchange rows for heads before attention and back after it, so that each computes some of
             the heads over the block's rows, and the plan is one for size / U context ranks
             (docs/planning.md). Any head counts; 1: no head sharding. "auto": the divisor with the shortest
-            predicted step (`key.describe()` lists them), at the cost of a plan for each; with `plan`, what it
-            was made for.
+            predicted step (`key.describe()` lists them), at the cost of a plan for each that may be it; with
+            `plan`, what it was made for.
         hardware: speeds by which schedule, num_stages, head_degree and transport are chosen: a preset's name
             ("h100"), the file that `cpattn calibrate --out` wrote, or a `cpattn.solver.Hardware`; the same on
             all ranks. None: "cpu" for a group of gloo, else "h100".

@@ -328,7 +328,7 @@ def bytes_bound(
 
 
 def step_time_bound(
-    *, area: int, cp_size: int, worst_bytes: float, heads: Heads, hardware: Hardware, backward: bool
+    *, area: float, cp_size: int, worst_bytes: float, heads: Heads, hardware: Hardware, backward: bool
 ) -> float:
     """Seconds below which no plan takes one pass.
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import cpattn
-from cpattn import AttnMaskSpec
+from cpattn import AttnMaskSpec, head_degree
 from cpattn.head_degree import DegreeChoice, choose_head_degree
 from cpattn.kv_cache import PagedKVCache
 from cpattn.launch.benchmarks.step import allocated_at_peak
@@ -409,6 +409,31 @@ def test_heads_are_shared_out_where_keys_are_dear():
     # Only as many parts as there are heads, and only divisors.
     assert [degree for degree, _ in seconds_of(spec, (3, 3), with_links(1e9)).seconds] == [1, 2]
     assert [degree for degree, _ in seconds_of(spec, (5, 1), with_links(1e9), cp_size=6).seconds] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rate", [1e8, 1e10, 1e12])
+@pytest.mark.parametrize(
+    "spec",
+    [AttnMaskSpec.causal(9999), AttnMaskSpec.varlen([512] * 40 + [9000, 3]), AttnMaskSpec.sliding_window(9999, 64)],
+    ids=["causal", "packed", "window"],
+)
+def test_degrees_that_are_not_planned_are_no_faster(spec, rate, monkeypatch):
+    """By what head exchanges and work take at least; without that bound all are planned, and the choice is the same."""
+    choice = seconds_of(spec, (16, 4), with_links(rate))
+    bound = head_degree._least_seconds
+    bounds = []
+    monkeypatch.setattr(head_degree, "_least_seconds", lambda *of: bounds.append(bound(*of)) or 0.0)
+    every = seconds_of(spec, (16, 4), with_links(rate))
+    assert [degree for degree, _ in every.seconds] == [1, 2, 4, 8]
+    assert every.head_degree == choice.head_degree
+    assert set(choice.seconds) <= set(every.seconds)
+    for least, (_, seconds) in zip(bounds, every.seconds, strict=True):
+        assert least <= seconds
+
+
+def test_degrees_that_only_cost_are_not_planned():
+    choice = seconds_of(AttnMaskSpec.varlen([512] * 64), (16, 4), with_links(1e9))
+    assert [degree for degree, _ in choice.seconds] == [1]
 
 
 def test_predicted_seconds_of_the_head_exchange():
