@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -312,7 +313,7 @@ def main() -> None:
         print(line, flush=True)
 
     out(f"# Solver board, {time.strftime('%Y-%m-%d')}\n")
-    out(f"Command: `python -m cpattn.launch.benchmarks.solver_board {' '.join(sys.argv[1:])}`\n")
+    out(f"Command: `{shlex.join(['python', '-m', 'cpattn.launch.benchmarks.solver_board', *sys.argv[1:]])}`\n")
     out(
         f"Python {platform.python_version()}, numpy {np.__version__}, {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}. One process for each plan; CPU seconds of that "
