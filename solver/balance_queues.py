@@ -34,9 +34,12 @@ class _Queue:
 
     def area(self, start: int, end: int) -> int:
         """Area of the queue's positions [start, end)."""
-        return self._below(end) - self._below(start) if end > start else 0
+        return self.below(end) - self.below(start)
 
-    def _below(self, position: int) -> int:
+    def below(self, position: int) -> int:
+        """Area of the positions before this one."""
+        if not position:
+            return 0
         i = min(bisect_right(self.cuts, position) - 1, len(self._starts) - 1)
         t = position - self.cuts[i]
         return self._areas[i] + self._first[i] * t + self._slopes[i] * (t * (t - 1) // 2)
@@ -94,10 +97,10 @@ def place_by_density(profile: DensityProfile, *, total_seqlen: int, cp_size: int
 def _mix(heavy: _Queue, light: _Queue, tokens: int, target: float) -> tuple[int, int]:
     """Of `tokens`, the largest number to take from `heavy` with an area of at most `target`; that area."""
 
+    before, light_end = heavy.below(heavy.head) + light.below(light.head), light.head + tokens
+
     def area(count: int) -> int:
-        return heavy.area(heavy.head, heavy.head + count) + light.area(
-            light.head, light.head + tokens - count
-        )
+        return heavy.below(heavy.head + count) + light.below(light_end - count) - before
 
     least, most = max(0, tokens - len(light)), min(tokens, len(heavy))
     count = last_within(lambda count: area(count) - target, least, most)
@@ -167,8 +170,10 @@ def _snapped_share(queue: _Queue, ranks_left: int, tolerance: int) -> int:
 def _head_share(base: _Queue, count: int, target: float) -> int:
     """How many of `count` base tokens to take from the head (the dense end) for an area of `target`."""
 
+    target += base.below(base.head) - base.below(base.tail)
+
     def excess(head: int) -> float:
-        return base.area(base.head, base.head + head) + base.area(base.tail - (count - head), base.tail) - target
+        return base.below(base.head + head) - base.below(base.tail - (count - head)) - target
 
     return last_within(excess, 0, count)
 
