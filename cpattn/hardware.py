@@ -22,15 +22,19 @@ def find_hardware(hardware: Hardware | str | Path) -> Hardware:
     if isinstance(hardware, str) and hardware in HARDWARE:
         return HARDWARE[hardware]
     try:
-        path = os.fspath(hardware)
-        return _read_file(path, os.stat(path).st_mtime_ns)
-    except (TypeError, OSError):
+        path = os.path.abspath(hardware)
+        seen = os.stat(path)
+        return _read_file(path, seen.st_mtime_ns, seen.st_size)
+    except (TypeError, OSError) as error:
         raise ValueError(
             f"hardware is {hardware!r}: give one of {', '.join(HARDWARE)}, a file that `cpattn calibrate --out` wrote, "
-            f"or a cpattn.solver.Hardware"
-        ) from None
+            f"or a cpattn.solver.Hardware (as a file: {error})"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
-def _read_file(path: str, changed: int) -> Hardware:
-    return Hardware.from_json(Path(path).read_text())
+def _read_file(path: str, changed: int, size: int) -> Hardware:
+    try:
+        return Hardware.from_json(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"hardware file {path}: {error}; `cpattn calibrate --out` writes one") from error

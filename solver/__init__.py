@@ -12,7 +12,6 @@ from .cost import (
     RowCosts,
     TransportName,
     TransportTimes,
-    hardware_named,
     row_costs,
 )
 from .dispatch import LAYOUTS, SCHEDULES, Layout, ScheduleKind, keys_schedule, make_dispatch_plan
@@ -105,7 +104,6 @@ __all__ = [
     "disjoint_union",
     "exchange_of",
     "expand_counts",
-    "hardware_named",
     "head_exchange_bytes",
     "head_exchange_seconds",
     "joint_imbalance",

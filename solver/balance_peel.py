@@ -20,8 +20,8 @@ N(z) over z >= 0, minus one for each key. N(z) is at least, for causal component
 With D(z) components of more than z keys, N(z) - D(z) never grows with z (a component counted at z is
 counted below as well), so N(z) - D(z) is at least the largest max(R, F) - D at z or above. At
 imbalance 1.02 and counts within a chunk (`kv_rows_bound` with `Limits.even`) that is 0.404 of the rival's rows for
-varlen causal 1M on 64 ranks, 0.456 on 256 and 0.483 on 1024. For one causal sequence it is 3/4 of the sequence per rank,
-and this placement is the well-known zigzag.
+varlen causal 1M on 64 ranks, 0.456 on 256 and 0.483 on 1024. For one causal sequence it is 3/4 of the sequence per
+rank, and this placement is the well-known zigzag.
 """
 
 from __future__ import annotations
@@ -429,7 +429,8 @@ class _Peeler:
         def excess(count: int) -> float:
             return pool.top_area(top, count) + pool.bottom_area(bottom, tokens - count) - limit
 
-        return last_within(excess, least, most, close=1e-5 * limit) if excess(least) <= 0 else None
+        count = last_within(excess, least, most, close=1e-5 * limit)
+        return None if count < least else count
 
     # Components that fit.
 

@@ -185,7 +185,7 @@ class AreaRamp:
 
 
 def last_within(value: Callable[[int], float], least: int, most: int, *, close: float = 0.0) -> int:
-    """The largest count in [least, most] with value(count) <= 0, or `least` if there is none; value must not fall.
+    """The largest count in [least, most] with value(count) <= 0, or least - 1 if there is none; value must not fall.
 
     False position in the Illinois variant (the value at an end that stays is halved), with a halving every third
     time: values that are nearly straight, as areas are, take five looks instead of one for each bit. A smaller count
@@ -194,6 +194,8 @@ def last_within(value: Callable[[int], float], least: int, most: int, *, close: 
     low, high = reached, _ = value(least), value(most)
     if high <= 0:
         return most
+    if low > 0:
+        return least - 1
     side, looks = 0, 0
     while most - least > 1 and reached <= -close:
         looks += 1

@@ -103,7 +103,7 @@ def _mix(heavy: _Queue, light: _Queue, tokens: int, target: float) -> tuple[int,
         return heavy.below(heavy.head + count) + light.below(light_end - count) - before
 
     least, most = max(0, tokens - len(light)), min(tokens, len(heavy))
-    count = last_within(lambda count: area(count) - target, least, most)
+    count = max(last_within(lambda count: area(count) - target, least, most), least)
     return count, area(count)
 
 
@@ -169,13 +169,15 @@ def _snapped_share(queue: _Queue, ranks_left: int, tolerance: int) -> int:
 
 def _head_share(base: _Queue, count: int, target: float) -> int:
     """How many of `count` base tokens to take from the head (the dense end) for an area of `target`."""
-
     target += base.below(base.head) - base.below(base.tail)
-
-    def excess(head: int) -> float:
-        return base.below(base.head + head) - base.below(base.tail - (count - head)) - target
-
-    return last_within(excess, 0, count)
+    least, most = 0, count  # halved, as the base need not be sorted by density
+    while least < most:
+        middle = (least + most + 1) // 2
+        if base.below(base.head + middle) - base.below(base.tail - (count - middle)) <= target:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def _placement(runs: list[list[tuple[int, int]]]) -> Placement:

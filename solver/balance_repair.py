@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from .balance_profile import AreaRamp, DensityProfile, last_within
+from .balance_profile import AreaRamp, DensityProfile
 from .placement import Placement
 
 # Partners considered for a rank that is too heavy: those with the least area.
@@ -94,16 +94,17 @@ def _exchange(ranks: list[_Holding], heavy: int, partners: list[int], limit: int
     wanted = min(giver.area - limit, limit - taker.area)
     start, end = giver.runs[i]
     other_start, other_stop = taker.runs[j]
-    most = min(end - start, other_stop - other_start)
-
-    def moved(count: int) -> int:
-        return giver.piece_area(i, at_end, count) - taker.piece_area(j, other_end, count)
-
-    # The fewest tokens whose exchange moves the wanted area.
-    count = min(last_within(lambda count: moved(count) - (wanted - 1), 0, most) + 1, most)
-    if moved(count) <= 0 or taker.area + moved(count) > limit + dense:
+    least, most = 0, min(end - start, other_stop - other_start)
+    while least < most:  # the fewest tokens whose exchange moves the wanted area
+        middle = (least + most) // 2
+        if giver.piece_area(i, at_end, middle) - taker.piece_area(j, other_end, middle) >= wanted:
+            most = middle
+        else:
+            least = middle + 1
+    moved = giver.piece_area(i, at_end, least) - taker.piece_area(j, other_end, least)
+    if moved <= 0 or taker.area + moved > limit + dense:
         return None
-    given, taken = giver.piece(i, at_end, count), taker.piece(j, other_end, count)
-    giver.swap(i, at_end, count, taken)
-    taker.swap(j, other_end, count, given)
+    given, taken = giver.piece(i, at_end, least), taker.piece(j, other_end, least)
+    giver.swap(i, at_end, least, taken)
+    taker.swap(j, other_end, least, given)
     return light

@@ -309,14 +309,3 @@ HARDWARE: dict[str, Hardware] = {
 }
 
 DEFAULT_HARDWARE = HARDWARE["h100"]
-
-
-def hardware_named(name: str) -> Hardware:
-    """The preset of a name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in HARDWARE:
-        raise ValueError(f"hardware {name!r} is unknown: use one of {', '.join(HARDWARE)}")
-    return HARDWARE[name]

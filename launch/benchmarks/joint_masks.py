@@ -25,7 +25,6 @@ from cpattn.solver import (
     Heads,
     Plan,
     assemble_plan,
-    hardware_named,
     keys_schedule,
     simulate,
 )
@@ -128,7 +127,7 @@ def main() -> None:
     unit = {"K": 1 << 10, "M": 1 << 20}.get(options.tokens[-1].upper())
     total = int(options.tokens[:-1]) * unit if unit else int(options.tokens)
     ranks = [int(size) for size in options.ranks.split(",")]
-    for line in report(total, ranks, options.seeds, hardware_named(options.hardware)):
+    for line in report(total, ranks, options.seeds, HARDWARE[options.hardware]):
         print(line, flush=True)
 
 

@@ -32,10 +32,11 @@ import torch
 import torch.distributed as dist
 
 import cpattn
+from cpattn.hardware import find_hardware
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.launch.torchrun import die_with_parent, num_cores, run_on_ranks
 from cpattn.mask_spec import AttnMaskSpec, lower_mask
-from cpattn.solver import Heads, ScheduleKind, hardware_named, make_dispatch_plan, simulate
+from cpattn.solver import Heads, ScheduleKind, make_dispatch_plan, simulate
 from cpattn.solver.report import compare
 
 MODULE = "cpattn.launch.benchmarks.scaling"
@@ -108,7 +109,7 @@ def _ratios(name: str, seconds: dict[tuple[str, int], list[float]]) -> dict[str,
 
 def predict(preset: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """Compute over step time, for ours and the rivals."""
-    hardware = hardware_named(preset)
+    hardware = find_hardware(preset)
     rows = []
     for name, make in PREDICTED.items():
         for size in sizes:

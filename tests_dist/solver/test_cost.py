@@ -14,7 +14,6 @@ from cpattn.solver import (
     Hardware,
     Heads,
     Link,
-    hardware_named,
     row_costs,
 )
 
@@ -44,7 +43,7 @@ def test_a_transfer_of_nothing_takes_no_time() -> None:
 
 @pytest.mark.parametrize("name", HARDWARE)
 def test_presets_survive_json_and_name_their_source(name: str) -> None:
-    hardware = hardware_named(name)
+    hardware = HARDWARE[name]
     assert Hardware.from_json(hardware.to_json()) == hardware
     assert "assumed" in hardware.source
 
@@ -77,5 +76,3 @@ def test_numbers_out_of_range_are_refused() -> None:
     text = DEFAULT_HARDWARE.to_json().replace('"transfer_load": 0.0', '"transfer_load": 1.5')
     with pytest.raises(ValueError, match=r"transfer_load is 1\.5: a share, from 0 to 1"):
         Hardware.from_json(text)
-    with pytest.raises(ValueError, match="unknown: use one of h100"):
-        hardware_named("abacus")
