@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
@@ -64,15 +65,17 @@ class _Holding:
         start, end = self.runs[i]
         return [end - count, end] if at_end else [start, start + count]
 
-    def piece_area(self, i: int, at_end: bool, count: int) -> int:
-        """Area of that piece."""
-        start, end = self.piece(i, at_end, count)
-        return self.ramp.below(end) - self.ramp.below(start)
+    def areas_of_pieces(self, i: int, at_end: bool) -> Callable[[int], int]:
+        """Area of that piece, by its number of tokens."""
+        start, end = self.runs[i]
+        below = self.ramp.below
+        fixed = below(end if at_end else start)
+        return (lambda count: fixed - below(end - count)) if at_end else (lambda count: below(start + count) - fixed)
 
     def swap(self, i: int, at_end: bool, count: int, received: list[int]) -> None:
         """Give the piece away and take `received` instead."""
         start, end = self.runs[i]
-        self.area -= self.piece_area(i, at_end, count)
+        self.area -= self.areas_of_pieces(i, at_end)(count)
         self.area += self.ramp.below(received[1]) - self.ramp.below(received[0])
         self.runs[i] = [start, end - count] if at_end else [start + count, end]
         if end - start == count:
@@ -95,13 +98,15 @@ def _exchange(ranks: list[_Holding], heavy: int, partners: list[int], limit: int
     start, end = giver.runs[i]
     other_start, other_stop = taker.runs[j]
     least, most = 0, min(end - start, other_stop - other_start)
-    while least < most:  # the fewest tokens whose exchange moves the wanted area
+    given_area, taken_area = giver.areas_of_pieces(i, at_end), taker.areas_of_pieces(j, other_end)
+    # The fewest tokens whose exchange moves the wanted area; halved, as it may rise with them and fall again.
+    while least < most:
         middle = (least + most) // 2
-        if giver.piece_area(i, at_end, middle) - taker.piece_area(j, other_end, middle) >= wanted:
+        if given_area(middle) - taken_area(middle) >= wanted:
             most = middle
         else:
             least = middle + 1
-    moved = giver.piece_area(i, at_end, least) - taker.piece_area(j, other_end, least)
+    moved = given_area(least) - taken_area(least)
     if moved <= 0 or taker.area + moved > limit + dense:
         return None
     given, taken = giver.piece(i, at_end, least), taker.piece(j, other_end, least)
