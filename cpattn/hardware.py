@@ -24,17 +24,17 @@ def find_hardware(hardware: Hardware | str | Path) -> Hardware:
     try:
         path = os.path.abspath(hardware)
         seen = os.stat(path)
-        return _read_file(path, seen.st_mtime_ns, seen.st_size)
-    except (TypeError, OSError) as error:
+    except (TypeError, OSError, ValueError) as error:
         raise ValueError(
             f"hardware is {hardware!r}: give one of {', '.join(HARDWARE)}, a file that `cpattn calibrate --out` wrote, "
             f"or a cpattn.solver.Hardware (as a file: {error})"
         ) from error
+    return _read_file(path, seen.st_mtime_ns, seen.st_size)
 
 
 @functools.lru_cache(maxsize=8)
 def _read_file(path: str, changed: int, size: int) -> Hardware:
     try:
         return Hardware.from_json(Path(path).read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"hardware file {path}: {error}; `cpattn calibrate --out` writes one") from error

@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -50,7 +50,18 @@ from .agreement import require_agreement
 from .head_degree import choose_head_degree, inner_costs
 from .mask_spec import AttnMaskSpec, lower_mask
 from .nodes import RanksPerNode, resolve_ranks_per_node
-from .planning import LayerKind, LayerMask, LayerPlan, ReadyPlan, normal_window, plan_layers, with_layers
+from .planning import (
+    LayerKind,
+    LayerMask,
+    LayerPlan,
+    ReadyPlan,
+    check_heads,
+    check_int,
+    check_options,
+    normal_window,
+    plan_layers,
+    with_layers,
+)
 
 if TYPE_CHECKING:
     from .memory import StepMemory
@@ -272,7 +283,7 @@ class AttnKey:
         if heads == (self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v):
             return self
         if heads not in self._by_heads:
-            _check_heads(*heads)
+            check_heads(*heads)
             base = (self.spec, self.options, self.plan, self.rank_plan, self.cp_group, self.cp_size, self.cp_rank)
             self._by_heads[heads] = AttnKey(*base, *heads, self.layer_plans)
         return self._by_heads[heads]
@@ -495,14 +506,11 @@ def make_key(
     if not isinstance(spec, AttnMaskSpec):
         raise ValueError(f"spec is {spec!r}: expected an AttnMaskSpec, for example AttnMaskSpec.varlen(seqlens)")
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
-    _check_heads(*heads)
-    _check_positive("chunk_size", chunk_size)
+    check_options(heads, chunk_size=chunk_size, wire=wire)
     if backend != "auto" and backend not in backend_names():
         raise ValueError(f"backend {backend!r} is unknown: use auto, {', '.join(backend_names())}")
     if transport not in ("auto", "all_to_all", "p2p"):
         raise ValueError(f"transport is {transport!r}: use 'auto', 'all_to_all' or 'p2p'")
-    if wire not in (None, "e4m3", "e5m2"):
-        raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
     group = _resolve_group(cp_group)
     cp_size = 1 if group is None else dist.get_world_size(group)
     auto_degree = head_degree == "auto"
@@ -529,7 +537,7 @@ def make_key(
     masks = with_layers(spec, options.window, num_layers, also)
     layers = tuple(kind for kind, _ in masks) if plan is None else tuple(kind for kind, _ in plan.layer_plans)
     if plan is not None:
-        plan.require_fit([layers for layers, _ in masks], heads, cp_size // degree, wire)
+        plan.require_fit([layers for layers, _ in masks], heads, cp_size, wire, head_degree=degree)
         options = replace(
             options,
             chunk_size=plan.chunk_size,
@@ -632,15 +640,14 @@ def _bind_to_group(
     own = AttnMaskSpec(
         spec.q_ranges, spec.k_ranges, spec.mask_types, spec.total_seqlen, spec.total_seqlen_k, spec.documents
     )
-    fields = {
+    shared = {
         "mask": own,
         "heads and head dims": heads,
-        "ranks_per_node": options.ranks_per_node,
-        "key options": options,
+        **{field.name: getattr(options, field.name) for field in fields(options)},
         "layers": [(kind.num_layers, kind.window, kind.mask) for kind, _ in layer_plans],
         "plan": (plan.fingerprint, *(other.fingerprint for _, other in layer_plans)),
     }
-    require_agreement("make_key", fields, group)
+    require_agreement("make_key", shared, group)
     rank = 0 if group is None else dist.get_rank(group)
     rank_plan, cp_size = plan.for_rank(rank // options.head_degree), plan.cp_size * options.head_degree
     return AttnKey(own, options, plan, rank_plan, group, cp_size, rank, *heads, layer_plans)
@@ -716,17 +723,6 @@ def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
     return cp_group if dist.get_world_size(cp_group) > 1 else None
 
 
-def _check_heads(num_heads_q: Any, num_heads_kv: Any, head_dim: Any, head_dim_v: Any) -> None:
-    named = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
-    for name, value in named.items():
-        _check_positive(name, value)
-    if num_heads_q % num_heads_kv:
-        raise ValueError(
-            f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
-            f"multiple of key heads; did they swap places?"
-        )
-
-
 def _checked_degree(
     asked: int | Literal["auto"], plan: ReadyPlan | None, cp_size: int, heads: tuple[int, int, int, int]
 ) -> int:
@@ -737,17 +733,12 @@ def _checked_degree(
         degree = 1 if plan is None else max(cp_size // plan.plan.cp_size, 1)
     else:
         degree = asked
-    _check_positive("head_degree", degree)
+    check_int("head_degree", degree)
     if cp_size % degree:
         raise ValueError(f"head_degree is {degree} and the group has {cp_size} ranks: it must divide them")
     if degree > 1:
         split_heads(heads[0], heads[1], degree)  # or it says why not
     return int(degree)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be an int of at least 1")
 
 
 def _bind(rank_plan: RankPlan, backend: Backend, device: torch.device, transport: Transport) -> BoundPlan:

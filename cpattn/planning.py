@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
+
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     Hardware,
@@ -93,9 +95,15 @@ class ReadyPlan:
         return self.layer_plans[0].plan
 
     def require_fit(
-        self, masks: Sequence[LayerMask], heads: tuple[int, int, int, int], cp_size: int, wire: str | None
+        self,
+        masks: Sequence[LayerMask],
+        heads: tuple[int, int, int, int],
+        cp_size: int,
+        wire: str | None,
+        *,
+        head_degree: int = 1,
     ) -> None:
-        """Check that the plan is for these masks (or has more of them), these heads and this group.
+        """Check that the plan is for these masks (or has more of them), these heads and a group of cp_size ranks.
 
         Raises:
             ValueError: names what differs.
@@ -109,11 +117,16 @@ class ReadyPlan:
         for name, planned, asked in (
             ("heads and head dims", self.heads, heads),
             ("window", planned_masks[0].window, masks[0].window),
-            ("number of ranks", self.plan.cp_size, cp_size),
             ("wire", self.wire, wire),
         ):
             if planned != asked:
                 raise ValueError(f"plan was made for {name} {planned} and make_key is called with {asked}")
+        if self.plan.cp_size * head_degree != cp_size:
+            of = f", each of {head_degree} ranks (head_degree)" if head_degree > 1 else ""
+            raise ValueError(
+                f"plan was made for cp_size {self.plan.cp_size}{of} and the group has {cp_size} ranks: give make_plan "
+                f"cp_size={cp_size // head_degree}"
+            )
         missing = {mask[:2] for mask in masks} - {mask[:2] for mask in planned_masks}
         if missing:
             raise ValueError(
@@ -223,6 +236,44 @@ def normal_window(window: int | Sequence[int | None] | None, spec: AttnMaskSpec)
     return (left, right)
 
 
+def check_heads(num_heads_q: Any, num_heads_kv: Any, head_dim: Any, head_dim_v: Any) -> None:
+    """Check heads and head dims.
+
+    Raises:
+        ValueError: one is not an int of at least 1, or query heads are no multiple of key heads.
+    """
+    named = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    for name, value in named.items():
+        check_int(name, value)
+    if num_heads_q % num_heads_kv:
+        raise ValueError(
+            f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
+            f"multiple of key heads; did they swap places?"
+        )
+
+
+def check_options(heads: tuple[Any, Any, Any, Any], *, chunk_size: Any, wire: Any) -> None:
+    """Check what `make_key` and `make_plan` take alike and the solver does not check.
+
+    Raises:
+        ValueError: names the value and the rule.
+    """
+    check_heads(*heads)
+    check_int("chunk_size", chunk_size)
+    if wire not in (None, "e4m3", "e5m2"):
+        raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
+
+
+def check_int(name: str, value: Any) -> None:
+    """Check a number of things.
+
+    Raises:
+        ValueError: it is not an int of at least 1.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be an int of at least 1")
+
+
 def make_plan(
     spec: AttnMaskSpec,
     *,
@@ -256,6 +307,7 @@ def make_plan(
     if isinstance(ranks_per_node, str):
         raise ValueError(f"ranks_per_node is {ranks_per_node!r}: a plan is made without a launcher; give an int")
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
+    check_options(heads, chunk_size=chunk_size, wire=wire)
     plans = plan_layers(
         with_layers(spec, normal_window(window, spec), num_layers, also),
         cp_size=cp_size,

@@ -45,6 +45,8 @@ from .options import (
     StagesOption,
     WindowOption,
     heads_of_option,
+    refused,
+    require_folder,
     spec_of_options,
 )
 
@@ -94,6 +96,7 @@ def bench_command(
         try:
             from cpattn import make_key
 
+            require_folder("--trace", trace)
             spec = spec_of_options(mask, seqlen, lengths, file, window, block)
             shape = replace(heads_of_option(heads, head_dim), itemsize=_ITEMSIZE[dtype.value])
             key = make_key(
@@ -113,8 +116,7 @@ def bench_command(
             )
             machine = _machine(hardware, shape, device)
         except ValueError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+            raise refused(error) from None
         measured = measure(key, _torch_dtype(dtype), device, repeats)
         if measured is None:
             return
@@ -258,7 +260,7 @@ def _write(folder: Path, trace: Trace, predicted: Prediction, report: dict[str, 
     (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
     drawn = draw_step(trace, predicted, folder, machine=report["machine"])
     for path in (folder / "trace.json", folder / "report.json", *drawn):
-        Console(stderr=True).print(f"wrote {path}", highlight=False)
+        Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
 def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:

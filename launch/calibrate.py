@@ -21,7 +21,7 @@ import typer
 
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
-from .options import HeadDimOption, HeadsOption, heads_of_option
+from .options import HeadDimOption, HeadsOption, heads_of_option, refused
 from .torchrun import num_cores
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _SMALL, _LARGE = 1 << 10, 4 << 20
 # Transports are compared at these sizes, bytes for each peer.
 _PEER_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23)
+_LEAST_TOKENS = 256
 # A link that was not measured: no slower than memory, so that it never decides.
 _NO_LINK = Link(0.0, 1e12)
 
@@ -45,8 +46,12 @@ def calibrate_command(
     """Measure kernel, copies and (under torchrun) links; print and store them as JSON."""
     try:
         shape = heads_of_option(heads, head_dim)
+        if tokens and tokens < _LEAST_TOKENS:
+            raise ValueError(f"--tokens is {tokens}: give at least {_LEAST_TOKENS}, or 0 for the default")
+        if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
+            raise ValueError(f"--out is {out}: give a file in a folder that exists")
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise refused(error) from None
     with launched_ranks() as (device, group):
         cuda = device.type == "cuda"
         shape = replace(shape, itemsize=2 if cuda else 4)
@@ -103,7 +108,8 @@ def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGrou
         within=within,
         across=across,
         ranks_per_node=per_node,
-        source=f"cpattn calibrate, torch {torch.__version__}, {heads}, {tokens} tokens",
+        source=f"cpattn calibrate, torch {torch.__version__}, {heads}, {tokens} tokens"
+        + ("" if together else "; links not measured (one process): taken to be free"),
         transports=transports,
         transfer_load=_transfer_load(group) if together and device == "cpu" else 0.0,  # on CUDA it is not measured
     )

@@ -41,7 +41,7 @@ def doctor(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen_dtype = getattr(torch, dtype, None)
     if not isinstance(chosen_dtype, torch.dtype):
-        console.print(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64")
+        console.print(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64", markup=False)
         raise typer.Exit(2)
     console.print(f"device {_device_name(device)} (kind {device_kind(device)})")
     console.print(", ".join(f"{p} {_version(p)}" for p in _PACKAGES))
@@ -51,7 +51,7 @@ def doctor(
     try:
         explained = explain_backends(problem, backend)
     except ValueError as error:
-        console.print(str(error))
+        console.print(str(error), markup=False)
         raise typer.Exit(2) from None
     table = Table("backend", "kernel", "answer", title=f"{problem}", title_justify="left")
     for candidate, refusal in explained:

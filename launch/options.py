@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from cpattn.mask_spec import AttnMaskSpec
 from cpattn.solver import Heads
@@ -52,6 +54,22 @@ StagesOption: TypeAlias = Annotated[
 ]
 
 
+def refused(error: ValueError) -> typer.Exit:
+    """Say what is wrong with the options, and how to end the command."""
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def require_folder(option: str, path: Path | None) -> None:
+    """Refuse a path for several files that is a file itself.
+
+    Raises:
+        ValueError: it is.
+    """
+    if path is not None and path.exists() and not path.is_dir():
+        raise ValueError(f"{option} is {path}, which is a file: give a folder, or a name that is not there yet")
+
+
 def heads_of_option(text: str, head_dim: int) -> Heads:
     """Heads from "32:8"; of 16 bits."""
     try:
@@ -87,6 +105,10 @@ def spec_of_options(
     """
     if sum(map(bool, (seqlen, lengths, file))) != 1:
         raise ValueError("give the tokens once: --seqlen 1M, or --lengths 8K,3000,512, or --file mask.json")
+    if file is not None and (window is not None or mask is not MaskName.causal):
+        raise ValueError("--file holds the whole mask: leave --mask and --window away")
+    if window is not None and mask not in (MaskName.causal, MaskName.window):
+        raise ValueError(f"--window {window} is a causal window and --mask is {mask.value}: they do not go together")
     if file is not None:
         return spec_from_json(_read(file), name=str(file))
     documents = [parse_count(part) for part in (seqlen or lengths).split(",")]

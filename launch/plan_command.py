@@ -42,6 +42,8 @@ from .options import (
     StagesOption,
     WindowOption,
     heads_of_option,
+    refused,
+    require_folder,
     spec_of_options,
 )
 
@@ -78,6 +80,7 @@ def plan_command(
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
     try:
         spec = spec_of_options(mask, seqlen, lengths, file, window, block)
+        require_folder("--plot", plot)
         machine = find_hardware(hardware)
         answer = _answer(
             spec,
@@ -93,8 +96,7 @@ def plan_command(
         )
         _check_balance(answer.report, imbalance)
     except ValueError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise refused(error) from None
     if as_json:
         print(json.dumps({**answer.report.to_dict(), "planning_cpu_seconds": round(answer.cpu_seconds, 4)}, indent=2))
     else:
@@ -103,7 +105,7 @@ def plan_command(
         from cpattn.launch.plan_pictures import draw_report
 
         for path in draw_report(answer.plan, plot, heads=answer.heads, hardware=machine):
-            Console(stderr=True).print(f"wrote {path}", highlight=False)
+            Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
 class Answer(NamedTuple):

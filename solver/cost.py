@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,6 +151,10 @@ class TransportTimes:
         return "p2p" if self.p2p_s < _P2P_GAIN * self.all_to_all_s else "all_to_all"
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Speeds of a cluster of equal devices.
@@ -182,17 +186,22 @@ class Hardware:
     transfer_load: float = 0.0
 
     def __post_init__(self) -> None:
-        links = (self.within.bytes_per_s, self.across.bytes_per_s)
-        rates = (self.forward_flops, self.backward_flops, self.copy_bytes_per_s, *links)
-        times = (self.slice_s, self.launch_s, self.within.latency_s, self.across.latency_s)
-        if not all(math.isfinite(x) and x > 0 for x in rates) or not all(math.isfinite(x) and x >= 0 for x in times):
-            raise ValueError(
-                f"hardware {self.name!r}: rates must be finite and above 0, times finite and at least 0; got {self}"
-            )
-        if not 0 <= self.transfer_load <= 1:
-            raise ValueError(f"hardware {self.name!r}: transfer_load is {self.transfer_load}: a share, from 0 to 1")
-        if self.ranks_per_node < 1:
-            raise ValueError(f"hardware {self.name!r}: ranks_per_node is {self.ranks_per_node}: at least 1")
+        rates = {name: getattr(self, name) for name in ("forward_flops", "backward_flops", "copy_bytes_per_s")}
+        times = {name: getattr(self, name) for name in ("slice_s", "launch_s")}
+        for name, link in (("within", self.within), ("across", self.across)):
+            rates[f"{name}.bytes_per_s"] = link.bytes_per_s
+            times[f"{name}.latency_s"] = link.latency_s
+        for name, value in rates.items():
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"hardware {self.name!r}: {name} is {value!r}: a rate is a finite number above 0")
+        for name, value in times.items():
+            if not _is_number(value) or value < 0:
+                raise ValueError(f"hardware {self.name!r}: {name} is {value!r}: a time is a finite number, at least 0")
+        if not _is_number(self.transfer_load) or not 0 <= self.transfer_load <= 1:
+            raise ValueError(f"hardware {self.name!r}: transfer_load is {self.transfer_load!r}: a share, from 0 to 1")
+        nodes = self.ranks_per_node
+        if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+            raise ValueError(f"hardware {self.name!r}: ranks_per_node is {nodes!r}: an int of at least 1")
 
     def to_json(self) -> str:
         """As text that `from_json` reads."""
@@ -205,14 +214,22 @@ class Hardware:
         Raises:
             ValueError: not JSON, a field is missing or unknown, or a number is out of range.
         """
+        expected = f"expected a JSON object with {', '.join(field.name for field in fields(cls))}"
         try:
-            values: dict[str, Any] = json.loads(text)
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a hardware description ({error}): {expected}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"not a hardware description (a {type(values).__name__}): {expected}")
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if missing := sorted(needed - values.keys()):
+            raise ValueError(f"not a hardware description ({', '.join(missing)} missing): {expected}")
+        try:
             within, across = Link(**values.pop("within")), Link(**values.pop("across"))
             transports = tuple(TransportTimes(**times) for times in values.pop("transports", ()))
             return cls(**values, within=within, across=across, transports=transports)
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            expected = ", ".join(field.name for field in fields(cls))
-            raise ValueError(f"not a hardware description ({error}): expected a JSON object with {expected}") from error
+        except TypeError as error:
+            raise ValueError(f"not a hardware description ({error}): {expected}") from error
 
     def transport_for(self, peers: float, peer_bytes: float) -> TransportName:
         """The faster transport where it was measured, at the nearest sparsity and there at the nearest size.

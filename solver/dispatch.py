@@ -69,7 +69,7 @@ def make_dispatch_plan(
     Raises:
         ValueError: a size is out of range or the layout is unknown.
     """
-    check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout)
+    check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout, search_effort)
     can_tile = layout == "balanced" and total_seqlen_k is None
     if schedule not in SCHEDULES or (schedule == "tiles" and not can_tile):
         raise ValueError(
@@ -136,6 +136,7 @@ def check_sizes(
     chunk_size: int,
     num_stages: int | None,
     layout: str,
+    search_effort: int,
 ) -> None:
     for name, value, least in (
         ("total_seqlen", total_seqlen, 0),
@@ -143,6 +144,7 @@ def check_sizes(
         ("cp_size", cp_size, 1),
         ("chunk_size", chunk_size, 1),
         ("num_stages", num_stages, 1),
+        ("search_effort", search_effort, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}: it must be at least {least}")

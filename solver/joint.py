@@ -91,7 +91,7 @@ def make_joint_plans(
         raise ValueError(
             f"{len(masks)} masks with weights {weights}: give at least one mask, and for each a finite weight above 0"
         )
-    check_sizes(total_seqlen, None, cp_size, chunk_size, num_stages, layout)
+    check_sizes(total_seqlen, None, cp_size, chunk_size, num_stages, layout, search_effort)
     if schedule not in ("auto", "keys"):
         raise ValueError(f"schedule is {schedule!r}: masks that share a placement have 'auto' or 'keys'")
     if layout == "balanced":

@@ -108,6 +108,11 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "1K", "--layout", "contiguous", "--imbalance", "1.1"), "above --imbalance 1.1"),
         (("--seqlen", "1K", "--imbalance", "0.5"), "at least 1"),
         (("--seqlen", "1K", "--hardware", "no_such_file.json"), "a file that `cpattn calibrate"),
+        (("--seqlen", "1K", "--hardware", "[/x]"), "hardware is '[/x]'"),
+        (("--seqlen", "1K", "--search-effort", "-1"), "search_effort is -1: it must be at least 0"),
+        (("--seqlen", "1K", "--mask", "full", "--window", "9"), "they do not go together"),
+        (("--file", "mask.json", "--window", "9"), "leave --mask and --window away"),
+        (("--seqlen", "1K", "--plot", __file__), "which is a file: give a folder"),
         (("--file", "no_such_file.json"), "cannot be read"),
         (("--seqlen", "1K", "--num-stages", "99"), "num_stages is 99"),
     ],
@@ -160,14 +165,24 @@ def test_calibration_fits_and_writes(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     hardware = Hardware.from_json(file.read_text())
     assert 1e8 < hardware.forward_flops < 1e16
+    assert "links not measured" in hardware.source
     assert report("--seqlen", "4K", "--hardware", str(file))["seconds"] > 0
 
 
-@pytest.mark.parametrize(("heads", "message"), [("8", "give query and key heads as 32:8"), ("5:2", "multiple of key")])
-def test_calibrate_refuses_heads_as_plan_does(heads: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--heads", "8"), "give query and key heads as 32:8"),
+        (("--heads", "5:2"), "multiple of key"),
+        (("--tokens", "-5"), "--tokens is -5: give at least 256, or 0"),
+        (("--out", "no_such_folder/x.json"), "give a file in a folder that exists"),
+        (("--out", "."), "give a file in a folder that exists"),
+    ],
+)
+def test_calibrate_refuses_before_it_measures(args: tuple[str, ...], message: str) -> None:
     from cpattn.launch.commands import app
 
-    done = typer_testing.CliRunner().invoke(app, ["calibrate", "--heads", heads], env={"COLUMNS": "140"})
+    done = typer_testing.CliRunner().invoke(app, ["calibrate", *args])
     assert done.exit_code == 2
     assert message in done.output, done.output
 
@@ -200,12 +215,28 @@ def test_a_plan_for_something_else_is_refused() -> None:
         (lambda: cpattn.make_key(causal(100), plan=ready, window=5, **HEADS), "window"),
         (
             lambda: cpattn.make_key(causal(100), plan=cpattn.make_plan(causal(100), cp_size=2, **HEADS), **HEADS),
-            "number of ranks 2",
+            "made for cp_size 2 and the group has 1 ranks: give make_plan cp_size=1",
         ),
     ]
     for make, message in other:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wire": "int8"}, "wire is 'int8': use 'e4m3', 'e5m2' or None"),
+        ({"num_heads_q": 3, "num_heads_kv": 2}, "num_heads_q is 3 and num_heads_kv is 2: query heads must"),
+        ({"num_heads_kv": 0}, "num_heads_kv is 0: it must be an int of at least 1"),
+        ({"search_effort": -1}, "search_effort is -1: it must be at least 0"),
+        ({"hardware": "abacus"}, "hardware is 'abacus': give one of h100, "),
+    ],
+)
+def test_plans_are_refused_as_keys_are(options: dict[str, Any], message: str) -> None:
+    for make in (cpattn.make_key, lambda *of, **how: cpattn.make_plan(*of, cp_size=2, **how)):
+        with pytest.raises(ValueError, match=message):
+            make(causal(64), **{**HEADS, **options})
 
 
 def test_errors_of_a_worker_reach_the_caller() -> None:

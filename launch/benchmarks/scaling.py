@@ -32,11 +32,10 @@ import torch
 import torch.distributed as dist
 
 import cpattn
-from cpattn.hardware import find_hardware
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.launch.torchrun import die_with_parent, num_cores, run_on_ranks
 from cpattn.mask_spec import AttnMaskSpec, lower_mask
-from cpattn.solver import Heads, ScheduleKind, make_dispatch_plan, simulate
+from cpattn.solver import HARDWARE, Heads, ScheduleKind, make_dispatch_plan, simulate
 from cpattn.solver.report import compare
 
 MODULE = "cpattn.launch.benchmarks.scaling"
@@ -109,7 +108,7 @@ def _ratios(name: str, seconds: dict[tuple[str, int], list[float]]) -> dict[str,
 
 def predict(preset: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """Compute over step time, for ours and the rivals."""
-    hardware = find_hardware(preset)
+    hardware = HARDWARE[preset]
     rows = []
     for name, make in PREDICTED.items():
         for size in sizes:
@@ -161,7 +160,7 @@ def main() -> None:
     """Print tables and write JSON with a Markdown table beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--hardware", default="h100", help="preset for the prediction")
+    parser.add_argument("--hardware", default="h100", choices=list(HARDWARE), help="for the prediction")
     parser.add_argument("--largest", type=int, default=1024, help="most ranks predicted")
     parser.add_argument("--only", choices=("measured", "predicted"))
     parser.add_argument("--out", type=Path)

@@ -271,7 +271,8 @@ def differing_keys() -> None:
     cases: dict[str, dict[str, Any]] = {
         "mask": {"spec": AttnMaskSpec.varlen([24, 40]) if odd else SPEC},
         "heads and head dims": {"num_heads_q": 8 if odd else 4},
-        "key options": {"layout": "zigzag" if odd else "contiguous"},
+        "layout": {"layout": "zigzag" if odd else "contiguous"},
+        "hardware": {"hardware": "h200" if odd else "h100"},
     }
     for field, options in cases.items():
         with pytest.raises(
@@ -282,8 +283,13 @@ def differing_keys() -> None:
         assert f"rank {rank} has " in message
         assert f"must pass the same {field}" in message
         shown = message.split(f"rank {rank} has ")[1]
-        own = {"mask": "[0, 24]" if odd else "[0, 40]", "heads and head dims": "(8, 2" if odd else "(4, 2"}
-        assert own.get(field, "layout=") in shown
+        own = {
+            "mask": "[0, 24]" if odd else "[0, 40]",
+            "heads and head dims": "(8, 2" if odd else "(4, 2",
+            "layout": "'zigzag'" if odd else "'contiguous'",
+            "hardware": "name='h200'" if odd else "name='h100'",
+        }
+        assert own[field] in shown
     more = {"documents": [(0, 64)]} if odd else {"documents": [(0, 10), (10, 64)]}
     with pytest.raises(ValueError, match="mask differs between ranks"):
         make_key(AttnMaskSpec([[0, 64]], [[0, 64]], ["full"], 64, **more))

@@ -258,7 +258,7 @@ def keys_of_hardware(folder: str) -> None:
             key_with(**options)
     with pytest.raises(ValueError, match="hardware is 'h1': give one of h100, "):
         plan_with(hardware="h1")
-    with pytest.raises(ValueError, match="key options differs between ranks: ranks"):
+    with pytest.raises(ValueError, match="hardware differs between ranks: ranks"):
         key_with(hardware=direct if dist.get_rank() else slow, chunk_size=16)
 
 

@@ -48,10 +48,34 @@ def test_presets_survive_json_and_name_their_source(name: str) -> None:
     assert "assumed" in hardware.source
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": "x"}', "3"])
-def test_bad_hardware_files_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="not a hardware description"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "a list"),
+        ("{}", "across, backward_flops, .* missing"),
+        ("3", "an? int"),
+        (DEFAULT_HARDWARE.to_json().replace('"source"', '"sauce"'), "sauce"),
+    ],
+)
+def test_bad_hardware_files_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"not a hardware description \(.*{reason}.*\): expected a JSON object"):
         Hardware.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("ranks_per_node", 2.5, "ranks_per_node is 2.5: an int of at least 1"),
+        ("launch_s", True, "launch_s is True: a time is a finite number, at least 0"),
+        ("forward_flops", "fast", "forward_flops is 'fast': a rate is a finite number above 0"),
+        ("within", {"latency_s": -1, "bytes_per_s": 1.0}, r"within\.latency_s is -1: a time"),
+    ],
+)
+def test_bad_fields_of_hardware_are_named(field: str, value: object, message: str) -> None:
+    values = json.loads(DEFAULT_HARDWARE.to_json())
+    with pytest.raises(ValueError, match=message):
+        Hardware.from_json(json.dumps({**values, field: value}))
 
 
 def test_a_file_from_before_the_load_of_transfers_is_read() -> None:
@@ -71,7 +95,7 @@ def test_merging_by_hand() -> None:
 
 def test_numbers_out_of_range_are_refused() -> None:
     text = DEFAULT_HARDWARE.to_json().replace("645000000000000.0", "-1")
-    with pytest.raises(ValueError, match="rates must be finite and above 0"):
+    with pytest.raises(ValueError, match=r"forward_flops is -1: a rate is a finite number above 0"):
         Hardware.from_json(text)
     text = DEFAULT_HARDWARE.to_json().replace('"transfer_load": 0.0', '"transfer_load": 1.5')
     with pytest.raises(ValueError, match=r"transfer_load is 1\.5: a share, from 0 to 1"):
