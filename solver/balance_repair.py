@@ -66,7 +66,7 @@ class _Holding:
         return [end - count, end] if at_end else [start, start + count]
 
     def areas_of_pieces(self, i: int, at_end: bool) -> Callable[[int], int]:
-        """Area of that piece, by its number of tokens."""
+        """Area of such a piece, by its number of tokens."""
         start, end = self.runs[i]
         below = self.ramp.below
         fixed = below(end if at_end else start)

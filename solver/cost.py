@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -152,7 +153,7 @@ class TransportTimes:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,7 @@ class Hardware:
         if not _is_number(self.transfer_load) or not 0 <= self.transfer_load <= 1:
             raise ValueError(f"hardware {self.name!r}: transfer_load is {self.transfer_load!r}: a share, from 0 to 1")
         nodes = self.ranks_per_node
-        if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+        if not isinstance(nodes, Integral) or isinstance(nodes, bool) or nodes < 1:
             raise ValueError(f"hardware {self.name!r}: ranks_per_node is {nodes!r}: an int of at least 1")
 
     def to_json(self) -> str:
