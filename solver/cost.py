@@ -129,6 +129,10 @@ class Link:
 TransportName = Literal["all_to_all", "p2p"]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True, slots=True)
 class TransportTimes:
     """Seconds of one exchange by either transport, measured.
@@ -143,17 +147,13 @@ class TransportTimes:
 
     def __post_init__(self) -> None:
         numbers = (self.peers, self.peer_bytes, self.all_to_all_s, self.p2p_s)
-        if not all(math.isfinite(x) and x > 0 for x in numbers) or self.peers > 1:
+        if not all(_is_number(x) and x > 0 for x in numbers) or self.peers > 1:
             raise ValueError(f"{self}: all must be finite and above 0, and peers at most 1")
 
     @property
     def faster(self) -> TransportName:
         """p2p where it is clearly faster: measurements are noisy."""
         return "p2p" if self.p2p_s < _P2P_GAIN * self.all_to_all_s else "all_to_all"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True)
