@@ -1,6 +1,6 @@
 """Full and sliding-window layers of one model over one placement: planned together, or for one mask alone.
 
-    python -m cpattn.launch.benchmarks.joint_masks --tokens 1M --ranks 8,64
+    python -m cpattn.launch.benchmarks.joint_masks --tokens 1048576 --ranks 8 64
 
 For each model and mask three placements: `full`, made by `make_key` for the full layers; `window`, made for the layers
 with a window (the other layers then get theirs by `with_mask`); and `joint`, made with `also`. *work*: over all layers,
@@ -119,15 +119,12 @@ def report(total: int, ranks: list[int], seeds: int, hardware: Hardware) -> Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="1M", help="tokens of the sequence: 65536, 64K, 1M")
-    parser.add_argument("--ranks", default="8,64", help="sizes of the group, comma-separated")
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="tokens of the sequence")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="sizes of the group")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hardware", default="h100", choices=list(HARDWARE))
     options = parser.parse_args()
-    unit = {"K": 1 << 10, "M": 1 << 20}.get(options.tokens[-1].upper())
-    total = int(options.tokens[:-1]) * unit if unit else int(options.tokens)
-    ranks = [int(size) for size in options.ranks.split(",")]
-    for line in report(total, ranks, options.seeds, HARDWARE[options.hardware]):
+    for line in report(options.tokens, options.ranks, options.seeds, HARDWARE[options.hardware]):
         print(line, flush=True)
 
 
