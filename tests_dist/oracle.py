@@ -112,6 +112,14 @@ def torch_sdpa(spec: AttnMaskSpec, inputs: Inputs) -> Results:
     return Results(out.detach(), oracle(spec, inputs).lse.float(), *grads)
 
 
+def assert_exact(got: Results, truth: Results, what: str = "", tolerance: float = 1e-11) -> None:
+    """Results in fp64 equal the oracle's: a pair that is lost, doubled or masked wrongly is off by far more."""
+    for name, mine, exact in zip(Results._fields, got, truth, strict=True):
+        torch.testing.assert_close(
+            mine.double(), exact, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
+
+
 def assert_as_exact_as_sdpa(got: Results, spec: AttnMaskSpec, inputs: Inputs, what: str = "") -> None:
     """Error against fp64 at most twice that of torch SDPA in the same dtype, plus rounding."""
     exact, plain = oracle(spec, inputs), torch_sdpa(spec, inputs)

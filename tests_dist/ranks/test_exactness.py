@@ -13,7 +13,7 @@ import cpattn
 from cpattn import AttnMaskSpec, LayerKind
 from tests_dist.harness import run_on_ranks
 from tests_dist.masks import MASKS
-from tests_dist.oracle import Results, assert_as_exact_as_sdpa, make_inputs, oracle
+from tests_dist.oracle import Results, assert_as_exact_as_sdpa, assert_exact, make_inputs, oracle
 from tests_dist.rank_cases import run_attention, run_with_key
 from tests_dist.strategies import random_spec
 
@@ -152,10 +152,7 @@ def random_joint_on_rank(seeds: range, ranks_per_node: int | None) -> int:
         results = [run_with_key(key, inputs) for key in keys]
         if seed % dist.get_world_size() == dist.get_rank():
             for spec, got in zip(truths, results, strict=True):
-                for name, mine, exact in zip(Results._fields, got, oracle(spec, inputs), strict=True):
-                    torch.testing.assert_close(
-                        mine, exact, rtol=1e-11, atol=1e-11, msg=lambda m, n=name, s=seed: f"seed {s} {n}: {m}"
-                    )
+                assert_exact(got, oracle(spec, inputs), f"seed {seed}:")
             checked += 1
     return checked
 

@@ -20,18 +20,11 @@ from cpattn.mask_spec import lower_mask
 from cpattn.solver import LAYOUTS, Placement, assemble_plan
 from tests_dist.harness import run_on_ranks
 from tests_dist.masks import MASKS
-from tests_dist.oracle import Inputs, Results, dense_attention, make_inputs, oracle
+from tests_dist.oracle import Inputs, Results, assert_exact, dense_attention, make_inputs, oracle
 from tests_dist.rank_cases import run_attention, run_with_key
 from tests_dist.strategies import random_spec
 
 SELF_ATTENTION = [name for name, spec in MASKS.items() if not spec.is_cross]
-
-
-def assert_exact(got: Results, truth: Results, what: str = "", tolerance: float = 1e-11) -> None:
-    for name, mine, exact in zip(Results._fields, got, truth, strict=True):
-        torch.testing.assert_close(
-            mine.double(), exact, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{what} {n}: {m}"
-        )
 
 
 def key_for(spec: AttnMaskSpec, inputs: Inputs, **options: Any) -> cpattn.AttnKey:
