@@ -99,7 +99,8 @@ def attention(
     device_type = q_TND.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        q_TND, k_TGD, v_TGE = (t.to(dtype) for t in (q_TND, k_TGD, v_TGE))
+        # fp64 stays what it is, as in torch's own functions.
+        q_TND, k_TGD, v_TGE = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q_TND, k_TGD, v_TGE))
     # Here and not in the op: of tensors on two devices the dispatcher would choose one.
     _check_tensors(q_TND, k_TGD, v_TGE, sink)
     scale = q_TND.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
@@ -109,7 +110,7 @@ def attention(
     num_rows, sharding = q_TND.shape[0], key.sharding
     inner = key if sharding is None else sharding.inner
     if sharding is not None:
-        _check_numbers(key, scale, softcap, sink)
+        check_numbers(key, scale, softcap, sink)
         sink = None if sink is None else sink[sharding.part.first : sharding.part.last]
         q_TND, k_TGD, v_TGE = shard_heads(q_TND, k_TGD, v_TGE, key)
     out, lse, _ = torch.ops.cpattn.attention_forward(
@@ -133,7 +134,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None
         raise ValueError(f"sink is on {sink.device} and q on {q.device}: move the sink to {q.device}")
 
 
-def _check_numbers(key: AttnKey, scale: float, softcap: float | None, sink: Tensor | None) -> None:
+def check_numbers(key: AttnKey, scale: float, softcap: float | None, sink: Tensor | None) -> None:
+    """Check what scales, caps and joins the scores of a key's attention.
+
+    Raises:
+        ValueError: names the value and the rule.
+    """
     if sink is not None and tuple(sink.shape) != (key.num_heads_q,):
         raise ValueError(
             f"sink has shape {tuple(sink.shape)}: expected ({key.num_heads_q},), one logit per query head"
@@ -158,7 +164,7 @@ def _attention_forward(
     """out, lse, and the fetched keys and values of all stages as bytes (none without keep_kv)."""
     key = key_of_handle(key_handle)
     key.require_shapes(q, k, v)
-    _check_numbers(key, scale, softcap, sink)
+    check_numbers(key, scale, softcap, sink)
     plan = key.bind(q.device, q.dtype, softcap is not None)
     key.agree(dtype=q.dtype, scale=scale, softcap=softcap, sink=sink is not None, device=q.device.type)
     q, k, v = (_dense_last_dim(t) for t in (q, k, v))

@@ -6,6 +6,8 @@ runs through the model on every rank, and attention over the sharded cache is th
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .agreement import require_agreement
 from .attention_op import attention
 from .key import AttnKey, make_key
 from .kv_cache import PagedKVCache
 from .layout import dispatch, position_ids
 from .mask_spec import AttnMaskSpec
+from .planning import check_int
 
 # attention(q_TND, k_TGD, v_TGE, **options) -> out_TNE; options: softmax_scale, softcap, sink
 RowAttention = Callable[..., Tensor]
@@ -48,7 +52,7 @@ def generate(
     *,
     max_new_tokens: int,
     cp_group: Any = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     shape: ModelShape | None = None,
@@ -75,19 +79,28 @@ def generate(
         page_size: tokens of a cache page.
         cache_dtype: None is the model's.
         check_eos_every: steps between looks at whether all sequences have ended: the only host syncs.
-        key_options: further options of `make_key` for the prompt.
+        key_options: further options of `make_key` for the prompt; what a layer sees is up to the model and `shape`.
 
     Returns:
         For each prompt its new tokens, int64 [<= max_new_tokens] on the CPU, up to and with the first eos.
 
     Raises:
-        ValueError: a prompt is empty, the model's shape is not known, or it is a Hugging Face model with another
-            attention.
+        ValueError: a prompt is empty, a number is out of range, ranks differ, the model's shape is not known, or it is
+            a Hugging Face model with another attention or with layers that a cache of keys does not serve.
     """
     device, dtype = _device_and_dtype(model)
-    ids = [torch.as_tensor(p, dtype=torch.int64).flatten() for p in prompts]
-    if not ids or any(len(p) == 0 for p in ids):
-        raise ValueError("generate needs prompts of at least one token each")
+    ids = _checked_prompts(prompts)
+    check_int("max_new_tokens", max_new_tokens, least=0)
+    check_int("check_eos_every", check_eos_every)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}: it must be a finite number of at least 0")
+    reserved = sorted({"window", "also", "num_layers"} & set(key_options or {}))
+    if reserved:
+        raise ValueError(f"key_options has {', '.join(reserved)}: windows of layers go into shape=ModelShape(...)")
+    eos = _eos_ids(eos_token_id, device)
+    rows = _as_row_model(model)
+    if isinstance(rows, _HuggingFaceRows):
+        rows.check(ids, max_new_tokens)
     shape = shape or model_shape(model)
     spec = AttnMaskSpec.varlen([len(p) for p in ids])
     options = {"chunk_size": max(1, min(512, spec.total_seqlen // 64)), **(key_options or {})}
@@ -99,6 +112,9 @@ def generate(
         cp_group=cp_group,
         **options,
     )
+    fields = {"prompts": _digest(ids), "max_new_tokens": max_new_tokens, "check_eos_every": check_eos_every}
+    fields |= {"temperature": float(temperature), "eos_token_id": None if eos is None else eos.tolist()}
+    require_agreement("generate", fields, key.cp_group)
     if max_new_tokens < 1:
         return [torch.zeros(0, dtype=torch.int64) for _ in ids]
     cache = PagedKVCache(
@@ -109,8 +125,7 @@ def generate(
         dtype=cache_dtype or dtype,
         device=device,
     )
-    rows = _as_row_model(model)
-    sampler = _Sampler(key, temperature, generator, _eos_ids(eos_token_id, device))
+    sampler = _Sampler(key, temperature, generator, eos)
     tokens = sampler.first(_prefill(rows, key, cache, torch.cat(ids).to(device), device))
     steps = [tokens]
     for step in range(1, max_new_tokens):
@@ -163,7 +178,7 @@ class _PrefillAttention:
 
     def __init__(self, key: AttnKey, cache: PagedKVCache) -> None:
         self._cache, self._layer = cache, 0
-        self._keys = {w: key if w is None else key.with_mask(key.spec, window=w) for w in set(cache.windows)}
+        self._keys = {w: key if w is None else key.with_mask(key.spec, window=w) for w in dict.fromkeys(cache.windows)}
 
     def __call__(self, q_TND: Tensor, k_TGD: Tensor, v_TGE: Tensor, **options: Any) -> Tensor:
         layer, self._layer = self._layer, self._layer + 1
@@ -251,11 +266,38 @@ def _trim(tokens: Tensor, eos: Tensor | None) -> list[Tensor]:
     return [row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(tokens, ends, strict=True)]
 
 
-def _eos_ids(eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor | None:
+def _checked_prompts(prompts: Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
+    found = []
+    for number, prompt in enumerate(prompts):
+        ids = torch.as_tensor(prompt)
+        if ids.ndim != 1 or not len(ids):
+            raise ValueError(
+                f"generate needs prompts of at least one token each: prompt {number} has shape {tuple(ids.shape)}, "
+                f"expected [tokens]"
+            )
+        found.append(_integers(f"prompt {number}", ids))
+    if not found:
+        raise ValueError("generate needs prompts of at least one token each: there are none")
+    return found
+
+
+def _integers(name: str, values: Tensor) -> Tensor:
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        raise ValueError(f"{name} is {values.dtype}: token ids are integers")
+    return values.to(torch.int64)
+
+
+def _eos_ids(eos_token_id: int | Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
     if eos_token_id is None:
         return None
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+    ids = torch.as_tensor(eos_token_id).flatten()
+    if not len(ids):
+        raise ValueError("eos_token_id is empty: give ids, or None for no end")
+    return _integers("eos_token_id", ids).to(device)
+
+
+def _digest(ids: Sequence[Tensor]) -> str:
+    return hashlib.blake2b(torch.cat(list(ids)).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
@@ -290,6 +332,35 @@ class _HuggingFaceRows:
             )
         self.model = model
 
+    def check(self, prompts: Sequence[Tensor], max_new_tokens: int) -> None:
+        """Check that all that a layer sees is in the cache, and that the prompts are of the model's tokens.
+
+        Raises:
+            ValueError: layers mix tokens in another way than by causal attention, with or without a window; or a
+                prompt has an id that the model does not know.
+        """
+        from .integrations.transformers import language_model, refuse_other_mixers
+
+        config = self.model.config.get_text_config(decoder=True)
+        refuse_other_mixers(language_model(self.model), config)
+        longest = max(len(ids) for ids in prompts) + max_new_tokens
+        served = {"full_attention", "sliding_attention"}
+        if (getattr(config, "attention_chunk_size", None) or 0) >= longest:
+            served.add("chunked_attention")
+        others = sorted(set(getattr(config, "layer_types", None) or ()) - served)
+        if others or getattr(config, "is_causal", True) is False:
+            raise ValueError(
+                f"{type(self.model).__name__} has layers of {', '.join(others) or 'bidirectional attention'}: "
+                f"generate serves full_attention, sliding_attention, and chunks that hold the longest sequence whole "
+                f"({longest} tokens here)"
+            )
+        embedding = self.model.get_input_embeddings()
+        vocab = getattr(embedding, "num_embeddings", None)
+        for number, ids in enumerate(prompts):
+            least, most = int(ids.min()), int(ids.max())
+            if vocab is not None and (least < 0 or most >= vocab):
+                raise ValueError(f"prompt {number} has token ids from {least} to {most}: the model has {vocab} tokens")
+
     def __call__(
         self, tokens_T: Tensor, positions_T: Tensor, attention: RowAttention, *, keep: Tensor | None = None
     ) -> Tensor:
@@ -297,17 +368,21 @@ class _HuggingFaceRows:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
 
+        from .integrations.transformers import refuse_what_would_be_ignored
+
         def attend(
             module: Any,
             query: Tensor,
             key: Tensor,
             value: Tensor,
             attention_mask: Any,
+            dropout: float = 0.0,
             scaling: float | None = None,
             softcap: float | None = None,
             s_aux: Tensor | None = None,
-            **_: Any,
+            **extra: Any,
         ) -> tuple[Tensor, None]:
+            refuse_what_would_be_ignored(module, dropout, softcap, s_aux, extra)
             q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
             out = attention(q, k, v, softmax_scale=scaling, softcap=softcap, sink=s_aux)
             return out.unsqueeze(0), None

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -198,6 +198,19 @@ class AttnKey:
         return (
             f"<AttnKey of {self.spec.total_seqlen} x {self.spec.seqlen_k} tokens, heads {self.num_heads_q}:"
             f"{self.num_heads_kv} of {self.head_dim} and {self.head_dim_v}, rank {self.cp_rank} of {self.cp_size}>"
+        )
+
+    def __copy__(self) -> AttnKey:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttnKey:
+        """Itself: it does not change, and the copy of a model attends under the key that the model has."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} cannot be pickled: it belongs to this process and its group. Send what make_plan returns, and "
+            f"call make_key(spec, ..., plan=...) where it is used"
         )
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ from torch import Tensor
 from cpattn.collectives import all_gather, merge_partials
 from cpattn.te_ops import copy_to_kv_cache
 
+from .attention_op import check_numbers
 from .execute import accumulator_dtype
 from .key import AttnKey
+from .mask_spec import AttnMaskSpec, Document, lower_mask
+from .planning import check_int
 
 MergeMethod = Literal["auto", "gather", "scatter"]
 
@@ -67,7 +70,8 @@ class PagedKVCache:
     """Keys and values of a batch of sequences, over the ranks of a key's group.
 
     Args:
-        key: of the prefill; its documents are the sequences, its placement says which rank holds which tokens.
+        key: of the prefill; its documents are the sequences, its placement says which rank holds which tokens. No
+            document may see another, and each begins at position 0.
         windows: for each layer the number of keys that a query sees, itself included, or None for all. Layers with a
             window keep only pages that a later query can still see.
         max_new_tokens: tokens that each sequence may grow by.
@@ -77,7 +81,7 @@ class PagedKVCache:
             graphs); else to those in use.
 
     Raises:
-        ValueError: the key's mask has no documents or is cross-attention, or a number is out of range.
+        ValueError: the key's mask is not one of separate documents, or a number is out of range.
     """
 
     def __init__(
@@ -91,20 +95,24 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         static_shapes: bool = False,
     ) -> None:
-        if key.spec.documents is None or key.spec.is_cross:
-            raise ValueError("a cache needs a self-attention mask with documents: AttnMaskSpec.varlen(lengths)")
-        if page_size < 1 or max_new_tokens < 0 or not windows or any(w is not None and w < 1 for w in windows):
-            raise ValueError(
-                f"page_size is {page_size}, max_new_tokens {max_new_tokens}, windows {list(windows)}: expected "
-                f"page_size >= 1, max_new_tokens >= 0, and for each layer a window >= 1 or None"
-            )
+        documents = _documents_of(key.spec)
+        check_int("page_size", page_size)
+        check_int("max_new_tokens", max_new_tokens, least=0)
+        if not windows:
+            raise ValueError("windows is empty: give one entry for each layer, a window or None")
+        for window in windows:
+            if window is not None:
+                check_int("a layer's window", window)
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}: keys and values are floating-point numbers")
         self.key, self.page_size, self.static_shapes = key, page_size, static_shapes
         self.group, self.cp_size, self.cp_rank = key.cp_group, key.cp_size, key.cp_rank
         self.windows, self.max_new_tokens = tuple(windows), max_new_tokens
         self.dtype, self.device = dtype, torch.device(device)
-        self._lengths = np.array([d.end - d.start for d in key.spec.documents], dtype=np.int64)
+        self._lengths = np.array([d.end - d.start for d in documents], dtype=np.int64)
         self._limits = self._lengths + max_new_tokens
         self._prefilled: set[int] = set()
+        self._advanced = False
         self._queries = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         self._pools = [
             self._make_pool(w, [layer for layer, mine in enumerate(self.windows) if mine == w])
@@ -145,15 +153,17 @@ class PagedKVCache:
             k_TGD, v_TGE: this rank's rows, in the key's order, as `attention` takes them.
 
         Raises:
-            ValueError: the layer has been filled already, or shapes do not fit.
+            ValueError: the layer has been filled already or is none of the cache's, or shapes do not fit.
+            RuntimeError: `advance` has been called.
         """
-        expected = (self.key.num_keys, self.key.num_heads_kv)
-        if k_TGD.shape[:2] != expected or v_TGE.shape[:2] != expected:
-            raise ValueError(
-                f"k and v have shapes {tuple(k_TGD.shape)}, {tuple(v_TGE.shape)}: expected rows {expected}"
-            )
+        self._check_layer(layer)
+        rows = (self.key.num_keys, self.key.num_heads_kv)
+        _check_shape("k", k_TGD, (*rows, self.key.head_dim))
+        _check_shape("v", v_TGE, (*rows, self.key.head_dim_v))
         if layer in self._prefilled:
             raise ValueError(f"layer {layer} has been prefilled already")
+        if self._advanced:
+            raise RuntimeError(f"prefill of layer {layer} after advance: prefill all layers before the first step")
         self._prefilled.add(layer)
         pool = self._pool_of[layer]
         sums = torch.from_numpy(np.concatenate([[0], np.cumsum(pool.kept)])).to(self.device, torch.int32)
@@ -180,8 +190,11 @@ class PagedKVCache:
         Host work and copies to the device only: picks the rank and the slot of each new token, takes and drops pages.
 
         Raises:
-            RuntimeError: a sequence would outgrow max_new_tokens.
+            RuntimeError: a layer lacks the prompt's keys, or a sequence would outgrow max_new_tokens.
         """
+        missing = sorted(set(range(len(self.windows))) - self._prefilled)
+        if missing and not self._advanced and self._lengths.any():
+            raise RuntimeError(f"layers {missing} have not been prefilled: give the cache the prompt's keys first")
         if (self._lengths >= self._limits).any():
             raise RuntimeError(f"a sequence has grown by max_new_tokens = {self.max_new_tokens}: the cache is full")
         position = self._lengths.copy()
@@ -192,8 +205,10 @@ class PagedKVCache:
             self._place_tokens(pool, position, mine)
         self._queries.copy_(torch.from_numpy(position), non_blocking=True)
         self._lengths += 1
+        self._advanced = True
         return self._queries
 
+    @torch.no_grad()
     def decode(
         self,
         layer: int,
@@ -209,7 +224,7 @@ class PagedKVCache:
     ) -> Tensor:
         """Attention of each sequence's new token over all its keys, its own included; stores that key and value.
 
-        No host sync. Call it on all ranks, after `advance`, once for each layer.
+        No host sync, and no gradient. Call it on all ranks, after `advance`, once for each layer.
 
         Args:
             q_BND, k_BGD, v_BGE: of the new tokens, the same on all ranks (every rank runs the model on them).
@@ -221,7 +236,25 @@ class PagedKVCache:
 
         Returns:
             out [B, N, E] in q's dtype, equal bit for bit on all ranks.
+
+        Raises:
+            ValueError: a layer, shape, number or name does not fit; before any collective.
+            RuntimeError: `advance` has not been called.
         """
+        self._check_layer(layer)
+        if not self._advanced:
+            raise RuntimeError("decode before advance: the step of the new tokens begins with advance()")
+        for name, tensor, shape in (
+            ("q", q_BND, (self.key.num_heads_q, self.key.head_dim)),
+            ("k", k_BGD, (self.key.num_heads_kv, self.key.head_dim)),
+            ("v", v_BGE, (self.key.num_heads_kv, self.key.head_dim_v)),
+        ):
+            _check_shape(name, tensor, (self.batch_size, *shape))
+        scale = self.key.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        check_numbers(self.key, scale, softcap, sink)
+        _check_merge(merge)
+        if source is not None and source not in range(self.cp_size):
+            raise ValueError(f"source is {source}: the group has ranks 0 to {self.cp_size - 1}")
         if source is not None and self.group is not None:
             q_BND, k_BGD, v_BGE = _broadcast((q_BND, k_BGD, v_BGE), source, self.group)
         pool = self._pool_of[layer]
@@ -231,7 +264,6 @@ class PagedKVCache:
         if not self.static_shapes:
             used = max((len(p) for p in pool.host_pages), default=0)
             reach = min(reach, -(-used // _PAGE_STEP) * _PAGE_STEP)
-        scale = self.key.head_dim**-0.5 if softmax_scale is None else softmax_scale
         out, lse = paged_partial(
             q_BND,
             self._keys[layer],
@@ -250,6 +282,7 @@ class PagedKVCache:
 
         itemsize: of the model's activations; None is that of the cache.
         """
+        _check_merge(merge)
         rows = self.batch_size * self.key.num_heads_q
         itemsize = self.dtype.itemsize if itemsize is None else itemsize
         accumulator = accumulator_dtype(self.dtype).itemsize
@@ -264,6 +297,10 @@ class PagedKVCache:
             seen = self._lengths if window is None else np.minimum(self._lengths, window)
             total += int(seen.sum()) * (self.cp_size - 1) // self.cp_size * row
         return total
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self._pool_of:
+            raise ValueError(f"layer is {layer}: the cache has layers 0 to {len(self.windows) - 1}, as windows says")
 
     def _make_pool(self, window: int | None, layers: list[int]) -> _Pool:
         """Pages for the prompt's rows that a later query can see, and for this rank's share of new tokens."""
@@ -446,6 +483,34 @@ def merge_over_ranks(
     merged = _fold(parts.view(cp_size, share, head_dim + 1), rows, sink, num_heads).to(dtype)
     assert group is not None
     return all_gather(merged, group)[: len(packed)].view(batch, num_heads, head_dim)
+
+
+def _documents_of(spec: AttnMaskSpec) -> list[Document]:
+    """The sequences; checks that new tokens may see all of theirs and nothing else, at the positions that follow."""
+    rule = "a cache needs a self-attention mask of separate documents, AttnMaskSpec.varlen(lengths)"
+    if spec.documents is None or spec.is_cross:
+        raise ValueError(f"{rule}: this one " + ("is cross-attention" if spec.is_cross else "has no documents"))
+    late = next((d for d in spec.documents if d.first_position and d.end > d.start), None)
+    if late is not None:
+        raise ValueError(f"{rule}: the one at token {late.start} begins at position {late.first_position}, not at 0")
+    table, starts = lower_mask(spec), np.array([d.start for d in spec.documents], dtype=np.int64)
+    first, *others = (
+        np.searchsorted(starts, tokens, side="right") for tokens in (table.q0, table.q1 - 1, table.k0, table.k1 - 1)
+    )
+    mixed = np.flatnonzero(np.any([first != other for other in others], axis=0))
+    if len(mixed):
+        raise ValueError(f"{rule}: here query {table.q0[mixed[0]]} sees tokens of another document")
+    return spec.documents
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the cache expects {shape}")
+
+
+def _check_merge(merge: str) -> None:
+    if merge not in get_args(MergeMethod):
+        raise ValueError(f"merge is {merge!r}: use {', '.join(get_args(MergeMethod))}")
 
 
 def _fold(parts: Tensor, rows: Tensor, sink: Tensor | None, num_heads: int) -> Tensor:

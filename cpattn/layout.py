@@ -114,7 +114,7 @@ def roll(
         shift: row t receives row t - shift.
         dim: the token dimension.
         fill_value: for rows whose source lies outside their document; None is -100 (the label that
-            losses ignore) for integer tensors and 0 for floats. In a prefix tree each node is a
+            losses ignore) for integer tensors and 0 for all others. In a prefix tree each node is a
             document: what follows its last token depends on the branch.
 
     Gradient: rolled back by -shift; filled rows give none.
@@ -124,7 +124,8 @@ def roll(
     """
     _check_rows(x_local, dim, key.num_tokens, "roll", f"rows of rank {key.cp_rank}")
     if fill_value is None:
-        fill_value = 0 if x_local.dtype.is_floating_point or x_local.dtype == torch.bool else -100
+        is_label = not (x_local.dtype.is_floating_point or x_local.dtype.is_complex or x_local.dtype == torch.bool)
+        fill_value = -100 if is_label else 0
     if x_local.dtype == torch.uint8 and not 0 <= fill_value < 256:
         raise ValueError(f"roll: fill_value is {fill_value}, which {x_local.dtype} cannot hold: pass another")
     plan = _roll_plan(key, int(shift), x_local.device)

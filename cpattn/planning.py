@@ -264,14 +264,14 @@ def check_options(heads: tuple[Any, Any, Any, Any], *, chunk_size: Any, wire: An
         raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
 
 
-def check_int(name: str, value: Any) -> None:
+def check_int(name: str, value: Any, *, least: int = 1) -> None:
     """Check a number of things.
 
     Raises:
-        ValueError: it is not an int of at least 1.
+        ValueError: it is not an int of at least `least`.
     """
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be an int of at least 1")
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}: it must be an int of at least {least}")
 
 
 def make_plan(

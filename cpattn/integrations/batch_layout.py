@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpattn.mask_spec import AttnMaskSpec, Document
+from cpattn.mask_spec import AttnMaskSpec, Document, lower_mask
 
 IGNORE_INDEX = -100
 
@@ -244,7 +244,8 @@ def layout_of_spec(rows: int, columns: int, spec: AttnMaskSpec) -> BatchLayout:
 def shifted_labels(labels: Tensor, layout: BatchLayout) -> Tensor:
     """Next-token targets of a batch: [B, S] labels moved left by one within each text, -100 elsewhere.
 
-    The last token of a text and padding have no target, nor has a token whose next column is padding.
+    The last token of a text and padding have no target, nor has a token whose next column is padding. In a mask that
+    was given whole, a text goes on where a token sees the one before it.
     """
     if tuple(labels.shape) != (layout.rows, layout.columns):
         raise ValueError(
@@ -253,12 +254,26 @@ def shifted_labels(labels: Tensor, layout: BatchLayout) -> Tensor:
     index = layout.index
     goes_on = np.diff(index) == 1
     goes_on[[start - 1 for start, _ in layout.texts if 0 < start < len(index)]] = False
+    if layout.explicit:
+        goes_on &= _sees_previous(layout.spec)[1:]
     follows = np.zeros(layout.rows * layout.columns, dtype=bool)
     follows[index[:-1][goes_on]] = True
     targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
     keep = torch.from_numpy(follows.reshape(layout.rows, layout.columns)).to(labels.device)
     return targets.masked_fill(~keep, IGNORE_INDEX)
+
+
+def _sees_previous(spec: AttnMaskSpec) -> NDArray[np.bool_]:
+    """Whether each token sees the one before it, [total_seqlen]."""
+    table = lower_mask(spec)
+    first, last = np.maximum(table.q0, table.k0 + 1), np.minimum(table.q1, table.k1 + 1)
+    shown = (table.lo <= -1) & (table.hi >= -1) & (first < last)
+    steps = np.zeros(spec.total_seqlen + 1, dtype=np.int64)
+    np.add.at(steps, first[shown], 1)
+    np.add.at(steps, last[shown], -1)
+    seen: NDArray[np.bool_] = np.cumsum(steps)[:-1] > 0
+    return seen
 
 
 def _layout_of_dense(rows: int, columns: int, mask: Tensor) -> BatchLayout:

@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -370,7 +371,8 @@ def _sharded_attention(
     extra: Mapping[str, Any],
 ) -> Tensor:
     softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
-    _refuse_what_would_be_ignored(module, mask, dropout, softcap, sink, extra)
+    refuse_what_would_be_ignored(module, dropout, softcap, sink, extra)
+    _refuse_other_window(module, mask, extra)
     tokens = mask.shard.num_tokens
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise ValueError(
@@ -386,14 +388,28 @@ def _sharded_attention(
     return F.pad(out, (0, 0, 0, 0, 0, stand_in)).unsqueeze(0) if stand_in else out.unsqueeze(0)
 
 
-def _refuse_what_would_be_ignored(
+def _refuse_other_window(module: nn.Module, mask: LayerMask, extra: Mapping[str, Any]) -> None:
+    window = extra.get("sliding_window") or getattr(module, "sliding_window", None)
+    left = (mask.window or (None, None))[0]
+    if isinstance(window, int) and window < mask.shard.layout.longest_text and left not in (window - 1, window):
+        raise ValueError(
+            f"{_name(module)}: the layer has a sliding window of {window} and its mask has the window {mask.window}: "
+            f"one of the two would be ignored"
+        )
+
+
+def refuse_what_would_be_ignored(
     module: nn.Module,
-    mask: LayerMask,
     dropout: float,
     softcap: float | None,
     sink: Tensor | None,
     extra: Mapping[str, Any],
 ) -> None:
+    """Raise if a layer asks transformers' attention interface for more than scale, softcap and sink.
+
+    Args:
+        extra: the keyword arguments that the layer passes.
+    """
     name = _name(module)
     if dropout:
         raise ValueError(f"{name}: attention dropout {dropout} is not supported: set attention_dropout=0")
@@ -402,13 +418,6 @@ def _refuse_what_would_be_ignored(
             raise ValueError(f"{name}: {bias} would be ignored: cpattn adds nothing to the scores")
     if extra.get("output_attentions"):
         raise ValueError(f"{name}: output_attentions: there is no matrix of probabilities to return")
-    window = extra.get("sliding_window") or getattr(module, "sliding_window", None)
-    left = (mask.window or (None, None))[0]
-    if isinstance(window, int) and window < mask.shard.layout.longest_text and left not in (window - 1, window):
-        raise ValueError(
-            f"{name}: the layer has a sliding window of {window} and its mask has the window {mask.window}: "
-            f"one of the two would be ignored"
-        )
     if softcap is None and getattr(module, "attn_logit_softcapping", None) is not None:
         raise ValueError(f"{name}: attn_logit_softcapping is set and the layer does not pass it on")
     if sink is None and isinstance(getattr(module, "sinks", None), Tensor):
@@ -548,6 +557,7 @@ class ContextParallel:
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.has_other_modalities = self.text_config is not config
         refuse_other_mixers(self.decoder, self.text_config)
+        _refuse_router_loss(self.text_config)
         if self.has_other_modalities:
             split_at_decoder(self.decoder)
 
@@ -576,7 +586,12 @@ class ContextParallel:
             The loss has the value of the whole mean on every rank; its backward gives gradients whose
             sum (or mean, see `grad_reduction`) over loss_group is the gradient of that value.
         """
+        if not isinstance(num_targets, Tensor) and num_targets is not None and num_targets < 0:
+            raise ValueError(f"num_targets is {num_targets}: it is a count, at least 0")
         shard = self.shard(batch, spec=spec)
+        taken = sorted(({"labels", "shift_labels"} | set(shard.inputs)) & set(model_kwargs))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be given as keywords: cpattn makes them from the batch")
         with shard.active():
             outputs = self.model(**shard.inputs, **model_kwargs)
         shard.inputs = {}  # pixel values need not live as long as the graph
@@ -590,9 +605,7 @@ class ContextParallel:
             raise ValueError("past_key_values: a key-value cache is not supported under context parallelism")
         labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         packing = {name: inputs.pop(name, None) for name in _PACKING_INPUTS}
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-            raise ValueError("the batch needs input_ids [B, S] (or inputs_embeds [B, S, hidden])")
+        tokens = _tokens_of(inputs)
         if self.check_batch:
             self._compare_ranks({**inputs, "labels": labels, "shift_labels": targets})
         layout = _layout(inputs, tokens, spec, packing["cu_seq_lens_q"])
@@ -609,16 +622,31 @@ class ContextParallel:
         shard.inputs = self._model_inputs(inputs, tokens, shard)
         return shard
 
-    def count_targets(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Targets of several micro-batches over loss_group: what to pass as `num_targets` for each."""
+    def count_targets(
+        self, batches: Iterable[Mapping[str, Any]], *, specs: Iterable[AttnMaskSpec | None] | None = None
+    ) -> int:
+        """Targets of several micro-batches over loss_group: what to pass as `num_targets` for each.
+
+        Args:
+            batches: each with labels or shift_labels, as they will be passed to this object.
+            specs: the `spec` that will be passed with each, where there is one.
+
+        Raises:
+            ValueError: a batch has no labels, or there are not as many specs as batches.
+        """
+        if isinstance(batches, Mapping):
+            raise ValueError("count_targets takes the micro-batches in a list: this is a single batch")
+        batches = list(batches)
+        specs = [None] * len(batches) if specs is None else list(specs)
+        if len(specs) != len(batches):
+            raise ValueError(f"count_targets got {len(batches)} batches and {len(specs)} specs: one for each, or none")
         count = 0
-        for batch in batches:
-            tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-            assert isinstance(tokens, Tensor)
-            if batch.get("shift_labels") is not None:
-                targets = batch["shift_labels"]
-            else:
-                targets = shifted_labels(batch["labels"], _layout(batch, tokens, None, batch.get("cu_seq_lens_q")))
+        for batch, spec in zip(batches, specs, strict=True):
+            targets, tokens = batch.get("shift_labels"), _tokens_of(batch)
+            if targets is None:
+                if batch.get("labels") is None:
+                    raise ValueError("count_targets: a batch has neither labels nor shift_labels")
+                targets = shifted_labels(batch["labels"], _layout(batch, tokens, spec, batch.get("cu_seq_lens_q")))
             count += int((targets != IGNORE_INDEX).sum())
         cp_size = 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
         total = torch.tensor(count, device=_device(self.loss_group, self.model))
@@ -648,13 +676,18 @@ class ContextParallel:
 
         Args:
             out: of a call of this object.
-            places: int64 [N], where in the batch (row * columns + column) the logits are that predict.
+            places: int64 [N], where in the batch (row * columns + column) the logits are that predict; the same on
+                all ranks of cp_group, as tokens are.
             tokens: int64 [N], the tokens whose log-probabilities are wanted.
 
         Returns:
             [N], fp32 (fp64 for fp64 logits), the same on all ranks of cp_group. Gradient: for a loss
             that every rank computes alike from it; it need not be divided by the number of ranks.
+
+        Raises:
+            ValueError: the ranks pass different ones, there is no such place or token, or a place is padding.
         """
+        self._check_wanted(out, places, tokens)
         which, rows = out.shard.local_rows(places.to(out.logits.device))
         logits = out.logits[0].index_select(0, rows)
         logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
@@ -662,6 +695,27 @@ class ContextParallel:
         size = 1 if self.loss_group is None else dist.get_world_size(self.loss_group)
         weight = size if self.grad_reduction == "mean" else 1
         return _ShareRows.apply(local, which, len(places), self.cp_group, weight)  # type: ignore[no-any-return]
+
+    def _check_wanted(self, out: ParallelOutput, places: Tensor, tokens: Tensor) -> None:
+        layout, vocab = out.shard.layout, out.logits.shape[-1]
+        if places.ndim != 1 or places.shape != tokens.shape or {places.dtype, tokens.dtype} != {torch.int64}:
+            raise ValueError(
+                f"token_logprobs: places is {places.dtype} {tuple(places.shape)} and tokens {tokens.dtype} "
+                f"{tuple(tokens.shape)}: both are int64 [N]"
+            )
+        if self.check_batch:
+            fields = {"places": _digest(places), "tokens": _digest(tokens)}
+            require_agreement("token_logprobs", fields, self.cp_group)
+        wanted = places.cpu().numpy()
+        wrong = wanted[~np.isin(wanted, layout.index)]
+        if len(wrong):
+            raise ValueError(
+                f"token_logprobs: place {wrong[0]} holds no token of the batch: it has {layout.rows} x "
+                f"{layout.columns} places (row * columns + column), and those of padding have no logits"
+            )
+        outside = tokens[(tokens < 0) | (tokens >= vocab)]
+        if len(outside):
+            raise ValueError(f"token_logprobs: token {int(outside[0])} is not among the model's {vocab}")
 
     def replicate(self, local: Tensor) -> Tensor:
         """A local loss as the sum over loss_group: that value on all ranks, the local gradient on each.
@@ -771,6 +825,9 @@ def refuse_other_mixers(decoder: nn.Module, config: Any) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(decoder).__name__} belongs to an encoder-decoder model: not supported")
+
+
+def _refuse_router_loss(config: Any) -> None:
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             "output_router_logits: the router's balance loss is over the whole batch and would be left out; "
@@ -782,6 +839,13 @@ def _unwrapped(model: nn.Module) -> Any:
     while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
     return model
+
+
+def _tokens_of(batch: Mapping[str, Any]) -> Tensor:
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.shape[:2].numel():
+        raise ValueError("the batch needs input_ids [B, S] (or inputs_embeds [B, S, hidden]), B and S at least 1")
+    return tokens
 
 
 def _layout(

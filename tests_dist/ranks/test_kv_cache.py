@@ -252,6 +252,9 @@ def counted_bytes_on_rank(method: str) -> tuple[int, int, int, int]:
         AttnMaskSpec.varlen(list(LENGTHS)), num_heads_q=4, num_heads_kv=2, head_dim=8, cp_group=world(), chunk_size=8
     )
     cache = PagedKVCache(key, windows=WINDOWS, max_new_tokens=2, page_size=4)
+    for layer in range(len(WINDOWS)):
+        rows = torch.zeros(key.num_keys, 2, 8)
+        cache.prefill(layer, rows, rows)
     try:
         for name, original in originals.items():
             setattr(dist, name, count(original))
@@ -275,19 +278,86 @@ def test_bytes_are_those_that_move(method, cp_size):
             assert stated <= least / 0.9
 
 
-def test_refusals():
-    key = cpattn.make_key(AttnMaskSpec.varlen([4, 4]), num_heads_q=2, num_heads_kv=1, head_dim=8)
-    cache = PagedKVCache(key, windows=[None], max_new_tokens=1)
-    with pytest.raises(ValueError, match="expected rows"):
-        cache.prefill(0, torch.zeros(7, 1, 8), torch.zeros(7, 1, 8))
-    cache.prefill(0, torch.zeros(8, 1, 8), torch.zeros(8, 1, 8))
+def cache_of(spec: AttnMaskSpec, **options: Any) -> PagedKVCache:
+    key = cpattn.make_key(spec, num_heads_q=2, num_heads_kv=1, head_dim=8)
+    return PagedKVCache(key, **{"windows": [None], "max_new_tokens": 1, "dtype": torch.float32, **options})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AttnMaskSpec.cross([2], [3]), "separate documents.*: this one is cross-attention"),
+        (AttnMaskSpec([[0, 4]], [[0, 4]], ["causal"], 4), "separate documents.*: this one has no documents"),
+        (AttnMaskSpec.from_position_ids([0, 1, 7, 8]), "the one at token 2 begins at position 7, not at 0"),
+        (AttnMaskSpec.prefix_tree([3, 2], [[0, 1]])[0], "the one at token 3 begins at position 3, not at 0"),
+        (AttnMaskSpec.varlen([3, 2]) | AttnMaskSpec([[3, 5]], [[0, 1]], ["full"], 5), "sees tokens of another"),
+    ],
+)
+def test_masks_that_are_not_separate_sequences_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        cache_of(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttnMaskSpec.sliding_window([4, 0, 5], 3),
+        AttnMaskSpec.prefix_lm([2, 0], [4, 5]),
+        AttnMaskSpec.varlen([0, 4, 0, 5, 0]),
+        AttnMaskSpec.varlen([0, 0]),
+    ],
+)
+def test_masks_within_sequences_are_served(spec):
+    assert cache_of(spec).lengths == [d.end - d.start for d in spec.documents]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": [0]}, "a layer's window is 0: it must be an int of at least 1"),
+        ({"windows": [4.5]}, "a layer's window is 4.5"),
+        ({"windows": []}, "windows is empty"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5: it must be an int of at least 0"),
+        ({"page_size": True}, "page_size is True"),
+        ({"dtype": torch.int32}, "dtype is torch.int32"),
+    ],
+)
+def test_bad_options_of_a_cache(options, message):
+    with pytest.raises(ValueError, match=message):
+        cache_of(AttnMaskSpec.varlen([4, 4]), **options)
+
+
+def test_calls_of_a_cache_that_do_not_fit_are_refused():
+    cache = cache_of(AttnMaskSpec.varlen([4, 4]), max_new_tokens=2)
+    rows = torch.zeros(8, 1, 8)
+    q, k = torch.zeros(2, 2, 8), torch.zeros(2, 1, 8)
+    with pytest.raises(ValueError, match=r"k has shape \(7, 1, 8\): the cache expects \(8, 1, 8\)"):
+        cache.prefill(0, rows[:7], rows)
+    with pytest.raises(ValueError, match="layer is 1: the cache has layers 0 to 0"):
+        cache.prefill(1, rows, rows)
+    with pytest.raises(RuntimeError, match=r"layers \[0\] have not been prefilled"):
+        cache.advance()
+    cache.prefill(0, rows, rows)
     with pytest.raises(ValueError, match="layer 0 has been prefilled already"):
-        cache.prefill(0, torch.zeros(8, 1, 8), torch.zeros(8, 1, 8))
-    with pytest.raises(ValueError, match="a window >= 1 or None"):
-        PagedKVCache(key, windows=[0], max_new_tokens=1)
-    cross = cpattn.make_key(AttnMaskSpec.cross([2], [3]), num_heads_q=1, num_heads_kv=1, head_dim=8)
-    with pytest.raises(ValueError, match="self-attention mask with documents"):
-        PagedKVCache(cross, windows=[None], max_new_tokens=1)
+        cache.prefill(0, rows, rows)
+    with pytest.raises(RuntimeError, match="decode before advance"):
+        cache.decode(0, q, k, k)
+    cache.advance()
+    for arguments, options, message in (
+        ((1, q, k, k), {}, "layer is 1: the cache has layers 0 to 0"),
+        ((0, q[:1], k, k), {}, r"q has shape \(1, 2, 8\): the cache expects \(2, 2, 8\)"),
+        ((0, q, k, k[..., :4]), {}, r"v has shape \(2, 1, 4\)"),
+        ((0, q, k, k), {"softcap": -1.0}, "softcap is -1.0"),
+        ((0, q, k, k), {"softmax_scale": float("nan")}, "softmax_scale is nan"),
+        ((0, q, k, k), {"sink": torch.zeros(3)}, r"sink has shape \(3,\)"),
+        ((0, q, k, k), {"merge": "tree"}, "merge is 'tree': use auto, gather, scatter"),
+        ((0, q, k, k), {"source": 5}, "source is 5: the group has ranks 0 to 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.decode(*arguments, **options)
+    with pytest.raises(ValueError, match="merge is 'tree'"):
+        cache.bytes_per_step(merge="tree")  # type: ignore[arg-type]
+    assert not cache.decode(0, q.requires_grad_(), k, k).requires_grad
     cache.release(0)
     assert cache.pages_in_use(0) == 1
 
