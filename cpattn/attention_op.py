@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from .execute import accumulator_dtype, kept_bytes, row_delta, run_backward, run_forward
 from .head_sharding import gather_rows, shard_heads
@@ -112,7 +113,7 @@ def attention(
     if sharding is not None:
         check_numbers(key, scale, softcap, sink)
         sink = None if sink is None else sink[sharding.part.first : sharding.part.last]
-        q_TND, k_TGD, v_TGE = shard_heads(q_TND, k_TGD, v_TGE, key)
+        q_TND, k_TGD, v_TGE = shard_heads(q_TND, k_TGD, v_TGE, key, return_lse=return_lse)
     out, lse, _ = torch.ops.cpattn.attention_forward(
         q_TND, k_TGD, v_TGE, sink, inner.handle, scale, softcap, inner.options.keep_kv
     )
@@ -249,6 +250,19 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, dkept: None) -> tuple
 
 
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Other ranks wait in these: a compiler must keep them even where nothing is made of what they return, as on a rank
+# that has no rows.
+for _op in (
+    torch.ops.cpattn.attention_forward,
+    torch.ops.cpattn.attention_backward,
+    torch.ops.cpattn.shard_heads,
+    torch.ops.cpattn.shard_heads_backward,
+    torch.ops.cpattn.gather_rows,
+    torch.ops.cpattn.gather_rows_backward,
+):
+    has_side_effect(_op.default)
 
 
 def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:

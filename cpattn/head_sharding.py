@@ -21,10 +21,17 @@ from .key import AttnKey, HeadSharding, key_of_handle
 from .profiling import traded, watched_heads
 
 
-def shard_heads(q_TND: Tensor, k_TGD: Tensor, v_TGE: Tensor, key: AttnKey) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows of this rank's block, for its heads: q [B, part, D], k [B, part, D], v [B, part, E]."""
+def shard_heads(
+    q_TND: Tensor, k_TGD: Tensor, v_TGE: Tensor, key: AttnKey, *, return_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows of this rank's block, for its heads: q [B, part, D], k [B, part, D], v [B, part, E].
+
+    return_lse: whether lse will be traded back as well as out; ranks compare it here.
+    """
     part = _sharding(key).part
-    return torch.ops.cpattn.shard_heads(q_TND, k_TGD, v_TGE, key.handle, part.num_q, len(part.kv))  # type: ignore[no-any-return]
+    return torch.ops.cpattn.shard_heads(  # type: ignore[no-any-return]
+        q_TND, k_TGD, v_TGE, key.handle, part.num_q, len(part.kv), return_lse
+    )
 
 
 def gather_rows(x_BME: Tensor, key: AttnKey, num_rows: int) -> Tensor:
@@ -37,17 +44,18 @@ def gather_rows(x_BME: Tensor, key: AttnKey, num_rows: int) -> Tensor:
 
 @torch.library.custom_op("cpattn::shard_heads", mutates_args=())
 def _shard_heads(
-    q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int
+    q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
     key.require_shapes(q, k, v)
-    key.agree(dtype=q.dtype, device=q.device.type)  # what attention compares comes too late for this exchange
+    # What attention compares comes too late for this exchange, and among other ranks.
+    key.agree(dtype=q.dtype, device=q.device.type, return_lse=return_lse)
     return traded("forward", "before", _trade_rows)(key, q, k, v)
 
 
 @_shard_heads.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int
+    q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows_q, rows_k = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     return (
@@ -91,7 +99,7 @@ def _(
 
 
 def _save_shapes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, _, key_handle, _, _ = inputs
+    q, k, _, key_handle, *_ = inputs
     ctx.save_for_backward(key_handle)
     ctx.sizes = (q.shape[0], k.shape[0], q.shape[1], k.shape[1])
 
@@ -99,7 +107,7 @@ def _save_shapes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_of_shard(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
     (key_handle,) = ctx.saved_tensors
     grads = torch.ops.cpattn.shard_heads_backward(dq, dk, dv, key_handle, *ctx.sizes)
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 _shard_heads.register_autograd(_backward_of_shard, setup_context=_save_shapes)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.compile_cases import checkpoint_counts, compile_many_masks
+from tests_dist.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
 from tests_dist.harness import run_on_ranks
 
 HEADS, DIM = 2, 16
@@ -26,10 +28,10 @@ class Block(nn.Module):
         return cpattn.attention(q, k, v, key).flatten(1)
 
 
-def make_local(spec: AttnMaskSpec) -> tuple[cpattn.AttnKey, Tensor]:
+def make_local(spec: AttnMaskSpec, chunk_size: int = 16) -> tuple[cpattn.AttnKey, Tensor]:
     group = dist.group.WORLD
     key = cpattn.make_key(
-        spec, num_heads_q=HEADS, num_heads_kv=HEADS, head_dim=DIM, cp_group=group, chunk_size=16
+        spec, num_heads_q=HEADS, num_heads_kv=HEADS, head_dim=DIM, cp_group=group, chunk_size=chunk_size
     )
     x = torch.randn(spec.total_seqlen, HEADS * DIM)
     return key, cpattn.dispatch(x, key).requires_grad_()
@@ -42,6 +44,17 @@ def compilations_on_rank() -> int:
 def test_fullgraph_compile_serves_many_masks():
     """No graph break (fullgraph raises on one), and a new mask is not a new compilation."""
     assert max(run_on_ranks(2, compilations_on_rank, timeout=300)) <= 3
+
+
+def few_tokens_on_rank() -> list[tuple[int, int]]:
+    return compile_where_ranks_have_no_rows(Block(), functools.partial(make_local, chunk_size=1))
+
+
+def test_compiled_ranks_without_rows_take_part():
+    """Nothing is made of what the ops return there, and the other ranks wait in them all the same."""
+    counts = run_on_ranks(3, few_tokens_on_rank)
+    assert counts == [[counts[0][0]] * 2] * 3
+    assert min(counts[0][0]) > 0
 
 
 def exchanges_on_rank(selective: bool) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from cpattn.solver import (
     split_heads,
     split_rows,
 )
-from tests_dist.compile_cases import checkpoint_counts, compile_many_masks
+from tests_dist.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
 from tests_dist.harness import run_on_ranks
 from tests_dist.masks import MASKS
 from tests_dist.oracle import Inputs, Results, assert_as_exact_as_sdpa, dense_attention, make_inputs, oracle
@@ -289,6 +289,17 @@ def compilations_on_rank() -> int:
 def test_fullgraph_compile_serves_many_masks():
     """No graph break (fullgraph raises on one), and a new mask is not a new compilation."""
     assert max(run_on_ranks(4, compilations_on_rank, timeout=400)) <= 3
+
+
+def few_tokens_on_rank() -> list[tuple[int, int]]:
+    return compile_where_ranks_have_no_rows(Block(), local_rows)
+
+
+def test_compiled_ranks_without_rows_take_part():
+    """Nothing is made of what the ops return there, and the other ranks wait in them all the same."""
+    counts = run_on_ranks(4, few_tokens_on_rank)
+    assert counts == [[counts[0][0]] * 2] * 4
+    assert min(counts[0][0]) > 0
 
 
 def exchanges_on_rank(context: Any) -> tuple[int, int]:
