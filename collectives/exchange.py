@@ -244,12 +244,17 @@ def group_reduce(
 
 
 def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Equally many rows [n, ...] of every rank of the group, as [group size * n, ...]."""
+    """Equally many rows [n, ...] of every rank of the group, as [group size * n, ...]; any dtype."""
     everyone = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
     # torch 2.13 renamed the call and warns about the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(everyone, rows.contiguous(), group=group)
+    gather(_as_bytes(everyone), _as_bytes(rows.contiguous()), group=group)
     return everyone
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """Contiguous rows [n, ...] as uint8 [n, bytes], a view: backends of torch.distributed know few dtypes."""
+    return rows.detach().view(rows.shape[0], math.prod(rows.shape[1:])).view(torch.uint8)
 
 
 def _as_hops(hops: RowRoutes | Sequence[RowRoutes]) -> Sequence[RowRoutes]:
@@ -314,6 +319,7 @@ def exchange_rows(
     """Start to exchange rows of two contiguous buffers, split by rank; None where there is nothing to wait for."""
     if group is None or not exchange.active:
         return None
+    received, send = _as_bytes(received), _as_bytes(send)
     if exchange.transport == "p2p":
         return _point_to_point(received.split(list(recv_splits)), send.split(list(send_splits)), group)
     work: dist.Work | None = dist.all_to_all_single(

@@ -348,6 +348,9 @@ def differing_calls() -> None:
         ):
             call()
     cpattn.attention(q, k, v, key)
+    sharded = make_key(head_degree=3)
+    with pytest.raises(ValueError, match=r"attention: return_lse differs between ranks: ranks \[2\] of the group"):
+        cpattn.attention(*local_inputs(sharded), sharded, return_lse=odd)
 
 
 def test_calls_that_differ_between_ranks():

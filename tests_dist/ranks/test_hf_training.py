@@ -10,6 +10,8 @@ pytest.importorskip("transformers")
 
 
 
+from cpattn import AttnMaskSpec
+from cpattn.integrations.batch_layout import layout_of_spec, shifted_labels
 from cpattn.integrations.transformers import ContextParallel, register_attention
 from tests_dist.harness import RankError, run_on_ranks
 from tests_dist.hf_models import (
@@ -269,6 +271,7 @@ def test_four_dimensional_mask():
     batch = text_batch("plain", 2)
     visible = torch.ones(40, 40, dtype=torch.bool).tril()
     visible[25:, 10:25] = False
+    batch["labels"][:, 25] = IGNORE  # it does not see the token before it, which therefore does not predict it
     lowest = torch.finfo(torch.float32).min
     additive = torch.zeros(2, 1, 40, 40).masked_fill(~visible, lowest)
     truth = eager_step("llama", {**batch, "attention_mask": additive})
@@ -305,6 +308,78 @@ def test_labels_of_the_next_document_are_not_targets():
     both = (labelled["labels"], first)
     losses = [ContextParallel(local_model())({**batch, "labels": labels}).loss.item() for labels in both]
     assert losses[0] == losses[1]
+
+
+def test_a_mask_given_whole_says_which_targets_there_are():
+    """Packed documents by position_ids, by a 4-D mask, and by a spec: the same targets, loss, and count."""
+    lengths = [5, 13, 20]
+    ids = torch.randint(1, 61, (1, 38), generator=torch.Generator().manual_seed(0))
+    spec = AttnMaskSpec.varlen(lengths)
+    given = {
+        "positions": ({"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}, None),
+        "4-D": ({"attention_mask": torch.from_numpy(spec.to_dense())[None, None]}, None),
+        "spec": ({}, spec),
+    }
+    parallel, losses = ContextParallel(local_model()), []
+    for name, (fields, mask) in given.items():
+        batch = {"input_ids": ids, "labels": ids, **fields}
+        if name != "positions":  # the rotary positions are a matter of their own
+            batch["position_ids"] = given["positions"][0]["position_ids"]
+        out = parallel(batch, spec=mask)
+        ends = (out.shard.gather(out.shard.targets.unsqueeze(-1), IGNORE)[0, :, 0] == IGNORE).nonzero().flatten()
+        assert ends.tolist() == [4, 17, 37], name
+        assert parallel.count_targets([batch], specs=[mask]) == 35
+        losses.append(out.loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) == pytest.approx(losses[2], rel=1e-6)
+
+
+def test_a_tree_has_targets_where_the_next_token_sees():
+    """A root, a branch that goes on from it, and another that follows the first branch in the sequence only."""
+    spec = AttnMaskSpec.prefix_tree([3, 2, 2], [[0, 1], [0, 2]])[0]
+    labels = torch.arange(7)[None]
+    assert shifted_labels(labels, layout_of_spec(1, 7, spec)).tolist() == [[1, 2, 3, 4, IGNORE, 6, IGNORE]]
+
+
+def test_bad_batches_are_refused():
+    parallel, batch = ContextParallel(local_model()), text_batch("plain")
+    no_labels = {"input_ids": batch["input_ids"]}
+    for call, message in (
+        (lambda: parallel.count_targets(batch), "in a list: this is a single batch"),
+        (lambda: parallel.count_targets([no_labels]), "neither labels nor shift_labels"),
+        (lambda: parallel.count_targets([{"labels": batch["labels"]}]), "the batch needs input_ids"),
+        (lambda: parallel.count_targets([batch], specs=[]), "1 batches and 0 specs"),
+        (lambda: parallel(no_labels, labels=batch["labels"]), "labels cannot be given as keywords"),
+        (lambda: parallel(batch, num_targets=-1), "num_targets is -1"),
+        (lambda: parallel({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}), "B and S at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def wanted_log_probabilities() -> None:
+    """Refused on every rank alike, before any of them waits for the others."""
+    register_attention()
+    parallel = ContextParallel(make_model("llama", "cpattn"), dist.group.WORLD)
+    batch = text_batch("right", 2)
+    out = parallel(batch)
+    real = int((batch["attention_mask"].flatten() == 0).nonzero()[0])
+    odd = dist.get_rank() == 1
+    for places, tokens, message in (
+        ([0, 999], [1, 2], "place 999 holds no token of the batch: it has 2 x 40 places"),
+        ([-1], [1], "place -1 holds no token"),
+        ([real], [1], f"place {real} holds no token"),
+        ([0, 1], [1], r"places is torch.int64 \(2,\) and tokens torch.int64 \(1,\)"),
+        ([0], [10**6], "token 1000000 is not among the model's"),
+        ([0, 1 + odd], [1, 2], "token_logprobs: places differs between ranks"),
+        ([0], [1 + odd], "token_logprobs: tokens differs between ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parallel.token_logprobs(out, torch.tensor(places), torch.tensor(tokens))
+    assert parallel.token_logprobs(out, torch.tensor([0]), torch.tensor([1])).isfinite().all()
+
+
+def test_wanted_log_probabilities_are_checked():
+    run_on_ranks(2, wanted_log_probabilities, timeout=60)
 
 
 def test_vision_positions_are_those_of_the_whole_batch():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
+import pickle
 import timeit
 import weakref
 from collections.abc import Callable, Iterator
@@ -524,6 +526,13 @@ def backward_without_the_key() -> None:
     del out
     gc.collect()
     assert reference() is None, "the key outlives its graph"
+
+
+def test_a_copied_model_keeps_its_key_and_a_key_is_not_pickled():
+    key = cpattn.make_key(AttnMaskSpec.causal(8), num_heads_q=1, num_heads_kv=1, head_dim=8)
+    assert copy.deepcopy({"key": key})["key"] is copy.copy(key) is key
+    with pytest.raises(TypeError, match=r"cannot be pickled.*Send what make_plan returns"):
+        pickle.dumps(key)
 
 
 def test_backward_needs_no_reference_to_the_key():

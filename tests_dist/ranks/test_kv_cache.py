@@ -439,6 +439,66 @@ def test_empty_prompts_are_refused():
         cpattn.generate(Transformer(CONFIG, seed=0), [torch.zeros(0, dtype=torch.int64)], max_new_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ([], {}, "there are none"),
+        ([1, 2, 3], {}, r"prompt 0 has shape \(\), expected \[tokens\]"),
+        ([[1.7, 2.9]], {}, "prompt 0 is torch.float32: token ids are integers"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1: it must be an int of at least 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"check_eos_every": 0}, "check_eos_every is 0"),
+        ([[1]], {"eos_token_id": []}, "eos_token_id is empty"),
+        ([[1]], {"eos_token_id": 2.5}, "eos_token_id is torch.float32"),
+        ([[1]], {"key_options": {"window": 3}}, r"key_options has window: windows of layers go into shape"),
+    ],
+)
+def test_bad_calls_of_generate(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        cpattn.generate(Transformer(CONFIG, seed=0), given, **{"max_new_tokens": 1, **options})
+
+
+def generate_what_differs() -> None:
+    odd, model = dist.get_rank() == 1, Transformer(CONFIG, seed=0)
+    options: dict[str, Any]
+    for field, prompt, options in (
+        ("prompts", [1, 2 + odd], {}),
+        ("max_new_tokens", [1, 2], {"max_new_tokens": 3 + odd}),
+        ("temperature", [1, 2], {"temperature": 1.0 + odd}),
+        ("eos_token_id", [1, 2], {"eos_token_id": 5 + odd}),
+    ):
+        with pytest.raises(ValueError, match=f"generate: {field} differs between ranks"):
+            cpattn.generate(model, [prompt], **{"max_new_tokens": 2, **options}, cp_group=world())
+
+
+def test_ranks_generate_the_same_or_nothing():
+    run_on_ranks(2, generate_what_differs, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("Llama4TextConfig", {"attention_chunk_size": 8, "num_local_experts": 2}, "layers of chunked_attention"),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "mixes tokens outside attention"),
+        ("LlamaConfig", {"vocab_size": 7}, "prompt 0 has token ids from 1 to 9: the model has 7 tokens"),
+        ("LlamaConfig", {"is_causal": False}, "layers of bidirectional attention"),
+    ],
+)
+def test_models_that_a_cache_of_keys_does_not_serve_are_refused(kind, changes, message):
+    """Layers that would be taken for full causal attention, and ids that one rank would stumble over."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    config = getattr(transformers, kind)(**{**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, **changes})
+    config._attn_implementation = "cpattn"
+    from cpattn.integrations.transformers import register_attention
+
+    register_attention()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        cpattn.generate(model, [[1, 2, 9]], max_new_tokens=20)
+
+
 def hugging_face_on_rank(kind: str, new: int, *, use_cpattn: bool) -> list[list[int]]:
     """A tiny random model: through `cpattn.generate`, or its own greedy generation prompt by prompt."""
     transformers = pytest.importorskip("transformers")

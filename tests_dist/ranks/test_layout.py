@@ -40,7 +40,7 @@ def round_trip(layout: str) -> None:
             ("k", spec.seqlen_k, key.num_keys),
         ):
             for dim, shape in ((0, (total,)), (0, (total, 3)), (1, (2, total, 3)), (-1, (2, 3, total))):
-                for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8):
+                for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.int16):
                     x = integers(*shape, dtype=dtype)
                     x_local = cpattn.dispatch(x, key, dim=dim, side=side)
                     assert x_local.shape[dim] == local
@@ -146,7 +146,8 @@ def test_roll_stays_in_documents(cp_size, name):
 
 def roll_dtypes() -> None:
     key = key_of(AttnMaskSpec.varlen([3, 2]))
-    for dtype, fill in ((torch.int32, -100), (torch.int64, -100), (torch.float16, 0), (torch.bool, False)):
+    fills = {torch.int32: -100, torch.int64: -100, torch.float16: 0, torch.complex64: 0, torch.bool: False}
+    for dtype, fill in fills.items():
         x = torch.ones(5).to(dtype)
         whole = cpattn.undispatch(cpattn.roll(cpattn.dispatch(x, key), key), key)
         assert whole.dtype == dtype

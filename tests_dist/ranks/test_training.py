@@ -184,6 +184,8 @@ def autocast_on_rank() -> None:
         assert cpattn.undispatch(cpattn.roll(mixed, key), key).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert cpattn.attention(*tensors, key).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # as torch's own attention does
+        assert cpattn.attention(*(t.double() for t in tensors), key).dtype == torch.float64
 
 
 def test_autocast():
