@@ -97,6 +97,8 @@ def attention(
     Raises:
         ValueError: a shape, dtype, device or number does not fit the key; before any collective.
     """
+    if not isinstance(key, AttnKey):
+        raise ValueError(f"key is {key!r}: expected what make_key returned")
     device_type = q_TND.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

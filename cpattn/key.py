@@ -58,6 +58,7 @@ from .planning import (
     check_heads,
     check_int,
     check_options,
+    check_spec,
     normal_window,
     plan_layers,
     with_layers,
@@ -272,6 +273,7 @@ class AttnKey:
         with (`also` of `make_key`) has been planned; any other is planned now, over a placement that was not
         made for it.
         """
+        check_spec("spec", spec)
         mine = (self.spec.total_seqlen, self.spec.seqlen_k)
         theirs = (spec.total_seqlen, spec.seqlen_k)
         if mine != theirs or self.spec.is_cross != spec.is_cross:
@@ -516,10 +518,12 @@ def make_key(
     Raises:
         ValueError: a value is out of range, this rank is not in the group, or ranks differ.
     """
-    if not isinstance(spec, AttnMaskSpec):
-        raise ValueError(f"spec is {spec!r}: expected an AttnMaskSpec, for example AttnMaskSpec.varlen(seqlens)")
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
-    check_options(heads, chunk_size=chunk_size, wire=wire)
+    check_options(
+        spec, heads, chunk_size=chunk_size, num_stages=num_stages, search_effort=search_effort, wire=wire
+    )
+    if plan is not None and not isinstance(plan, ReadyPlan):
+        raise ValueError(f"plan is {plan!r}: give what make_plan or plan_ahead returned")
     if backend != "auto" and backend not in backend_names():
         raise ValueError(f"backend {backend!r} is unknown: use auto, {', '.join(backend_names())}")
     if transport not in ("auto", "all_to_all", "p2p"):

@@ -282,8 +282,8 @@ class AttnMaskSpec:
             a token the position that it has in its sample.
 
         Raises:
-            ValueError: a path is empty, repeats a node or leaves the range, or a node has two
-                parents (it would then see the union of both lines of ancestors: a leak).
+            ValueError: a path is empty, repeats a node or leaves the range, a node is on none, or it has
+                two parents (it would then see the union of both lines of ancestors: a leak).
         """
         spans = _spans(node_lengths, "node_lengths")
         parents = _tree_parents(sample_paths, len(spans))
@@ -300,7 +300,9 @@ class AttnMaskSpec:
                     spec.q_ranges.append(list(spans[node]))
                     spec.k_ranges.append(list(spans[key_node]))
                     spec.mask_types.append("causal" if key_node == node else "full")
-        assert set(parents) <= set(depth)
+        lost = [node for node, (start, end) in enumerate(spans) if end > start and node not in parents]
+        if lost:
+            raise ValueError(f"node {lost[0]} is on no path: its {node_lengths[lost[0]]} tokens would see nothing")
         spec.documents = [Document(s, e, depth[node]) for node, (s, e) in enumerate(spans)]
         return spec, [[list(spans[node]) for node in path] for path in sample_paths]
 
@@ -383,6 +385,10 @@ def lower_mask(
         window: (left, right) limit in positions of the documents on top of the mask: a query at
             position p sees keys at positions p - left .. p + right only; None on a side: no limit.
     """
+    if spec.total_seqlen * spec.seqlen_k >= 1 << 62:
+        raise ValueError(
+            f"the mask is over {spec.total_seqlen} x {spec.seqlen_k} tokens: its pairs cannot be counted in 64 bits"
+        )
     if not spec.q_ranges:
         return SliceTable.empty()
     q0, q1 = np.array(spec.q_ranges, dtype=np.int64).T
@@ -489,6 +495,8 @@ def _rects_of_dense(dense: NDArray[np.bool_]) -> list[Rect]:
 def _tree_parents(sample_paths: Sequence[Sequence[int]], num_nodes: int) -> dict[int, int | None]:
     parents: dict[int, int | None] = {}
     for path in sample_paths:
+        if not isinstance(path, Sequence):
+            raise ValueError(f"sample_paths has {path!r}: a path is a list of nodes, root first")
         if not path:
             raise ValueError("a sample path is empty: a sample has at least one node")
         if len(set(path)) != len(path):

@@ -149,6 +149,7 @@ def with_layers(
         if not isinstance(kind, LayerKind):
             raise ValueError(f"also has {kind!r}: expected cpattn.LayerKind(spec, window, num_layers)")
         other = spec if kind.spec is None else kind.spec
+        check_spec("a mask in also", other)
         if other.is_cross or spec.is_cross or other.total_seqlen != spec.total_seqlen:
             raise ValueError(
                 f"also has a mask over {other.total_seqlen} x {other.seqlen_k} tokens and the key's is over "
@@ -223,6 +224,8 @@ def normal_window(window: int | Sequence[int | None] | None, spec: AttnMaskSpec)
     left: int | None
     right: int | None
     try:
+        if isinstance(window, bool):
+            raise TypeError
         if isinstance(window, Sequence):
             left, right = (None if side is None else operator.index(side) for side in window)
         else:
@@ -252,16 +255,32 @@ def check_heads(num_heads_q: Any, num_heads_kv: Any, head_dim: Any, head_dim_v: 
         )
 
 
-def check_options(heads: tuple[Any, Any, Any, Any], *, chunk_size: Any, wire: Any) -> None:
+def check_options(
+    spec: Any, heads: tuple[Any, Any, Any, Any], *, chunk_size: Any, num_stages: Any, search_effort: Any, wire: Any
+) -> None:
     """Check what `make_key` and `make_plan` take alike and the solver does not check.
 
     Raises:
         ValueError: names the value and the rule.
     """
+    check_spec("spec", spec)
     check_heads(*heads)
     check_int("chunk_size", chunk_size)
+    if num_stages is not None:
+        check_int("num_stages", num_stages)
+    check_int("search_effort", search_effort, least=0)
     if wire not in (None, "e4m3", "e5m2"):
         raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
+
+
+def check_spec(name: str, spec: Any) -> None:
+    """Check that something is a mask.
+
+    Raises:
+        ValueError: it is not an `AttnMaskSpec`.
+    """
+    if not isinstance(spec, AttnMaskSpec):
+        raise ValueError(f"{name} is {spec!r}: expected an AttnMaskSpec, for example AttnMaskSpec.varlen(seqlens)")
 
 
 def check_int(name: str, value: Any, *, least: int = 1) -> None:
@@ -307,7 +326,10 @@ def make_plan(
     if isinstance(ranks_per_node, str):
         raise ValueError(f"ranks_per_node is {ranks_per_node!r}: a plan is made without a launcher; give an int")
     heads = (num_heads_q, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
-    check_options(heads, chunk_size=chunk_size, wire=wire)
+    check_int("cp_size", cp_size)
+    check_options(
+        spec, heads, chunk_size=chunk_size, num_stages=num_stages, search_effort=search_effort, wire=wire
+    )
     plans = plan_layers(
         with_layers(spec, normal_window(window, spec), num_layers, also),
         cp_size=cp_size,
@@ -349,12 +371,17 @@ def plan_ahead(
         **options: of `make_plan`: cp_size, num_heads_q, num_heads_kv, head_dim and so on.
 
     Raises:
-        ValueError: depth or num_workers is below 1, or workers is unknown; at once.
+        ValueError: depth or num_workers is below 1, workers is unknown, or processes cannot be started from here (in
+            a DataLoader's worker); at once.
     """
-    if depth < 1 or num_workers < 1 or workers not in ("process", "thread"):
+    check_int("depth", depth)
+    check_int("num_workers", num_workers)
+    if workers not in ("process", "thread"):
+        raise ValueError(f"workers is {workers!r}: use 'process' or 'thread'")
+    if workers == "process" and multiprocessing.current_process().daemon:
         raise ValueError(
-            f"depth {depth}, num_workers {num_workers}, workers {workers!r}: need at least 1, at least 1, and "
-            f"'process' or 'thread'"
+            "plan_ahead(workers='process') in a worker process, which may start no others: use workers='thread', or "
+            "make_plan where the batch is made"
         )
     return _planned_ahead(iter(dataset_iter), spec_of, depth, _executor(workers, num_workers), options)
 

@@ -71,7 +71,7 @@ def bench_command(
     lengths: LengthsOption = "",
     file: FileOption = None,
     window: WindowOption = None,
-    block: BlockOption = 1024,
+    block: BlockOption = None,
     heads: HeadsOption = "8:8",
     head_dim: HeadDimOption = 64,
     dtype: Annotated[Dtypes, typer.Option(help="Of q, k and v.")] = Dtypes.bf16,
@@ -114,6 +114,8 @@ def bench_command(
                 wire=wire,
                 keep_kv=keep_kv,
             )
+            inner = key if key.sharding is None else key.sharding.inner
+            inner.bind(device, _torch_dtype(dtype))  # or it says why the backend does not serve it
             machine = _machine(hardware, shape, device)
         except ValueError as error:
             raise refused(error) from None

@@ -21,7 +21,7 @@ import typer
 
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
-from .options import HeadDimOption, HeadsOption, heads_of_option, refused
+from .options import HeadDimOption, HeadsOption, heads_of_option, refused, require_folder
 from .torchrun import num_cores
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ def calibrate_command(
         shape = heads_of_option(heads, head_dim)
         if tokens and tokens < _LEAST_TOKENS:
             raise ValueError(f"--tokens is {tokens}: give at least {_LEAST_TOKENS}, or 0 for the default")
-        if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-            raise ValueError(f"--out is {out}: give a file in a folder that exists")
+        if out is not None:
+            if out.is_dir() or not out.resolve().parent.is_dir():
+                raise ValueError(f"--out is {out}: give a file in a folder that exists")
+            require_folder("--out", out.resolve().parent)
     except ValueError as error:
         raise refused(error) from None
     with launched_ranks() as (device, group):

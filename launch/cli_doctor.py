@@ -9,6 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cpattn.planning import check_heads
+
+from .options import refused
+
+# What `cpattn bench` calls them.
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 # What brings each kernel, by the name that pip knows.
 _PACKAGES = (
     "torch",
@@ -39,10 +45,15 @@ def doctor(
 
     console = Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen_dtype = getattr(torch, dtype, None)
-    if not isinstance(chosen_dtype, torch.dtype):
-        console.print(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64", markup=False)
-        raise typer.Exit(2)
+    try:
+        if device not in ("cuda", "cpu"):
+            raise ValueError(f"--device is {device!r}: use cuda or cpu")
+        chosen_dtype = getattr(torch, _DTYPES.get(dtype, dtype), None)
+        if chosen_dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64")
+        check_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v or head_dim)
+    except ValueError as error:
+        raise refused(error) from None
     console.print(f"device {_device_name(device)} (kind {device_kind(device)})")
     console.print(", ".join(f"{p} {_version(p)}" for p in _PACKAGES))
     problem = Problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -42,7 +43,7 @@ SeqlenOption: TypeAlias = Annotated[str, typer.Option(help="Tokens of one sequen
 LengthsOption: TypeAlias = Annotated[str, typer.Option(help="Document lengths instead, comma-separated: 8K,3000,512.")]
 FileOption: TypeAlias = Annotated[Path | None, typer.Option(help="JSON file with the mask: see docs/planning.md.")]
 WindowOption: TypeAlias = Annotated[int | None, typer.Option(help="Keys that a query sees, itself included.")]
-BlockOption: TypeAlias = Annotated[int, typer.Option(help="Tokens of a block (mask block-causal).")]
+BlockOption: TypeAlias = Annotated[int | None, typer.Option(help="Tokens of a block (mask block-causal).")]
 # Heads (`heads_of_option`).
 HeadsOption: TypeAlias = Annotated[str, typer.Option(help="Query and key heads, q:kv.")]
 HeadDimOption: TypeAlias = Annotated[int, typer.Option(help="Dim of a head.")]
@@ -61,13 +62,21 @@ def refused(error: ValueError) -> typer.Exit:
 
 
 def require_folder(option: str, path: Path | None) -> None:
-    """Refuse a path for several files that is a file itself.
+    """Make the folder that files are to be written to, if it is not there yet; None is none.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is a file, or nothing can be written there.
     """
-    if path is not None and path.exists() and not path.is_dir():
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
         raise ValueError(f"{option} is {path}, which is a file: give a folder, or a name that is not there yet")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} is {path}, where nothing can be written: {error.strerror}") from None
 
 
 def heads_of_option(text: str, head_dim: int) -> Heads:
@@ -96,7 +105,7 @@ def parse_count(text: str) -> int:
 
 
 def spec_of_options(
-    mask: MaskName, seqlen: str, lengths: str, file: Path | None, window: int | None, block: int
+    mask: MaskName, seqlen: str, lengths: str, file: Path | None, window: int | None, block: int | None
 ) -> AttnMaskSpec:
     """The mask that the options of a command describe.
 
@@ -105,8 +114,10 @@ def spec_of_options(
     """
     if sum(map(bool, (seqlen, lengths, file))) != 1:
         raise ValueError("give the tokens once: --seqlen 1M, or --lengths 8K,3000,512, or --file mask.json")
-    if file is not None and (window is not None or mask is not MaskName.causal):
-        raise ValueError("--file holds the whole mask: leave --mask and --window away")
+    if file is not None and (window is not None or block is not None or mask is not MaskName.causal):
+        raise ValueError("--file holds the whole mask: leave --mask, --window and --block away")
+    if block is not None and mask is not MaskName.block_causal:
+        raise ValueError(f"--block {block} goes with --mask block-causal, and --mask is {mask.value}")
     if window is not None and mask not in (MaskName.causal, MaskName.window):
         raise ValueError(f"--window {window} is a causal window and --mask is {mask.value}: they do not go together")
     if file is not None:
@@ -117,7 +128,7 @@ def spec_of_options(
             raise ValueError("--mask window needs --window, the number of keys that a query sees")
         return AttnMaskSpec.sliding_window(documents, window)
     if mask is MaskName.block_causal:
-        return AttnMaskSpec.block_causal(documents, block)
+        return AttnMaskSpec.block_causal(documents, 1024 if block is None else block)
     return AttnMaskSpec.varlen(documents, causal=mask is MaskName.causal)
 
 
@@ -139,8 +150,8 @@ _JSON_KINDS: dict[str, frozenset[str]] = {
 def spec_from_json(text: str, *, name: str = "mask") -> AttnMaskSpec:
     """The mask that a JSON text describes, by the fields it has.
 
-    A list of ints is document lengths. An object has one of: `lengths` (with `causal`, `window`,
-    `block_size` or `prefix_lengths`), `node_lengths` and `paths` (a prefix tree), `seqlens_q` and
+    A list of ints is document lengths. An object has one of: `lengths` (with one of `causal`, `window`,
+    `block_size` or `prefix_lengths`, if any), `node_lengths` and `paths` (a prefix tree), `seqlens_q` and
     `seqlens_k` (cross-attention), or `q_ranges`, `k_ranges`, `mask_types`, `total_seqlen`.
 
     Raises:
@@ -151,7 +162,7 @@ def spec_from_json(text: str, *, name: str = "mask") -> AttnMaskSpec:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if isinstance(data, list):
         data = {"lengths": data}
@@ -176,12 +187,12 @@ def _spec_of_fields(kind: str, data: dict[str, Any]) -> AttnMaskSpec:
     if kind == "node_lengths":
         return AttnMaskSpec.prefix_tree(data["node_lengths"], data["paths"])[0]
     if kind == "seqlens_q":
-        return AttnMaskSpec.cross(data["seqlens_q"], data["seqlens_k"], causal=bool(data.get("causal", False)))
+        return AttnMaskSpec.cross(data["seqlens_q"], data["seqlens_k"], causal=_causal_of(data, default=False))
     if kind == "q_ranges":
         return AttnMaskSpec(
             data["q_ranges"], data["k_ranges"], data["mask_types"], data["total_seqlen"], data.get("total_seqlen_k")
         )
-    extra = [name for name in ("window", "block_size", "prefix_lengths") if name in data]
+    extra = [name for name in ("causal", "window", "block_size", "prefix_lengths") if name in data]
     if len(extra) > 1:
         raise ValueError(f"{' and '.join(extra)} do not go together")
     if "window" in data:
@@ -191,4 +202,11 @@ def _spec_of_fields(kind: str, data: dict[str, Any]) -> AttnMaskSpec:
         return AttnMaskSpec.block_causal(data["lengths"], data["block_size"])
     if "prefix_lengths" in data:
         return AttnMaskSpec.prefix_lm(data["prefix_lengths"], data["lengths"])
-    return AttnMaskSpec.varlen(data["lengths"], causal=bool(data.get("causal", True)))
+    return AttnMaskSpec.varlen(data["lengths"], causal=_causal_of(data, default=True))
+
+
+def _causal_of(data: dict[str, Any], *, default: bool) -> bool:
+    causal = data.get("causal", default)
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal is {json.dumps(causal)}: write true or false")
+    return causal

@@ -54,7 +54,7 @@ def plan_command(
     lengths: LengthsOption = "",
     file: FileOption = None,
     window: WindowOption = None,
-    block: BlockOption = 1024,
+    block: BlockOption = None,
     ranks: Annotated[int, typer.Option(help="Ranks of the context-parallel group.")] = 8,
     ranks_per_node: Annotated[
         int | None, typer.Option(help="Ranks that share a node; 0: one level; default: the hardware's.")
@@ -154,7 +154,7 @@ def _answer(
 
 
 def _check_balance(report: PlanReport, limit: float | None) -> None:
-    if limit is not None and limit < 1:
+    if limit is not None and not limit >= 1:
         raise ValueError(f"--imbalance is {limit}: the largest share is never below the mean, so it is at least 1")
     if limit is not None and report.imbalance > limit:
         raise ValueError(

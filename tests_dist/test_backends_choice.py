@@ -95,4 +95,6 @@ def test_doctor() -> None:
     assert "not installed" in result.output
     result = run(app, ["doctor", "--device", "cpu", "--backend", "te"])
     assert result.exit_code == 1
-    assert run(app, ["doctor", "--dtype", "float99"]).exit_code == 2
+    assert run(app, ["doctor", "--device", "cpu", "--dtype", "fp32"]).exit_code == 0
+    for bad in (["--dtype", "float99"], ["--device", "tpu"], ["--head-dim", "0"], ["--num-heads-q", "3"]):
+        assert run(app, ["doctor", *bad]).exit_code == 2

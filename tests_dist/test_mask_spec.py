@@ -366,6 +366,8 @@ BAD = {
     "prefix counts": (lambda: AttnMaskSpec.prefix_lm([1], [4, 4]), "1 prefix_lengths and 2 seqlens"),
     "cross counts": (lambda: AttnMaskSpec.cross([1], [4, 4]), "1 seqlens_q and 2 seqlens_k"),
     "tree: empty path": (lambda: AttnMaskSpec.prefix_tree([1], [[]]), "a sample path is empty"),
+    "tree: lost node": (lambda: AttnMaskSpec.prefix_tree([2, 2], [[0]]), "node 1 is on no path: its 2 tokens would"),
+    "tree: no list": (lambda: AttnMaskSpec.prefix_tree([2, 2], [0, 1]), "sample_paths has 0: a path is a list"),
     "tree: repeat": (lambda: AttnMaskSpec.prefix_tree([1, 1], [[0, 1, 0]]), "path [0, 1, 0] repeats a node"),
     "tree: range": (lambda: AttnMaskSpec.prefix_tree([1, 1], [[0, 2]]), "names node 2: nodes are 0 to 1"),
     "tree: negative": (

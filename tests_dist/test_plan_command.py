@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -80,6 +82,11 @@ def test_masks_from_json(mask: Any, tokens: int, tmp_path: Path) -> None:
         ('{"length": [3]}', "describes no mask"),
         ('{"lengths": [3], "windows": 2}', "has windows: the fields are"),
         ('{"lengths": [3], "window": 2, "block_size": 2}', "do not go together"),
+        ('{"lengths": [3], "causal": "false"}', 'causal is "false": write true or false'),
+        ('{"lengths": [3], "causal": null}', "causal is null: write true or false"),
+        ('{"lengths": [3], "causal": false, "window": 2}', "causal and window do not go together"),
+        ('{"seqlens_q": [3], "seqlens_k": [3], "causal": 1}', "causal is 1: write true or false"),
+        ("[" * 100_000, "is not JSON"),
         ('{"lengths": [-3]}', "lengths are at least 0"),
         ('{"lengths": "abc"}', "lengths|expected|seqlens"),
         ('{"node_lengths": [3]}', "'paths' is missing"),
@@ -111,7 +118,12 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "1K", "--hardware", "[/x]"), "hardware is '[/x]'"),
         (("--seqlen", "1K", "--search-effort", "-1"), "search_effort is -1: it must be at least 0"),
         (("--seqlen", "1K", "--mask", "full", "--window", "9"), "they do not go together"),
-        (("--file", "mask.json", "--window", "9"), "leave --mask and --window away"),
+        (("--file", "mask.json", "--window", "9"), "leave --mask, --window and --block away"),
+        (("--file", "mask.json", "--block", "9"), "leave --mask, --window and --block away"),
+        (("--seqlen", "1K", "--block", "9"), "--block 9 goes with --mask block-causal"),
+        (("--seqlen", "1K", "--imbalance", "nan"), "--imbalance is nan"),
+        (("--seqlen", "99999999G"), "its pairs cannot be counted in 64 bits"),
+        (("--seqlen", "1K", "--plot", f"{__file__}/pictures"), "where nothing can be written"),
         (("--seqlen", "1K", "--plot", __file__), "which is a file: give a folder"),
         (("--file", "no_such_file.json"), "cannot be read"),
         (("--seqlen", "1K", "--num-stages", "99"), "num_stages is 99"),
@@ -229,7 +241,11 @@ def test_a_plan_for_something_else_is_refused() -> None:
         ({"wire": "int8"}, "wire is 'int8': use 'e4m3', 'e5m2' or None"),
         ({"num_heads_q": 3, "num_heads_kv": 2}, "num_heads_q is 3 and num_heads_kv is 2: query heads must"),
         ({"num_heads_kv": 0}, "num_heads_kv is 0: it must be an int of at least 1"),
-        ({"search_effort": -1}, "search_effort is -1: it must be at least 0"),
+        ({"search_effort": -1}, "search_effort is -1: it must be an int of at least 0"),
+        ({"search_effort": 1.5}, "search_effort is 1.5: it must be an int"),
+        ({"num_stages": "2"}, "num_stages is '2': it must be an int"),
+        ({"window": True}, "window is True: give an int"),
+        ({"also": [cpattn.LayerKind([10, 40])]}, r"a mask in also is \[10, 40\]: expected an AttnMaskSpec"),
         ({"hardware": "abacus"}, "hardware is 'abacus': give one of h100, "),
     ],
 )
@@ -243,8 +259,21 @@ def test_errors_of_a_worker_reach_the_caller() -> None:
     items = cpattn.plan_ahead([64], causal, workers="thread", cp_size=0, **HEADS)
     with pytest.raises(ValueError, match="cp_size is 0"):
         next(items)
-    with pytest.raises(ValueError, match="depth 0"):
-        cpattn.plan_ahead([64], causal, depth=0, cp_size=1, **HEADS)
+    for options in ({"depth": 0}, {"depth": "2"}, {"num_workers": 0}, {"workers": "fork"}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name} is {options[name]!r}"):
+            cpattn.plan_ahead([64], causal, cp_size=1, **options, **HEADS)
+    with pytest.raises(ValueError, match=r"spec is \[64\]: expected an AttnMaskSpec"):
+        cpattn.make_plan([64], cp_size=2, **HEADS)
+    with pytest.raises(ValueError, match="plan is 5: give what make_plan or plan_ahead returned"):
+        cpattn.make_key(causal(64), plan=5, **HEADS)
+
+
+def test_a_process_that_may_start_none_plans_in_threads() -> None:
+    """As a worker of a DataLoader."""
+    daemon = mock.patch.object(multiprocessing.current_process(), "_config", {"daemon": True})
+    with daemon, pytest.raises(ValueError, match="use workers='thread', or make_plan"):
+        cpattn.plan_ahead([64], causal, cp_size=1, **HEADS)
 
 
 def test_a_key_describes_its_plan_against_bounds() -> None:
