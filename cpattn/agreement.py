@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cpattn.collectives import all_gather
 
@@ -37,6 +38,12 @@ def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessG
                 f"rank 0 has; rank {dist.get_rank(group)} has {_brief(value)}. All ranks of a "
                 f"context-parallel group must pass the same {name}"
             )
+
+
+def tensor_digest(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    """Shape and a hash of the values: what ranks compare of data."""
+    data = tensor.detach().cpu().contiguous().numpy().tobytes()
+    return tuple(tensor.shape), hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _digest(value: Any) -> int:

@@ -6,7 +6,6 @@ runs through the model on every rank, and attention over the sharded cache is th
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .agreement import require_agreement
+from .agreement import require_agreement, tensor_digest
 from .attention_op import attention
 from .key import AttnKey, make_key
 from .kv_cache import PagedKVCache
@@ -112,8 +111,13 @@ def generate(
         cp_group=cp_group,
         **options,
     )
-    fields = {"prompts": _digest(ids), "max_new_tokens": max_new_tokens, "check_eos_every": check_eos_every}
-    fields |= {"temperature": float(temperature), "eos_token_id": None if eos is None else eos.tolist()}
+    fields = {
+        "prompts": [tensor_digest(p) for p in ids],
+        "max_new_tokens": max_new_tokens,
+        "check_eos_every": check_eos_every,
+        "temperature": float(temperature),
+        "eos_token_id": None if eos is None else eos.tolist(),
+    }
     require_agreement("generate", fields, key.cp_group)
     if max_new_tokens < 1:
         return [torch.zeros(0, dtype=torch.int64) for _ in ids]
@@ -294,10 +298,6 @@ def _eos_ids(eos_token_id: int | Sequence[int] | Tensor | None, device: torch.de
     if not len(ids):
         raise ValueError("eos_token_id is empty: give ids, or None for no end")
     return _integers("eos_token_id", ids).to(device)
-
-
-def _digest(ids: Sequence[Tensor]) -> str:
-    return hashlib.blake2b(torch.cat(list(ids)).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:

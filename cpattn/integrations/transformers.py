@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpattn.agreement import require_agreement
+from cpattn.agreement import require_agreement, tensor_digest
 from cpattn.attention_op import attention
 from cpattn.key import AttnKey, make_key
 from cpattn.layout import undispatch
@@ -704,7 +703,7 @@ class ContextParallel:
                 f"{tuple(tokens.shape)}: both are int64 [N]"
             )
         if self.check_batch:
-            fields = {"places": _digest(places), "tokens": _digest(tokens)}
+            fields = {"places": tensor_digest(places), "tokens": tensor_digest(tokens)}
             require_agreement("token_logprobs", fields, self.cp_group)
         wanted = places.cpu().numpy()
         wrong = wanted[~np.isin(wanted, layout.index)]
@@ -902,8 +901,7 @@ def _digest(value: Any) -> Any:
         return None if value is None else type(value).__name__
     if value.is_floating_point():  # embeddings may differ in the last bit and are large
         return tuple(value.shape)
-    data = value.detach().cpu().contiguous().numpy().tobytes()
-    return tuple(value.shape), hashlib.blake2b(data, digest_size=8).hexdigest()
+    return tensor_digest(value)
 
 
 def _process_group(group: Any, flatten: bool = False) -> dist.ProcessGroup | None:
