@@ -384,6 +384,9 @@ def lower_mask(
         spec: the mask.
         window: (left, right) limit in positions of the documents on top of the mask: a query at
             position p sees keys at positions p - left .. p + right only; None on a side: no limit.
+
+    Raises:
+        ValueError: the mask is over 2**62 pairs or more, which 64 bits do not count.
     """
     if spec.total_seqlen * spec.seqlen_k >= 1 << 62:
         raise ValueError(

@@ -258,7 +258,7 @@ def check_heads(num_heads_q: Any, num_heads_kv: Any, head_dim: Any, head_dim_v: 
 def check_options(
     spec: Any, heads: tuple[Any, Any, Any, Any], *, chunk_size: Any, num_stages: Any, search_effort: Any, wire: Any
 ) -> None:
-    """Check what `make_key` and `make_plan` take alike and the solver does not check.
+    """Check what `make_key` and `make_plan` take alike, whether or not a plan is made; the solver knows upper limits.
 
     Raises:
         ValueError: names the value and the rule.

@@ -30,6 +30,7 @@ from cpattn.solver import (
 
 from .calibrate import calibrate, launched_ranks
 from .options import (
+    TORCH_NAMES,
     BlockOption,
     FileOption,
     HeadDimOption,
@@ -275,4 +276,5 @@ def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:
 def _torch_dtype(dtype: Dtypes) -> torch.dtype:
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype.value]
+    found: torch.dtype = getattr(torch, TORCH_NAMES[dtype.value])
+    return found

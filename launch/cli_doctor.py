@@ -11,10 +11,8 @@ from rich.table import Table
 
 from cpattn.planning import check_heads
 
-from .options import refused
+from .options import TORCH_NAMES, refused
 
-# What `cpattn bench` calls them.
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 # What brings each kernel, by the name that pip knows.
 _PACKAGES = (
     "torch",
@@ -48,7 +46,7 @@ def doctor(
     try:
         if device not in ("cuda", "cpu"):
             raise ValueError(f"--device is {device!r}: use cuda or cpu")
-        chosen_dtype = getattr(torch, _DTYPES.get(dtype, dtype), None)
+        chosen_dtype = getattr(torch, TORCH_NAMES.get(dtype, dtype), None)
         if chosen_dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64")
         check_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v or head_dim)

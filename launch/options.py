@@ -43,7 +43,9 @@ SeqlenOption: TypeAlias = Annotated[str, typer.Option(help="Tokens of one sequen
 LengthsOption: TypeAlias = Annotated[str, typer.Option(help="Document lengths instead, comma-separated: 8K,3000,512.")]
 FileOption: TypeAlias = Annotated[Path | None, typer.Option(help="JSON file with the mask: see docs/planning.md.")]
 WindowOption: TypeAlias = Annotated[int | None, typer.Option(help="Keys that a query sees, itself included.")]
-BlockOption: TypeAlias = Annotated[int | None, typer.Option(help="Tokens of a block (mask block-causal).")]
+BlockOption: TypeAlias = Annotated[int | None, typer.Option(help="Tokens of a block of block-causal; default: 1024.")]
+# Dtypes by the names of options and of torch.
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 # Heads (`heads_of_option`).
 HeadsOption: TypeAlias = Annotated[str, typer.Option(help="Query and key heads, q:kv.")]
 HeadDimOption: TypeAlias = Annotated[int, typer.Option(help="Dim of a head.")]

@@ -6,6 +6,8 @@ import numpy as np
 
 from cpattn import AttnMaskSpec
 
+Window = int | tuple[int | None, int | None] | None
+
 
 def _holes() -> AttnMaskSpec:
     """Raw rectangles that overlap, leave gaps, and leave rows 50 to 69 blind."""
@@ -47,3 +49,18 @@ MASKS: dict[str, AttnMaskSpec] = {
     "empty": AttnMaskSpec.varlen([]),
     "one_token": AttnMaskSpec.causal(1),
 }
+
+
+def within_window(spec: AttnMaskSpec, window: Window) -> AttnMaskSpec:
+    """The mask under a window, pair by pair from the definition: a limit in positions of the documents."""
+    if window is None:
+        return spec
+    left, right = (window - 1, None) if isinstance(window, int) else window
+    position = np.arange(spec.total_seqlen)
+    for document in spec.documents or []:
+        position[document.start : document.end] -= document.start - document.first_position
+    back = position[:, None] - position
+    visible = spec.to_dense()
+    visible &= True if left is None else back <= left
+    visible &= True if right is None else back >= -right
+    return AttnMaskSpec.from_dense(visible)

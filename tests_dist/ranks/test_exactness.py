@@ -12,7 +12,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec, LayerKind
 from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
+from tests_dist.masks import MASKS, within_window
 from tests_dist.oracle import Results, assert_as_exact_as_sdpa, assert_exact, make_inputs, oracle
 from tests_dist.rank_cases import run_attention, run_with_key
 from tests_dist.strategies import random_spec
@@ -141,9 +141,8 @@ def random_joint_on_rank(seeds: range, ranks_per_node: int | None) -> int:
         rng = np.random.default_rng(seed)
         first = random_spec(rng)
         window = int(rng.integers(1, 12))
-        i, j = np.indices((first.total_seqlen, first.total_seqlen))
-        limited = AttnMaskSpec.from_dense(first.to_dense() & (i - j < window))
-        truths = [first, limited] + [random_spec(rng, total=first.total_seqlen) for _ in range(rng.integers(1, 3))]
+        truths = [first, within_window(first, window)]
+        truths += [random_spec(rng, total=first.total_seqlen) for _ in range(rng.integers(1, 3))]
         kinds = [LayerKind(spec, None, float(rng.uniform(0.1, 9))) for spec in truths]
         kinds[1] = LayerKind(None, window, 3)
         options = {"num_stages": int(rng.integers(1, 4)), "chunk_size": int(rng.integers(1, 9))}

@@ -17,12 +17,10 @@ import cpattn
 from cpattn import AttnMaskSpec, LayerKind
 from cpattn.solver import HARDWARE, LAYOUTS
 from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
+from tests_dist.masks import MASKS, Window, within_window
 from tests_dist.oracle import assert_exact, make_inputs, oracle
 from tests_dist.rank_cases import run_with_key
 from tests_dist.strategies import random_spec
-
-Window = int | tuple[int | None, int | None] | None
 
 
 class Case(NamedTuple):
@@ -102,21 +100,6 @@ def random_window(rng: np.random.Generator, spec: AttnMaskSpec) -> Window:
 def random_layer(rng: np.random.Generator, spec: AttnMaskSpec) -> LayerKind:
     other = random_spec(rng, total=spec.total_seqlen) if rng.integers(2) else None
     return LayerKind(other, random_window(rng, spec), float(rng.integers(1, 6)))
-
-
-def within_window(spec: AttnMaskSpec, window: Window) -> AttnMaskSpec:
-    """The mask under a window, pair by pair from the definition: a limit in positions of the documents."""
-    if window is None:
-        return spec
-    left, right = (window - 1, None) if isinstance(window, int) else window
-    position = np.arange(spec.total_seqlen)
-    for document in spec.documents or []:
-        position[document.start : document.end] -= document.start - document.first_position
-    back = position[:, None] - position
-    visible = spec.to_dense()
-    visible &= True if left is None else back <= left
-    visible &= True if right is None else back >= -right
-    return AttnMaskSpec.from_dense(visible)
 
 
 def options_together_on_rank(seeds: range) -> int:
