@@ -20,5 +20,5 @@ ln -s "$root/tests_dist" "$tree/"
 
 cd "$tree" # mypy looks in the working directory first, and in the checkout it would find the bare cpattn/
 "$python" -m mypy --config-file "$root/pyproject.toml" --cache-dir "$root/.mypy_cache/cache" \
-    -p cpattn -m tests_dist.harness "$@" |
+    -p cpattn -m tests_dist.support.harness "$@" |
     sed -E 's#^cpattn/(solver|collectives|launch)/#\1/#'

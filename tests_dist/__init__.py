@@ -1,1 +1,1 @@
-"""Tests of cpattn: solver/ (one process), ranks/ (several gloo ranks), gpu/ (CUDA)."""
+"""Tests of cpattn, one folder for each part of it; support/ holds what they share."""

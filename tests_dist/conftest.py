@@ -25,6 +25,6 @@ def _has_cuda() -> bool:
 
 
 def pytest_unconfigure() -> None:
-    harness = sys.modules.get("tests_dist.harness")  # not imported here: solver tests need no torch
+    harness = sys.modules.get("tests_dist.support.harness")  # not imported here: solver tests need no torch
     if harness is not None:
         harness.shutdown_pools()

@@ -118,7 +118,7 @@ def test_all_four_folders_are_looked_at() -> None:
         ("cpattn", "from .launch import cli", False),
         ("cpattn", "from solver import Plan", False),
         ("launch", "import cpattn, typer", True),
-        ("launch", "from tests_dist.harness import run_on_ranks", False),
+        ("launch", "from tests_dist.support.harness import run_on_ranks", False),
     ],
 )
 def test_the_rules_themselves(folder: str, source: str, allowed: bool) -> None:

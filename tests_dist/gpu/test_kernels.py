@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from cpattn import backends
 from cpattn.backends import Backend, FlexBackend
 from cpattn.solver import SliceTable
-from tests_dist.backend_cases import CASES, LARGE, check_backend, run_backend
+from tests_dist.support.backend_cases import CASES, LARGE, check_backend, run_backend
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cpattn import AttnMaskSpec
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
-from tests_dist.oracle import Inputs, Results, assert_as_exact_as_sdpa, make_inputs
-from tests_dist.rank_cases import run_attention
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS
+from tests_dist.support.oracle import Inputs, Results, assert_as_exact_as_sdpa, make_inputs
+from tests_dist.support.rank_cases import run_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.harness import fresh_group, run_on_ranks
+from tests_dist.support.harness import fresh_group, run_on_ranks
 
 SPEC = AttnMaskSpec.varlen([40, 24])
 COLLECTIVES = (

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cpattn.collectives import RowRoutes, group_cast, group_reduce, merge_partials
-from tests_dist.harness import fresh_group, run_on_ranks
+from tests_dist.support.harness import fresh_group, run_on_ranks
 
 
 class World(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
+from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = 2, 16
 

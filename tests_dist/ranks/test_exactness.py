@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn import AttnMaskSpec, LayerKind
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS, within_window
-from tests_dist.oracle import Results, assert_as_exact_as_sdpa, assert_exact, make_inputs, oracle
-from tests_dist.rank_cases import run_attention, run_with_key
-from tests_dist.strategies import random_spec
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS, within_window
+from tests_dist.support.oracle import Results, assert_as_exact_as_sdpa, assert_exact, make_inputs, oracle
+from tests_dist.support.rank_cases import run_attention, run_with_key
+from tests_dist.support.strategies import random_spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = {"mha": (2, 2), "gqa": (6, 2), "mqa": (3, 1)}

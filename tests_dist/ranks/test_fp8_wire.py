@@ -12,10 +12,10 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.collectives import Fp8Rows
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
-from tests_dist.oracle import Inputs, Results, make_inputs, oracle
-from tests_dist.rank_cases import run_attention
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS
+from tests_dist.support.oracle import Inputs, Results, make_inputs, oracle
+from tests_dist.support.rank_cases import run_attention
 
 
 def relative_error(mine: torch.Tensor, exact: torch.Tensor) -> float:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests_dist import harness
-from tests_dist.harness import RankError, fresh_group, run_on_ranks
+from tests_dist.support import harness
+from tests_dist.support.harness import RankError, fresh_group, run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,7 +221,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_orphans_when_the_parent_is_killed_in_a_case(tmp_path: Path, sig: signal.Signals) -> None:
     code = (
-        "from tests_dist.harness import run_on_ranks\n"
+        "from tests_dist.support.harness import run_on_ranks\n"
         "from tests_dist.ranks.test_harness import write_pid_and_hang\n"
         f"run_on_ranks(3, write_pid_and_hang, {str(tmp_path)!r})\n"
     )
@@ -244,7 +244,7 @@ def test_no_orphans_when_the_parent_is_killed_in_a_case(tmp_path: Path, sig: sig
 @needs_proc
 def test_no_orphans_when_the_parent_ends(tmp_path: Path) -> None:
     code = (
-        "from tests_dist.harness import run_on_ranks\n"
+        "from tests_dist.support.harness import run_on_ranks\n"
         "from tests_dist.ranks.test_harness import own_pid\n"
         "print(*run_on_ranks(3, own_pid), *run_on_ranks(2, own_pid))\n"
     )

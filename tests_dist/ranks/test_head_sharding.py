@@ -30,11 +30,11 @@ from cpattn.solver import (
     split_heads,
     split_rows,
 )
-from tests_dist.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
-from tests_dist.oracle import Inputs, Results, assert_as_exact_as_sdpa, dense_attention, make_inputs, oracle
-from tests_dist.rank_cases import run_attention, run_with_key
+from tests_dist.support.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS
+from tests_dist.support.oracle import Inputs, Results, assert_as_exact_as_sdpa, dense_attention, make_inputs, oracle
+from tests_dist.support.rank_cases import run_attention, run_with_key
 
 # ----------------------------------------------------------------------------------------------------
 # The pure part.

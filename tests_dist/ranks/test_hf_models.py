@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 from cpattn import AttnMaskSpec
 from cpattn.integrations.batch_layout import layout_of_batch, layout_of_spec
 from cpattn.integrations.transformers import ContextParallel, layer_kinds, register_attention
-from tests_dist.harness import run_on_ranks
-from tests_dist.hf_models import (
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.hf_models import (
     MODELS,
     VISION_MODELS,
     assert_same_step,
@@ -28,7 +28,7 @@ from tests_dist.hf_models import (
     text_batch,
     vision_batch,
 )
-from tests_dist.hf_rank_cases import parallel_steps
+from tests_dist.support.hf_rank_cases import parallel_steps
 
 LAYOUTS = ("plain", "packed", "right", "left")
 

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 
 from cpattn.integrations.prefix_tree import fold_samples
 from cpattn.integrations.transformers import ContextParallel, register_attention
-from tests_dist.harness import run_on_ranks
-from tests_dist.hf_models import gradients, make_model, relative_error
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.hf_models import gradients, make_model, relative_error
 
 PROMPT, LENGTHS = 48, (9, 14, 5, 11, 20, 7, 16, 10)
 

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 from cpattn import AttnMaskSpec
 from cpattn.integrations.batch_layout import layout_of_spec, shifted_labels
 from cpattn.integrations.transformers import ContextParallel, register_attention
-from tests_dist.harness import RankError, run_on_ranks
-from tests_dist.hf_models import (
+from tests_dist.support.harness import RankError, run_on_ranks
+from tests_dist.support.hf_models import (
     IGNORE,
     StepResult,
     assert_same_step,
@@ -26,7 +26,7 @@ from tests_dist.hf_models import (
     text_batch,
     vision_batch,
 )
-from tests_dist.hf_rank_cases import parallel_steps
+from tests_dist.support.hf_rank_cases import parallel_steps
 
 
 def one_loss(name, batches):

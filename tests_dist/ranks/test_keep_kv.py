@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.compile_cases import CountingCompiler
-from tests_dist.harness import run_on_ranks
-from tests_dist.oracle import make_inputs
+from tests_dist.support.compile_cases import CountingCompiler
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.oracle import make_inputs
 
 HEADS, DIM = (4, 2), 16
 

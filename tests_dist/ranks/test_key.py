@@ -24,9 +24,9 @@ from cpattn.collectives import Fp8Rows
 from cpattn.key import MAX_CACHED_KEYS, clear_key_cache
 from cpattn.nodes import Launch, group_ranks_per_node, read_launch
 from cpattn.solver import Heads, make_joint_plans, place_zigzag, row_costs
-from tests_dist.harness import fresh_group, run_on_ranks
-from tests_dist.oracle import Inputs, Results, make_inputs, oracle
-from tests_dist.rank_cases import run_with_key
+from tests_dist.support.harness import fresh_group, run_on_ranks
+from tests_dist.support.oracle import Inputs, Results, make_inputs, oracle
+from tests_dist.support.rank_cases import run_with_key
 
 SPEC = AttnMaskSpec.varlen([30, 1, 47])
 

@@ -14,7 +14,7 @@ import cpattn
 from cpattn import AttnMaskSpec, ModelShape, PagedKVCache
 from cpattn.kv_cache import merge_over_ranks
 from cpattn.launch.demo.model import ModelConfig, Transformer
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.harness import run_on_ranks
 
 LENGTHS = (70, 3, 41)
 WINDOWS = (None, 16, None, 5)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS
 
 WITH_DOCUMENTS = [name for name, spec in MASKS.items() if spec.documents is not None]
 

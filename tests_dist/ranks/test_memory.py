@@ -16,7 +16,7 @@ from cpattn import AttnMaskSpec
 from cpattn.backends.sdpa_cpu import _MANY_ROWS, _additive_band
 from cpattn.execute import kept_bytes, run_backward, run_forward
 from cpattn.launch.benchmarks.step import allocated_at_peak
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = (4, 2), 64
 # What oneDNN packs for half-precision products depends on the CPU.

@@ -16,11 +16,11 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec, LayerKind
 from cpattn.solver import HARDWARE, LAYOUTS
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS, Window, within_window
-from tests_dist.oracle import assert_exact, make_inputs, oracle
-from tests_dist.rank_cases import run_with_key
-from tests_dist.strategies import random_spec
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS, Window, within_window
+from tests_dist.support.oracle import assert_exact, make_inputs, oracle
+from tests_dist.support.rank_cases import run_with_key
+from tests_dist.support.strategies import random_spec
 
 
 class Case(NamedTuple):

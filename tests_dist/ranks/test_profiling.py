@@ -14,7 +14,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec, profiling
 from cpattn.profiling import Call, RankTrace, Span, Trace, transfer_lanes
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = (4, 2), 16
 # Times are taken in whole nanoseconds and shifted, which rounds.

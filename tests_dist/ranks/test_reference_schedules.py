@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cpattn.launch.benchmarks import schedules, step
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.harness import run_on_ranks
 
 CASES = ["causal:515", "packed:700", "window:2311"]
 

@@ -18,11 +18,11 @@ import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.mask_spec import lower_mask
 from cpattn.solver import LAYOUTS, Placement, assemble_plan
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
-from tests_dist.oracle import Inputs, Results, assert_exact, dense_attention, make_inputs, oracle
-from tests_dist.rank_cases import run_attention, run_with_key
-from tests_dist.strategies import random_spec
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS
+from tests_dist.support.oracle import Inputs, Results, assert_exact, dense_attention, make_inputs, oracle
+from tests_dist.support.rank_cases import run_attention, run_with_key
+from tests_dist.support.strategies import random_spec
 
 SELF_ATTENTION = [name for name, spec in MASKS.items() if not spec.is_cross]
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.harness import run_on_ranks
-from tests_dist.oracle import dense_attention, make_inputs
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.oracle import dense_attention, make_inputs
 
 LENGTHS = [30, 1, 20, 7]
 SPEC = AttnMaskSpec.varlen(LENGTHS)

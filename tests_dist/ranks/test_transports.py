@@ -17,9 +17,9 @@ from cpattn import AttnMaskSpec
 from cpattn.backends import CpuSdpaBackend
 from cpattn.launch.calibrate import _transfer_load, measure_transports
 from cpattn.solver import DEFAULT_HARDWARE, Hardware, Link, TransportTimes
-from tests_dist.harness import run_on_ranks
-from tests_dist.masks import MASKS
-from tests_dist.oracle import Results, make_inputs
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.masks import MASKS
+from tests_dist.support.oracle import Results, make_inputs
 
 # ----------------------------------------------------------------------------------------------------
 # Two levels: what starts when.

@@ -21,7 +21,7 @@ from cpattn.solver import (
     row_costs,
     step_time_bound,
 )
-from tests_dist.masks import MASKS
+from tests_dist.support.masks import MASKS
 
 K, M = 1 << 10, 1 << 20
 SELF = [name for name, spec in MASKS.items() if not spec.is_cross]

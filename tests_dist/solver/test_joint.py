@@ -18,7 +18,7 @@ from cpattn.solver import (
     make_dispatch_plan,
     make_joint_plans,
 )
-from tests_dist.masks import MASKS
+from tests_dist.support.masks import MASKS
 
 K = 1 << 10
 

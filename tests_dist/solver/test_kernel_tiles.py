@@ -23,8 +23,8 @@ from cpattn.solver import (
     tiles_to_slices,
     window_params,
 )
-from tests_dist.masks import MASKS
-from tests_dist.strategies import slice_tables
+from tests_dist.support.masks import MASKS
+from tests_dist.support.strategies import slice_tables
 
 # The package exports a function of the module's name.
 module = importlib.import_module("cpattn.solver.kernel_tiles")

@@ -32,8 +32,8 @@ from cpattn.solver import (
     make_dispatch_plan,
     place_contiguous,
 )
-from tests_dist.masks import MASKS
-from tests_dist.strategies import random_spec, specs
+from tests_dist.support.masks import MASKS
+from tests_dist.support.strategies import random_spec, specs
 
 STAGES = (1, 2, 3, 8)
 

@@ -26,7 +26,7 @@ from cpattn.solver import (
 )
 from cpattn.solver import routes as routes_module
 from cpattn.solver.routes import link_rows
-from tests_dist.strategies import slice_tables, spans
+from tests_dist.support.strategies import slice_tables, spans
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
 TOTAL = 17

@@ -11,7 +11,7 @@ import pytest
 from cpattn import AttnMaskSpec
 from cpattn.mask_spec import lower_mask
 from cpattn.solver import Hardware, Heads, Link, make_dispatch_plan, simulate, traffic_matrix
-from tests_dist.masks import MASKS
+from tests_dist.support.masks import MASKS
 
 SLOW = Hardware("slow", 1e9, 1e9, 0.0, 0.0, 1e15, Link(0.0, 1e6), Link(0.0, 1e6), 1)
 FREE_LINKS = Hardware("free", 1e9, 2e9, 0.0, 0.0, 1e15, Link(0.0, 1e18), Link(0.0, 1e18), 1)

@@ -17,7 +17,7 @@ from cpattn.solver import (
     merge_neighbours,
 )
 from cpattn.solver.slices import pairs_in_rows
-from tests_dist.strategies import mask_slices, slice_tables
+from tests_dist.support.strategies import mask_slices, slice_tables
 
 LENGTH = 12
 many = settings(max_examples=300, deadline=None, derandomize=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpattn.te_ops import fused_attn, fused_attn_bwd, fused_attn_fwd
 from cpattn.te_ops.dense import dropout_keep
-from tests_dist.te_ops.contract import (
+from tests_dist.compat.te_ops.contract import (
     Case,
     Placed,
     Results,

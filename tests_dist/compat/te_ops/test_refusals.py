@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpattn.te_ops import fused_attn_bwd, fused_attn_fwd, parse_layout
-from tests_dist.te_ops.contract import Case, make_sequences, place
+from tests_dist.compat.te_ops.contract import Case, make_sequences, place
 
 
 def call(layout: str = "bshd_bshd_bshd", mask: str = "padding", **changes: Any) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.harness import run_on_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages whose code is one script that needs nothing but this package and ranks.
 SCRIPTS = [ROOT / "docs" / "masks.md", ROOT / "docs" / "gradients.md"]

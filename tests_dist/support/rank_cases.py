@@ -8,7 +8,7 @@ import torch
 
 import cpattn
 from cpattn import AttnMaskSpec
-from tests_dist.oracle import Inputs, Results
+from tests_dist.support.oracle import Inputs, Results
 
 
 def run_attention(

@@ -29,8 +29,8 @@ from cpattn.magi_api import (
     roll,
     undispatch,
 )
-from tests_dist.harness import fresh_group, run_on_ranks
-from tests_dist.oracle import dense_attention, make_inputs
+from tests_dist.support.harness import fresh_group, run_on_ranks
+from tests_dist.support.oracle import dense_attention, make_inputs
 
 HEADS = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 16}
 TREE = AttnMaskSpec.prefix_tree([20, 13, 17], [[0, 1], [0, 2]])[0]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.integrations.transformers import ContextParallel, register_attention
-from tests_dist.hf_models import StepResult, gradients, make_model
+from tests_dist.support.hf_models import StepResult, gradients, make_model
 
 Batch = dict[str, Tensor]
 

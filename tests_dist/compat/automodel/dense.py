@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests_dist.oracle import dense_attention
+from tests_dist.support.oracle import dense_attention
 
 
 def dense_batch(

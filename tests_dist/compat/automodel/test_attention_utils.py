@@ -28,8 +28,8 @@ from cpattn.automodel.attention_utils import (
     postprocess_output_for_attn,
     preprocess_args_and_kwargs_for_attn,
 )
-from tests_dist.automodel.dense import additive, band, cu_seqlens, dense_batch, rel_error, same_document
-from tests_dist.harness import run_on_ranks
+from tests_dist.compat.automodel.dense import additive, band, cu_seqlens, dense_batch, rel_error, same_document
+from tests_dist.support.harness import run_on_ranks
 
 HEADS, GROUPS, DIM, SCALE = 4, 2, 8, 0.3
 # Every implementation that computes here; "te" with the portable module.
@@ -705,7 +705,7 @@ def test_masks_built_in_inference_mode_serve_training() -> None:
 def test_the_pages_examples_run(section: str) -> None:
     if section == "te_attention":
         pytest.importorskip("transformers")
-    page = (Path(__file__).parents[2] / "docs" / "automodel.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "automodel.md").read_text()
     text = page.split(f"## `{section}`")[1].split("\n## ")[0]
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(code, {})

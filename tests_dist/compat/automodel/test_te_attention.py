@@ -40,7 +40,7 @@ from cpattn.automodel.te_attention import (
     reset_te_attention_stats,
     set_te_extra_state,
 )
-from tests_dist.automodel.dense import additive, band, cu_seqlens, dense_batch, rel_error, same_document
+from tests_dist.compat.automodel.dense import additive, band, cu_seqlens, dense_batch, rel_error, same_document
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests_dist.te_ops.contract import (
+from tests_dist.compat.te_ops.contract import (
     PADDED_LAYOUTS,
     PAGED_LAYOUTS,
     RAGGED_LAYOUTS,

@@ -11,8 +11,8 @@ from cpattn.backends import sdpa_cpu
 from cpattn.backends.flex import FlexBackend
 from cpattn.backends.reference import ReferenceBackend
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
-from tests_dist.backend_cases import CASES, DTYPES, LARGE, check_backend
-from tests_dist.oracle import dense_attention, make_inputs
+from tests_dist.support.backend_cases import CASES, DTYPES, LARGE, check_backend
+from tests_dist.support.oracle import dense_attention, make_inputs
 
 BACKENDS = {"reference": ReferenceBackend(), "sdpa": CpuSdpaBackend(), "flex": FlexBackend()}
 # Cases that every dtype and number of parts runs.

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
 from cpattn.mask_spec import MASK_TYPES, Document, lower_mask
-from tests_dist.masks import MASKS
-from tests_dist.strategies import specs
+from tests_dist.support.masks import MASKS
+from tests_dist.support.strategies import specs
 
 few = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -16,8 +16,8 @@ from cpattn.solver.rounds import (
     group_windows,
     square_pieces,
 )
-from tests_dist.backend_cases import CASES, random_table
-from tests_dist.fakes.dense import band
+from tests_dist.support.backend_cases import CASES, random_table
+from tests_dist.support.fakes.dense import band
 
 TABLES = {name: case.table for name, case in CASES.items() if case.num_queries < 400}
 TABLES |= {f"seed {seed}": random_table(seed, 60, 6) for seed in range(100, 130)}

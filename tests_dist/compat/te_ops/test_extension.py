@@ -9,7 +9,7 @@ import torch
 
 from cpattn import te_ops
 from cpattn.te_ops import extension as tex
-from tests_dist.te_ops.contract import ALL_MASKS, SOFTMAXES, Case, make_sequences, place
+from tests_dist.compat.te_ops.contract import ALL_MASKS, SOFTMAXES, Case, make_sequences, place
 
 
 class NVTEMask(enum.IntEnum):

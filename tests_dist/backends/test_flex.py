@@ -17,9 +17,9 @@ from cpattn import AttnMaskSpec
 from cpattn.backends import flex
 from cpattn.backends.flex import BLOCK, FlexBackend, make_passes
 from cpattn.solver import SliceTable
-from tests_dist.backend_cases import CASES, check_backend, random_table
-from tests_dist.fakes.dense import attend
-from tests_dist.oracle import Results, assert_as_exact_as_sdpa, make_inputs
+from tests_dist.support.backend_cases import CASES, check_backend, random_table
+from tests_dist.support.fakes.dense import attend
+from tests_dist.support.oracle import Results, assert_as_exact_as_sdpa, make_inputs
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn.profiling import Call, RankTrace, Span, Trace
 from cpattn.solver import HARDWARE, Heads, simulate
-from tests_dist.harness import run_on_ranks
+from tests_dist.support.harness import run_on_ranks
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("matplotlib")

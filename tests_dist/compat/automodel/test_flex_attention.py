@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from cpattn import AttnMaskSpec
 from cpattn.automodel import flex_attention as flex_module
 from cpattn.automodel.flex_attention import FlexAttention
-from tests_dist.automodel.dense import band, dense_batch, rel_error, same_document
+from tests_dist.compat.automodel.dense import band, dense_batch, rel_error, same_document
 
 HEADS, GROUPS, DIM = 4, 2, 8
 

@@ -16,9 +16,9 @@ from cpattn.backends.flash_attn import FlashAttnBackend
 from cpattn.backends.sdpa_cuda import CudaSdpaBackend
 from cpattn.backends.te import TeBackend
 from cpattn.backends.varlen import plan_varlen, writes_once
-from tests_dist.backend_cases import CASES, DTYPES, LARGE, check_backend
-from tests_dist.fakes import flash, ragged
-from tests_dist.fakes.dense import ContractError
+from tests_dist.support.backend_cases import CASES, DTYPES, LARGE, check_backend
+from tests_dist.support.fakes import flash, ragged
+from tests_dist.support.fakes.dense import ContractError
 
 Install = Callable[[str, ModuleType], None]
 

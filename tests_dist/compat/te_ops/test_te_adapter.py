@@ -20,9 +20,9 @@ from cpattn.te_ops import (
     te_refusal,
 )
 from cpattn.te_ops.te_import import call_te
-from tests_dist.te_ops import fake_te
-from tests_dist.te_ops.contract import Case, all_cases, make_sequences, place, reference
-from tests_dist.te_ops.test_fused_attn import compare, run
+from tests_dist.compat.te_ops import fake_te
+from tests_dist.compat.te_ops.contract import Case, all_cases, make_sequences, place, reference
+from tests_dist.compat.te_ops.test_fused_attn import compare, run
 
 # The combinations as 16-bit ones, which is all that TransformerEngine takes. Its dropout has its own stream.
 CASES = list(

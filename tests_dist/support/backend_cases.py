@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpattn.backends import Backend, Problem
 from cpattn.solver import UNBOUNDED, SliceTable, disjoint_union
-from tests_dist.oracle import Inputs, Results, dense_attention
+from tests_dist.support.oracle import Inputs, Results, dense_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)

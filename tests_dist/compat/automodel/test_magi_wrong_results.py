@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from cpattn.automodel import magi_attn_utils as magi
 from cpattn.automodel.magi_attn_utils import AttnMaskSpec, MagiState, make_magi_attn_func
-from tests_dist.automodel.custom_model import HEAD_DIM, HEADS, KV_HEADS, VOCAB, CustomModel
-from tests_dist.harness import fresh_group, run_on_ranks
-from tests_dist.oracle import dense_attention
+from tests_dist.compat.automodel.custom_model import HEAD_DIM, HEADS, KV_HEADS, VOCAB, CustomModel
+from tests_dist.support.harness import fresh_group, run_on_ranks
+from tests_dist.support.oracle import dense_attention
 
 
 @pytest.fixture(autouse=True)

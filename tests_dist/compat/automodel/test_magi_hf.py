@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 from cpattn import undispatch
 from cpattn.automodel import magi_attn_utils as magi
 from cpattn.automodel.magi_attn_utils import AttnMaskSpec, MagiState
-from tests_dist.harness import RankError, fresh_group, run_on_ranks
-from tests_dist.hf_models import (
+from tests_dist.support.harness import RankError, fresh_group, run_on_ranks
+from tests_dist.support.hf_models import (
     IGNORE,
     StepResult,
     assert_same_step,

@@ -1,0 +1,1 @@
+"""Compatibility layers: NeMo Automodel, MagiAttention and TransformerEngine, against their contracts."""

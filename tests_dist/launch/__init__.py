@@ -1,0 +1,1 @@
+"""Commands, the demo, README and the package as it is shipped."""
