@@ -7,15 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cpattn.attention_op import attention
-    from cpattn.checkpointing import attention_checkpoint_contexts, attention_checkpoint_policy
-    from cpattn.generation import ModelShape, generate
-    from cpattn.key import AttnKey, make_key
-    from cpattn.kv_cache import PagedKVCache
-    from cpattn.layout import dispatch, position_ids, roll, undispatch
-    from cpattn.mask_spec import AttnMaskSpec
-    from cpattn.planning import LayerKind, ReadyPlan, make_plan, plan_ahead
-    from cpattn.profiling import profile
+    from cpattn.decoding.generation import ModelShape, generate
+    from cpattn.decoding.kv_cache import PagedKVCache
+    from cpattn.keys.key import AttnKey, make_key
+    from cpattn.masks.spec import AttnMaskSpec
+    from cpattn.ops.attention import attention
+    from cpattn.ops.checkpointing import attention_checkpoint_contexts, attention_checkpoint_policy
+    from cpattn.ops.layout import dispatch, position_ids, roll, undispatch
+    from cpattn.planning.ready import LayerKind, ReadyPlan, make_plan, plan_ahead
+    from cpattn.runtime.profiling import profile
 
 __version__ = "0.1.0"
 
@@ -42,24 +42,24 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AttnKey": "key",
-    "AttnMaskSpec": "mask_spec",
-    "LayerKind": "planning",
-    "ReadyPlan": "planning",
-    "ModelShape": "generation",
-    "PagedKVCache": "kv_cache",
-    "attention": "attention_op",
-    "attention_checkpoint_contexts": "checkpointing",
-    "attention_checkpoint_policy": "checkpointing",
-    "dispatch": "layout",
-    "generate": "generation",
-    "make_key": "key",
-    "make_plan": "planning",
-    "plan_ahead": "planning",
-    "position_ids": "layout",
-    "profile": "profiling",
-    "roll": "layout",
-    "undispatch": "layout",
+    "AttnKey": "keys.key",
+    "AttnMaskSpec": "masks.spec",
+    "LayerKind": "planning.ready",
+    "ReadyPlan": "planning.ready",
+    "ModelShape": "decoding.generation",
+    "PagedKVCache": "decoding.kv_cache",
+    "attention": "ops.attention",
+    "attention_checkpoint_contexts": "ops.checkpointing",
+    "attention_checkpoint_policy": "ops.checkpointing",
+    "dispatch": "ops.layout",
+    "generate": "decoding.generation",
+    "make_key": "keys.key",
+    "make_plan": "planning.ready",
+    "plan_ahead": "planning.ready",
+    "position_ids": "ops.layout",
+    "profile": "runtime.profiling",
+    "roll": "ops.layout",
+    "undispatch": "ops.layout",
 }
 
 

@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import cpattn.layout as _layout
-
-from .attention_op import attention
-from .key import AttnKey, clear_key_cache, make_key
-from .mask_spec import AttnMaskSpec, Document
+import cpattn.ops.layout as _layout
+from cpattn.keys.key import AttnKey, clear_key_cache, make_key
+from cpattn.masks.spec import AttnMaskSpec, Document
+from cpattn.ops.attention import attention
 
 __all__ = [
     "AttnForwardMeta",

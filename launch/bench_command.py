@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from cpattn.hardware import find_hardware
+from cpattn.planning.hardware import find_hardware
 from cpattn.solver import (
     HARDWARE,
     Hardware,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpattn import AttnKey
-    from cpattn.profiling import Trace
+    from cpattn.runtime.profiling import Trace
 
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -184,7 +184,7 @@ class Prediction(NamedTuple):
 
 def predict(key: AttnKey, hardware: Hardware, heads: Heads) -> Prediction:
     """What the cost model says of a step of a key, on links and kernels of the hardware."""
-    from cpattn.head_degree import between_context_ranks, most_heads
+    from cpattn.planning.head_degree import between_context_ranks, most_heads
 
     degree = key.options.head_degree
     inner = Heads(*most_heads((heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v), degree), heads.itemsize)

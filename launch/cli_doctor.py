@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cpattn.planning import check_heads
+from cpattn.planning.ready import check_heads
 
 from .options import TORCH_NAMES, refused
 

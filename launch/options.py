@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.masks.spec import AttnMaskSpec
 from cpattn.solver import Heads
 
 

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cpattn.hardware import find_hardware
-from cpattn.mask_spec import AttnMaskSpec, lower_mask
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
+from cpattn.planning.hardware import find_hardware
 from cpattn.solver import (
     HARDWARE,
     Hardware,

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from cpattn.profiling import Call, Span, Trace
+from cpattn.runtime.profiling import Call, Span, Trace
 from cpattn.solver import PassTimeline
 
 from .bench_command import Prediction

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cpattn.attention_op import attention
-from cpattn.key import AttnKey
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.keys.key import AttnKey
+from cpattn.masks.spec import AttnMaskSpec
+from cpattn.ops.attention import attention
 
 from .flex_attention import FlexAttention
 from .local_masks import (

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.masks.spec import AttnMaskSpec
 
 from .local_masks import (
     Window,

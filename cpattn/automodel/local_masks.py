@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cpattn.attention_op import attention
-from cpattn.key import make_key
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.keys.key import make_key
+from cpattn.masks.spec import AttnMaskSpec
+from cpattn.ops.attention import attention
 
 Window = tuple[int | None, int | None]
 NO_WINDOW: Window = (None, None)

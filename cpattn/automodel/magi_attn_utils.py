@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpattn.attention_op import attention
 from cpattn.integrations.batch_layout import IGNORE_INDEX
-from cpattn.key import AttnKey, make_key
-from cpattn.layout import dispatch, position_ids
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.keys.key import AttnKey, make_key
+from cpattn.masks.spec import AttnMaskSpec
+from cpattn.ops.attention import attention
+from cpattn.ops.layout import dispatch, position_ids
 
 from .local_masks import NO_WINDOW, document_segments, normal_window, spec_of_segments
 
@@ -106,7 +106,7 @@ _LAST_STEP: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 def is_magi_available() -> bool:
     """Whether the engine can be imported. It needs no package besides torch and numpy."""
     try:
-        import cpattn.attention_op  # noqa: F401
+        import cpattn.ops.attention  # noqa: F401
     except Exception as error:
         logger.debug("cpattn is not importable: %s", error)
         return False

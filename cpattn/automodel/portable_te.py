@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.masks.spec import AttnMaskSpec
 
 from .local_masks import (
     TensorMemo,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpattn.mask_spec import AttnMaskSpec, Document, lower_mask
+from cpattn.masks.spec import AttnMaskSpec, Document, lower_mask
 
 IGNORE_INDEX = -100
 

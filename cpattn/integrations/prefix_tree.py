@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.masks.spec import AttnMaskSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,12 +36,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpattn.agreement import require_agreement, tensor_digest
-from cpattn.attention_op import attention
-from cpattn.key import AttnKey, make_key
-from cpattn.layout import undispatch
-from cpattn.mask_spec import AttnMaskSpec
-from cpattn.planning import LayerKind
+from cpattn.keys.key import AttnKey, make_key
+from cpattn.masks.spec import AttnMaskSpec
+from cpattn.ops.attention import attention
+from cpattn.ops.layout import undispatch
+from cpattn.planning.ready import LayerKind
+from cpattn.runtime.agreement import require_agreement, tensor_digest
 
 from .batch_layout import (
     IGNORE_INDEX,

@@ -1,7 +1,7 @@
 """Quantizers and the tensors that they make: none, delayed scaling, current scaling, MXFP8 blocks.
 
 The portable side of TransformerEngine's quantizers: the same names for the same roles (scale, amax, scale_inv), the
-data as uint8 bits of an fp8 format, every cast bit for bit that of torch (`cpattn.fp8`).
+data as uint8 bits of an fp8 format, every cast bit for bit that of torch (`cpattn.te_ops.fp8`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from cpattn.fp8 import (
+from .fp8 import (
     E4M3,
     Fp8Format,
     current_scale,

@@ -58,8 +58,8 @@ def count_bytes(received: Counter[str]) -> None:
 
 def worker(path: Path, prompt: int, new: int) -> None:
     """One rank: prefill and decode, with the bytes and the time of every step."""
-    from cpattn.generation import generate
-    from cpattn.kv_cache import PagedKVCache
+    from cpattn.decoding.generation import generate
+    from cpattn.decoding.kv_cache import PagedKVCache
 
     die_with_parent()
     dist.init_process_group("gloo")

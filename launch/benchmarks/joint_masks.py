@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpattn.mask_spec import AttnMaskSpec, lower_mask
-from cpattn.planning import LayerKind, make_plan
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
+from cpattn.planning.ready import LayerKind, make_plan
 from cpattn.solver import (
     HARDWARE,
     Hardware,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cpattn.backends import Backend, Problem, explain_backends
-from cpattn.mask_spec import AttnMaskSpec, lower_mask
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import SliceTable
 
 from .workloads import document_lengths, prefix_tree

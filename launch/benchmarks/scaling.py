@@ -34,7 +34,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.launch.torchrun import die_with_parent, num_cores, run_on_ranks
-from cpattn.mask_spec import AttnMaskSpec, lower_mask
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import HARDWARE, Heads, ScheduleKind, make_dispatch_plan, simulate
 from cpattn.solver.report import compare
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import cpattn
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
-from cpattn.execute import accumulator_dtype
-from cpattn.mask_spec import AttnMaskSpec, lower_mask
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
+from cpattn.runtime.execute import accumulator_dtype
 from cpattn.solver import Placement, SliceTable, merge_neighbours, place_contiguous, place_zigzag
 
 aten = torch.ops.aten

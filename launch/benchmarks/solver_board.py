@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpattn.launch.benchmarks.workloads import WORKLOADS, document_lengths
-from cpattn.mask_spec import AttnMaskSpec, lower_mask
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import Limits, RowCosts, bytes_bound, kv_rows_bound, make_dispatch_plan, row_costs
 from cpattn.solver.balance_metric import kv_rows_received, rank_areas
 from cpattn.solver.report import place_min_heap, received_bytes

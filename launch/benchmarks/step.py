@@ -45,7 +45,7 @@ from cpattn.launch.benchmarks import schedules as sched
 from cpattn.launch.benchmarks.hosts import require_namespaces, run_on_hosts, two_hosts
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.launch.torchrun import die_with_parent, exit_on_sigterm, num_cores, run_on_ranks
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.masks.spec import AttnMaskSpec
 from cpattn.solver import place_zigzag
 
 HEADS, HEAD_DIM = 8, 64

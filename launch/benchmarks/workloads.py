@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cpattn.mask_spec import AttnMaskSpec
+from cpattn.masks.spec import AttnMaskSpec
 
 
 def document_lengths(total: int, *, seed: int = 0, mean: float = 4096, sigma: float = 1.2) -> list[int]:

@@ -61,7 +61,7 @@ def main(recipe_path: str, steps_path: str) -> None:
             optimizer_step(optimizer, recipe.learning_rate_at(step))
             steps.append({"loss": loss.item(), "seconds": time.perf_counter() - began})
             advance(steps[-1]["loss"])
-    runtime = {"cpattn.attention_op", "cpattn.key", "cpattn.solver", "cpattn.collectives"}
+    runtime = {"cpattn.ops.attention", "cpattn.keys.key", "cpattn.solver", "cpattn.collectives"}
     assert not runtime & set(sys.modules), "the baseline must not use cpattn"
     save_steps(Path(steps_path), steps)
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import cpattn
-from cpattn.profiling import Call, RankTrace, Span, Trace
+from cpattn.runtime.profiling import Call, RankTrace, Span, Trace
 from cpattn.solver import HARDWARE, Heads, simulate
 from tests_dist.support.harness import run_on_ranks
 

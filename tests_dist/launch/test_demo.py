@@ -15,7 +15,7 @@ import pytest
 
 from cpattn import AttnMaskSpec
 from cpattn.launch.demo.data import batches
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import make_dispatch_plan
 
 pytest.importorskip("rich")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cpattn.hardware import find_hardware
+from cpattn.planning.hardware import find_hardware
 from cpattn.solver import DEFAULT_HARDWARE, HARDWARE
 
 

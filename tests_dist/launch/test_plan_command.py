@@ -159,7 +159,7 @@ def test_planning_needs_no_torch() -> None:
     """The plan command and ready-made plans work where torch is not loaded."""
     code = (
         "import sys; sys.argv = ['cpattn', 'plan', '--seqlen', '4K', '--json']\n"
-        "import cpattn.launch.commands, cpattn.planning\n"
+        "import cpattn.launch.commands, cpattn.planning.ready\n"
         "assert 'torch' not in sys.modules\n"
         "try: cpattn.launch.commands.app()\n"
         "except SystemExit as end: assert not end.code\n"

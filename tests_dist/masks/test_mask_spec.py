@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import MASK_TYPES, Document, lower_mask
+from cpattn.masks.spec import MASK_TYPES, Document, lower_mask
 from tests_dist.support.masks import MASKS
 from tests_dist.support.strategies import specs
 

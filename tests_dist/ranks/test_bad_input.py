@@ -304,8 +304,8 @@ def test_keys_that_differ_between_ranks():
 
 def differing_plans() -> None:
     """The same arguments and another plan (another version of the solver, say) is noticed too."""
-    from cpattn import key as key_module
-    from cpattn import planning
+    from cpattn.keys import key as key_module
+    from cpattn.planning import ready as planning
 
     key_module.clear_key_cache()
     planned = planning.make_dispatch_plan

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import cpattn
-from cpattn import AttnMaskSpec, head_degree
-from cpattn.head_degree import DegreeChoice, choose_head_degree
-from cpattn.kv_cache import PagedKVCache
+from cpattn import AttnMaskSpec
+from cpattn.decoding.kv_cache import PagedKVCache
 from cpattn.launch.benchmarks.step import allocated_at_peak
-from cpattn.planning import with_layers
+from cpattn.planning import head_degree
+from cpattn.planning.head_degree import DegreeChoice, choose_head_degree
+from cpattn.planning.ready import with_layers
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     Hardware,

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpattn
-from cpattn import AttnMaskSpec, LayerKind, nodes
+from cpattn import AttnMaskSpec, LayerKind
 from cpattn.collectives import Fp8Rows
-from cpattn.key import MAX_CACHED_KEYS, clear_key_cache
-from cpattn.nodes import Launch, group_ranks_per_node, read_launch
+from cpattn.keys import nodes
+from cpattn.keys.key import MAX_CACHED_KEYS, clear_key_cache
+from cpattn.keys.nodes import Launch, group_ranks_per_node, read_launch
 from cpattn.solver import Heads, make_joint_plans, place_zigzag, row_costs
 from tests_dist.support.harness import fresh_group, run_on_ranks
 from tests_dist.support.oracle import Inputs, Results, make_inputs, oracle
@@ -299,7 +300,7 @@ def masks_planned_together() -> None:
     window = [LayerKind(window=9, num_layers=5)]
     key = make_key(num_layers=2, also=window, num_stages=2)
     local = key.with_mask(SPEC, window=9)
-    tables = [cpattn.mask_spec.lower_mask(SPEC, w) for w in (None, (8, None))]
+    tables = [cpattn.masks.spec.lower_mask(SPEC, w) for w in (None, (8, None))]
     options = {"total_seqlen": 78, "cp_size": 3, "chunk_size": 8, "num_stages": 2, "schedule": "auto"}
     joint = make_joint_plans(tables, [2, 5], costs=row_costs(2, 1, 8, 8), **options)
     assert [key.plan.fingerprint, local.plan.fingerprint] == [p.fingerprint for p in joint.plans]

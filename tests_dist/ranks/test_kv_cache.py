@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpattn
 from cpattn import AttnMaskSpec, ModelShape, PagedKVCache
-from cpattn.kv_cache import merge_over_ranks
+from cpattn.decoding.kv_cache import merge_over_ranks
 from cpattn.launch.demo.model import ModelConfig, Transformer
 from tests_dist.support.harness import run_on_ranks
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends.sdpa_cpu import _MANY_ROWS, _additive_band
-from cpattn.execute import kept_bytes, run_backward, run_forward
 from cpattn.launch.benchmarks.step import allocated_at_peak
+from cpattn.runtime.execute import kept_bytes, run_backward, run_forward
 from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = (4, 2), 64

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 import cpattn
-from cpattn import AttnMaskSpec, profiling
-from cpattn.profiling import Call, RankTrace, Span, Trace, transfer_lanes
+from cpattn import AttnMaskSpec
+from cpattn.runtime import profiling
+from cpattn.runtime.profiling import Call, RankTrace, Span, Trace, transfer_lanes
 from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = (4, 2), 16

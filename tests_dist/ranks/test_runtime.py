@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import LAYOUTS, Placement, assemble_plan
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS

@@ -7,7 +7,7 @@ import pytest
 
 from cpattn import AttnMaskSpec
 from cpattn.launch.benchmarks.workloads import WORKLOADS
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     Heads,

@@ -9,7 +9,7 @@ import pytest
 
 from cpattn import AttnMaskSpec
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     Hardware,

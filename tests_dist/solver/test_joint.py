@@ -8,7 +8,7 @@ import pytest
 from cpattn import AttnMaskSpec, LayerKind, make_plan
 from cpattn.launch.benchmarks.joint_masks import MODELS, masks_of, rows_of
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import (
     HARDWARE,
     JointPlans,

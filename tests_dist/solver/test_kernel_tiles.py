@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import (
     BANDED,
     CAUSAL,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import DEFAULT_HARDWARE, Plan, SliceTable, dispatch, make_dispatch_plan, simulate, two_level_routes
 from cpattn.solver.balance import AREA_LIMIT, rank_areas
 from cpattn.solver.balance_nodes import place_on_nodes

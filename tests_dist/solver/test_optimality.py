@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import Limits, Plan, SliceTable, bytes_bound, kv_rows_bound, make_dispatch_plan, row_costs
 
 RANKS, CHUNK = 3, 16

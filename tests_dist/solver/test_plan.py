@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import (
     LAYOUTS,
     Exchange,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cpattn.launch.benchmarks.workloads import WORKLOADS
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import Limits, Plan, SliceTable, bytes_bound, make_dispatch_plan, row_costs
 from cpattn.solver.schedule import bisect_tasks
 

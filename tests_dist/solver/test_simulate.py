@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import lower_mask
+from cpattn.masks.spec import lower_mask
 from cpattn.solver import Hardware, Heads, Link, make_dispatch_plan, simulate, traffic_matrix
 from tests_dist.support.masks import MASKS
 

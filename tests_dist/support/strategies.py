@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
-from cpattn.mask_spec import MASK_TYPES
+from cpattn.masks.spec import MASK_TYPES
 from cpattn.solver import UNBOUNDED, MaskSlice, SliceTable, TokenRange
 
 

@@ -6,16 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpattn.fp8 import (
-    E4M3,
-    E5M2,
-    current_scale,
-    exponents_to_scale,
-    from_fp8_bits,
-    quantize_bits,
-    scale_exponents,
-    to_fp8_bits,
-)
 from cpattn.te_ops import (
     CurrentScalingQuantizer,
     DelayedScalingQuantizer,
@@ -25,6 +15,16 @@ from cpattn.te_ops import (
     fused_attn_bwd,
     fused_attn_fwd,
     quantizer_helper,
+)
+from cpattn.te_ops.fp8 import (
+    E4M3,
+    E5M2,
+    current_scale,
+    exponents_to_scale,
+    from_fp8_bits,
+    quantize_bits,
+    scale_exponents,
+    to_fp8_bits,
 )
 
 FORMATS = [E4M3, E5M2]

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from cpattn.backends import KERNEL_SCRATCH
 from cpattn.collectives import RowRoutes, heads_to_rows, rows_to_heads
+from cpattn.keys.key import AttnKey, BoundPlan, HeadSharding
+from cpattn.ops.heads import trade_heads, trade_rows
 
 from .execute import accumulator_dtype, kept_bytes, run_backward, run_forward
-from .head_sharding import trade_heads, trade_rows
-from .key import AttnKey, BoundPlan, HeadSharding
 
 # Backends whose kernels need data, or allocate where no dispatcher sees it. Of these only flex attention is torch's
 # own: a higher-order operator, into which no dispatch mode is let, compiled at first use. On CPU, for tests,

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cpattn.collectives import HeadExchange, PendingRows, heads_to_rows, rows_to_heads
-
-from .key import AttnKey, HeadSharding, key_of_handle
-from .profiling import traded, watched_heads
+from cpattn.keys.key import AttnKey, HeadSharding, key_of_handle
+from cpattn.runtime.profiling import traded, watched_heads
 
 
 def shard_heads(

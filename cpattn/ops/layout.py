@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.collectives import RowRoutes, all_gather, group_cast, group_reduce
+from cpattn.keys.key import AttnKey, bind_exchange, runs_to_index
+from cpattn.masks.spec import Document
 from cpattn.solver import (
     Intervals,
     Placement,
@@ -23,9 +25,6 @@ from cpattn.solver import (
     merge_intervals,
     received_runs,
 )
-
-from .key import AttnKey, bind_exchange, runs_to_index
-from .mask_spec import Document
 
 Side = Literal["q", "k"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from . import attention_op  # noqa: F401  (registers the ops that the policy names)
+from cpattn.ops import attention  # noqa: F401  (registers the ops that the policy names)
 
 _KEPT = (
     torch.ops.cpattn.attention_forward.default,

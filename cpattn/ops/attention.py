@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from .execute import accumulator_dtype, kept_bytes, row_delta, run_backward, run_forward
-from .head_sharding import gather_rows, shard_heads
-from .key import AttnKey, key_of_handle
-from .profiling import profiled
+from cpattn.keys.key import AttnKey, key_of_handle
+from cpattn.runtime.execute import accumulator_dtype, kept_bytes, row_delta, run_backward, run_forward
+from cpattn.runtime.profiling import profiled
+
+from .heads import gather_rows, shard_heads
 
 
 @overload

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import (
     Hardware,
     Heads,
@@ -22,8 +23,7 @@ from cpattn.solver import (
     step_time_bound,
 )
 
-from .mask_spec import AttnMaskSpec, lower_mask
-from .planning import LayerMask, LayerPlan, plan_layers
+from .ready import LayerMask, LayerPlan, plan_layers
 
 # Head sharding must bring the step below this share of that without: the prediction is not exact, and no exchange of
 # it hides behind work.

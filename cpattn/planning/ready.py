@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     Hardware,
@@ -34,7 +35,6 @@ from cpattn.solver import (
 )
 
 from .hardware import find_hardware
-from .mask_spec import AttnMaskSpec, lower_mask
 
 Item = TypeVar("Item")
 Workers = Literal["process", "thread"]

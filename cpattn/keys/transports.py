@@ -9,9 +9,8 @@ import numpy as np
 import torch.distributed as dist
 
 from cpattn.collectives import Transport
+from cpattn.planning.hardware import find_hardware
 from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable, two_level_routes
-
-from .hardware import find_hardware
 
 TransportChoice = Literal["auto", "all_to_all", "p2p"]
 

@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.collectives import all_gather, merge_partials
+from cpattn.keys.key import AttnKey
+from cpattn.masks.spec import AttnMaskSpec, Document, lower_mask
+from cpattn.ops.attention import check_numbers
+from cpattn.planning.ready import check_int
+from cpattn.runtime.execute import accumulator_dtype
 from cpattn.te_ops import copy_to_kv_cache
-
-from .attention_op import check_numbers
-from .execute import accumulator_dtype
-from .key import AttnKey
-from .mask_spec import AttnMaskSpec, Document, lower_mask
-from .planning import check_int
 
 MergeMethod = Literal["auto", "gather", "scatter"]
 

@@ -26,8 +26,8 @@ from cpattn.collectives import (
     packed_row_bytes,
     unpack_rows,
 )
+from cpattn.keys.key import AttnKey, BoundPlan
 
-from .key import AttnKey, BoundPlan
 from .profiling import timed, watched
 
 

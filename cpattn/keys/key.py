@@ -22,6 +22,22 @@ from torch import Tensor
 
 from cpattn.backends import Backend, Problem, backend_names, choose_backend, explain_choice
 from cpattn.collectives import Fp8Rows, HeadExchange, RowCodec, RowRoutes, Transport
+from cpattn.masks.spec import AttnMaskSpec, lower_mask
+from cpattn.planning.head_degree import choose_head_degree, inner_costs
+from cpattn.planning.ready import (
+    LayerKind,
+    LayerMask,
+    LayerPlan,
+    ReadyPlan,
+    check_heads,
+    check_int,
+    check_options,
+    check_spec,
+    normal_window,
+    plan_layers,
+    with_layers,
+)
+from cpattn.runtime.agreement import require_agreement
 from cpattn.solver import (
     DEFAULT_HARDWARE,
     Exchange,
@@ -46,26 +62,10 @@ from cpattn.solver import (
     spread_rank_plan,
 )
 
-from .agreement import require_agreement
-from .head_degree import choose_head_degree, inner_costs
-from .mask_spec import AttnMaskSpec, lower_mask
 from .nodes import RanksPerNode, resolve_ranks_per_node
-from .planning import (
-    LayerKind,
-    LayerMask,
-    LayerPlan,
-    ReadyPlan,
-    check_heads,
-    check_int,
-    check_options,
-    check_spec,
-    normal_window,
-    plan_layers,
-    with_layers,
-)
 
 if TYPE_CHECKING:
-    from .memory import StepMemory
+    from cpattn.runtime.memory import StepMemory
 from .transports import TransportChoice, choose_head_transport, choose_transport, read_hardware
 
 MAX_CACHED_KEYS = 64
@@ -408,7 +408,7 @@ class AttnKey:
         Raises:
             ValueError: the backend's kernel cannot be run without data.
         """
-        from .memory import step_memory  # it runs the runtime, which imports this module
+        from cpattn.runtime.memory import step_memory  # it runs the runtime, which imports this module
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind = ("memory", dtype, device)

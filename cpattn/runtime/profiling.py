@@ -33,8 +33,7 @@ import torch.distributed as dist
 
 from cpattn.backends import Backend
 from cpattn.collectives import PendingRows, RowRoutes, cast_encoded, group_reduce, heads_to_rows
-
-from .key import AttnKey, BoundPlan
+from cpattn.keys.key import AttnKey, BoundPlan
 
 Thread: TypeAlias = Literal["compute", "wait", "transfer"]
 PassName: TypeAlias = Literal["forward", "backward"]

@@ -1,0 +1,1 @@
+"""Generation: a paged cache of keys and values spread over ranks, and the loop over it."""

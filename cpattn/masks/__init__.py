@@ -1,0 +1,1 @@
+"""Mask specs: what a query may see, and their lowering to slices."""

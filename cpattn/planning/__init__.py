@@ -1,0 +1,1 @@
+"""From masks to plans: options, ready-made plans, the degree of head sharding. No torch."""
