@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .balance_pool import find_components
-from .balance_profile import DensityProfile
 from .cost import Hardware, Heads, RowCosts
+from .place.components import find_components
+from .place.density import DensityProfile
 from .slices import IntArray, SliceTable, expand_counts
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from .balance import place_balanced
-from .balance_nodes import place_on_nodes
-from .balance_pool import find_components
 from .cost import DEFAULT_HARDWARE, Hardware, RowCosts
 from .estimate import Staging
+from .place.balance import place_balanced
+from .place.components import find_components
+from .place.nodes import place_on_nodes
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
 from .schedule import Schedule, bisect_tasks, place_for_schedule

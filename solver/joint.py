@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .balance import place_balanced
-from .balance_nodes import place_on_nodes
-from .balance_profile import DensityProfile
-from .balance_queues import place_by_density
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .dispatch import Layout, check_sizes, keys_schedule
+from .place.balance import place_balanced
+from .place.density import DensityProfile
+from .place.nodes import place_on_nodes
+from .place.queues import place_by_density
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, Plan, assemble_plan
 from .routes import runs_needed, tokens_needed

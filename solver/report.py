@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .balance_metric import kv_rows_received, rank_areas
 from .bounds import Limits, bytes_bound, kv_rows_bound, step_time_bound
 from .cost import DEFAULT_HARDWARE, Hardware, Heads
 from .dispatch import keys_schedule
+from .place.measure import kv_rows_received, rank_areas
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import Plan, assemble_plan
 from .simulate import simulate

@@ -29,7 +29,7 @@ import numpy as np
 from cpattn.launch.benchmarks.workloads import WORKLOADS, document_lengths
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import Limits, RowCosts, bytes_bound, kv_rows_bound, make_dispatch_plan, row_costs
-from cpattn.solver.balance_metric import kv_rows_received, rank_areas
+from cpattn.solver.place.measure import kv_rows_received, rank_areas
 from cpattn.solver.report import place_min_heap, received_bytes
 
 K, M = 1 << 10, 1 << 20

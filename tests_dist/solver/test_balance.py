@@ -10,13 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, disjoint_union, place_zigzag
-from cpattn.solver.balance import AREA_LIMIT, kv_rows_received, place_balanced, rank_areas
-from cpattn.solver.balance_bundles import BundledLayout
-from cpattn.solver.balance_peel import PeelOptions, place_peeled
-from cpattn.solver.balance_pool import TokenPool, find_components
-from cpattn.solver.balance_profile import DensityProfile, last_within
-from cpattn.solver.balance_queues import place_by_density, place_in_levels
-from cpattn.solver.balance_repair import even_out
+from cpattn.solver.place.balance import AREA_LIMIT, kv_rows_received, place_balanced, rank_areas
+from cpattn.solver.place.bundles import BundledLayout
+from cpattn.solver.place.components import TokenPool, find_components
+from cpattn.solver.place.density import DensityProfile, last_within
+from cpattn.solver.place.peel import PeelOptions, place_peeled
+from cpattn.solver.place.queues import place_by_density, place_in_levels
+from cpattn.solver.place.repair import even_out
 
 
 def documents(lengths, *, causal=True):

@@ -13,9 +13,9 @@ from cpattn import AttnMaskSpec
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.masks.spec import lower_mask
 from cpattn.solver import DEFAULT_HARDWARE, Plan, SliceTable, dispatch, make_dispatch_plan, simulate, two_level_routes
-from cpattn.solver.balance import AREA_LIMIT, rank_areas
-from cpattn.solver.balance_nodes import place_on_nodes
 from cpattn.solver.dispatch import keys_schedule
+from cpattn.solver.place.balance import AREA_LIMIT, rank_areas
+from cpattn.solver.place.nodes import place_on_nodes
 from cpattn.solver.plan import DEFAULT_COSTS, Draft, assemble_plan
 from tests_dist.solver.test_balance import random_masks
 

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, make_dispatch_plan
-from cpattn.solver.balance import kv_rows_received, place_balanced, rank_areas
-from cpattn.solver.balance_divide import Allowed, Pool, best_divisions
-from cpattn.solver.balance_metric import kv_rows_sent
-from cpattn.solver.balance_pool import find_components
-from cpattn.solver.balance_profile import DensityProfile
-from cpattn.solver.balance_relief import relieve_senders
-from cpattn.solver.balance_repack import repack
+from cpattn.solver.place.balance import kv_rows_received, place_balanced, rank_areas
+from cpattn.solver.place.components import find_components
+from cpattn.solver.place.density import DensityProfile
+from cpattn.solver.place.divide import Allowed, Pool, best_divisions
+from cpattn.solver.place.measure import kv_rows_sent
+from cpattn.solver.place.relief import relieve_senders
+from cpattn.solver.place.repack import repack
 from tests_dist.solver.test_balance import documents, lognormal_lengths, random_masks
 
 

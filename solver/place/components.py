@@ -13,9 +13,9 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from .balance_bundles import BundledLayout
-from .balance_profile import AreaRamp, DensityProfile, Line
-from .slices import IntArray, SliceTable
+from ..slices import IntArray, SliceTable
+from .bundles import BundledLayout
+from .density import AreaRamp, DensityProfile, Line
 
 # How one component is listed in by_need, by_density, by_size and by_bottom.
 _Key = tuple[tuple[int, int], tuple[float, int, int], tuple[int, int], tuple[int, int, int]]

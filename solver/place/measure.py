@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .placement import Placement
-from .routes import Intervals, merge_intervals, rows_sent
-from .slices import IntArray, SliceTable
+from ..placement import Placement
+from ..routes import Intervals, merge_intervals, rows_sent
+from ..slices import IntArray, SliceTable
 
 
 def kv_rows_received(table: SliceTable, placement: Placement) -> IntArray:

@@ -8,8 +8,8 @@ from itertools import islice
 
 import numpy as np
 
-from .balance_profile import AreaRamp, DensityProfile
-from .placement import Placement
+from ..placement import Placement
+from .density import AreaRamp, DensityProfile
 
 # Partners considered for a rank that is too heavy: those with the least area.
 _NUM_PARTNERS = 8

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .balance_profile import DensityProfile
-from .placement import Placement
-from .slices import IntArray
+from ..placement import Placement
+from ..slices import IntArray
+from .density import DensityProfile
 
 
 @dataclass(frozen=True, slots=True, eq=False)

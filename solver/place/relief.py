@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .balance_divide import PIECE_PRICE, Allowed, FloatArray, Pool, Sending, best_divisions, sending_price
-from .balance_profile import AreaRamp, DensityProfile
-from .placement import Placement
-from .slices import IntArray
+from ..placement import Placement
+from ..slices import IntArray
+from .density import AreaRamp, DensityProfile
+from .divide import PIECE_PRICE, Allowed, FloatArray, Pool, Sending, best_divisions, sending_price
 
 # Ranks of either kind tried for taking from the busiest sender.
 _NUM_TAKERS = 6

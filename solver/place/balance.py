@@ -25,17 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .balance_divide import Allowed
-from .balance_metric import kv_rows_received, kv_rows_sent, rank_areas
-from .balance_peel import PeelOptions, place_peeled
-from .balance_pool import TokenPool, find_components
-from .balance_profile import DensityProfile
-from .balance_queues import place_by_density, place_in_levels
-from .balance_relief import BUSY_SENDER, relieve_senders
-from .balance_repack import repack
-from .balance_repair import even_out
-from .placement import Placement, place_contiguous
-from .slices import IntArray, SliceTable
+from ..placement import Placement, place_contiguous
+from ..slices import IntArray, SliceTable
+from .components import TokenPool, find_components
+from .density import DensityProfile
+from .divide import Allowed
+from .measure import kv_rows_received, kv_rows_sent, rank_areas
+from .peel import PeelOptions, place_peeled
+from .queues import place_by_density, place_in_levels
+from .relief import BUSY_SENDER, relieve_senders
+from .repack import repack
+from .repair import even_out
 
 __all__ = ["AREA_LIMIT", "kv_rows_received", "place_balanced", "rank_areas"]
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .balance_divide import PIECE_PRICE, Allowed, BoolArray, Divisions, FloatArray, Pool, best_divisions
-from .balance_profile import DensityProfile
-from .placement import Placement
-from .slices import IntArray
+from ..placement import Placement
+from ..slices import IntArray
+from .density import DensityProfile
+from .divide import PIECE_PRICE, Allowed, BoolArray, Divisions, FloatArray, Pool, best_divisions
 
 # Pieces of two ranks that are divided anew; the others stay where they are.
 _MOST_FREE = 5

@@ -30,9 +30,9 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from .balance_pool import TokenPool
-from .balance_profile import last_within
-from .placement import Placement
+from ..placement import Placement
+from .components import TokenPool
+from .density import last_within
 
 # Fillers looked at for one gap. More find better fits and cost time; results hardly change past 64.
 _LOOKAHEAD = 64

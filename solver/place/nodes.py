@@ -17,12 +17,12 @@ from functools import partial
 
 import numpy as np
 
+from ..placement import Placement, place_contiguous
+from ..slices import SliceTable
 from .balance import AREA_LIMIT, place_balanced
-from .balance_metric import rank_areas
-from .balance_profile import DensityProfile
-from .balance_queues import place_by_density
-from .placement import Placement, place_contiguous
-from .slices import SliceTable
+from .density import DensityProfile
+from .measure import rank_areas
+from .queues import place_by_density
 
 # Dense and sparse runs of each rank.
 _RUNS = (1, 2, 4)

@@ -6,9 +6,9 @@ from bisect import bisect_right
 
 import numpy as np
 
-from .balance_profile import DensityProfile, last_within
-from .placement import Placement
-from .slices import IntArray
+from ..placement import Placement
+from ..slices import IntArray
+from .density import DensityProfile, last_within
 
 
 class _Queue:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .slices import IntArray, SliceTable
+from ..slices import IntArray, SliceTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
