@@ -22,12 +22,7 @@ taken where the language model begins, and the vision tower runs as it always do
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,466 +33,36 @@ from torch.nn import functional as F
 
 from cpattn.keys.key import AttnKey, make_key
 from cpattn.masks.spec import AttnMaskSpec
-from cpattn.ops.attention import attention
-from cpattn.ops.layout import undispatch
-from cpattn.planning.ready import LayerKind
 from cpattn.runtime.agreement import require_agreement, tensor_digest
 
-from .batch_layout import (
-    IGNORE_INDEX,
-    BatchLayout,
-    MaskTerm,
-    layout_of_batch,
-    layout_of_spec,
-    shifted_labels,
+from .batch_layout import IGNORE_INDEX, BatchLayout, layout_of_batch, layout_of_spec, shifted_labels
+from .hf_attention import (
+    PACKING_INPUTS,
+    cpattn_attention,
+    cpattn_mask,
+    refuse_what_would_be_ignored,
+    register_attention,
 )
-from .hf_masks import terms_of
+from .hf_model import language_model, layer_kinds, refuse_other_mixers, refuse_router_loss, unwrapped
+from .shard import LayerMask, Shard, ShardedMask, local_tokens, split_at_decoder
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "ContextParallel",
+    "LayerMask",
+    "ParallelOutput",
+    "Shard",
+    "ShardedMask",
+    "cpattn_attention",
+    "cpattn_mask",
+    "language_model",
+    "layer_kinds",
+    "refuse_other_mixers",
+    "refuse_what_would_be_ignored",
+    "register_attention",
+    "split_at_decoder",
+]
 
-# Tensors that layers are handed on the way and that say nothing about the mask.
-_HARMLESS = {"position_ids", "position_embeddings", "cache_position", "num_items_in_batch", "input_ids"}
-_BIASES = ("position_bias", "attn_bias", "attention_bias", "bias", "alibi", "head_mask", "layer_head_mask", "cache")
-_TOKEN_MIXERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding", "ssm"}
 _TEXT_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
-_PACKING_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-
-
-def register_attention(name: str = "cpattn") -> None:
-    """Make `attn_implementation=name` known to transformers, for attention and for masks. Idempotent.
-
-    The mask is registered too, because transformers makes no mask at all, not even for padding, for an
-    attention that has none.
-    """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(name, cpattn_attention)
-    AttentionMaskInterface.register(name, cpattn_mask)
-
-
-# ----------------------------------------------------------------------------------------------------
-# What travels through the model.
-
-
-class ShardedMask(Tensor):
-    """A 2-D attention mask that knows the shard it belongs to, and still does after `.to(...)`."""
-
-    shard: Shard
-
-    @classmethod
-    def of(cls, mask: Tensor, shard: Shard) -> ShardedMask:
-        """The mask with the shard attached; shares its memory."""
-        wrapped = mask.as_subclass(cls)
-        wrapped.shard = shard
-        return wrapped
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, cls) and not hasattr(result, "shard"):
-            sources = [a for a in args if isinstance(a, cls)]
-            if sources and hasattr(sources[0], "shard"):
-                result.shard = sources[0].shard
-        return result
-
-
-class LayerMask:
-    """The mask of one kind of layer: a key over the shard's placement, and the shard.
-
-    Not a dataclass: FSDP2 searches those that it finds among a layer's inputs for tensors.
-    """
-
-    __slots__ = ("key", "shard", "window")
-
-    def __init__(self, key: AttnKey, window: tuple[int | None, int | None] | None, shard: Shard) -> None:
-        self.key, self.window, self.shard = key, window, shard
-
-
-@dataclass(eq=False)
-class Shard:
-    """This rank's part of a batch. Made by `ContextParallel.shard`.
-
-    Attributes:
-        key: the key whose placement the shard has.
-        layout: which tokens of the batch are in the sequence that is shared out.
-        index: int64 [L], for each local token its place row * columns + column in the batch. A rank that
-            got no token has one stand-in all the same (models cannot run on none), without a target; it
-            takes no part in attention and in `gather`.
-        inputs: what to call the model with, under `active()`.
-        targets: int64 [1, L], next-token targets of the local tokens (-100: none); None without labels.
-    """
-
-    key: AttnKey
-    layout: BatchLayout
-    index: Tensor
-    inputs: dict[str, Any] = field(default_factory=dict)
-    targets: Tensor | None = None
-    decoder: nn.Module | None = None
-    splits_embeddings: bool = False
-    num_layers_run: int = 0
-    _masks: dict[tuple[MaskTerm, ...], LayerMask] = field(default_factory=dict)
-
-    @property
-    def num_tokens(self) -> int:
-        """L: local tokens, at least one."""
-        return self.index.numel()
-
-    @property
-    def positions(self) -> Tensor:
-        """int64 [L], positions of the local tokens in their documents: columns, in a padded batch."""
-        all_positions = torch.from_numpy(self.layout.positions()).to(self.index.device)
-        local = all_positions[_local_tokens(self.key, self.index.device)]
-        return local if len(local) else local.new_zeros(1)
-
-    def take(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's tokens of a tensor of the whole batch.
-
-        Args:
-            x: [..., B, S, ...], B at `dim`; the same on all ranks of the group.
-            dim: where B is.
-
-        Returns:
-            [..., 1, L, ...]. Gradient: of this rank's tokens; sum it over the ranks for the whole.
-        """
-        if tuple(x.shape[dim : dim + 2]) != (self.layout.rows, self.layout.columns):
-            raise ValueError(
-                f"take: the tensor has shape {tuple(x.shape)}, expected {(self.layout.rows, self.layout.columns)} "
-                f"at dims {dim} and {dim + 1}, the shape of the batch"
-            )
-        return x.flatten(dim, dim + 1).index_select(dim, self.index.to(x.device)).unsqueeze(dim)
-
-    def gather(self, x_local: Tensor, fill_value: float = 0.0) -> Tensor:
-        """The whole tensor on every rank, in the batch's own order; for evaluation and generation.
-
-        Args:
-            x_local: [1, L, ...], values of this rank's tokens (logits, hidden states, losses).
-            fill_value: what padding gets.
-
-        Returns:
-            [B, S, ...]. Gradient: as of `cpattn.undispatch`.
-        """
-        whole = undispatch(x_local[0, : self.key.num_tokens], self.key)
-        layout = self.layout
-        out = whole.new_full((layout.rows * layout.columns, *whole.shape[1:]), fill_value)
-        out = out.index_copy(0, layout.index_on(whole.device), whole)
-        return out.unflatten(0, (layout.rows, layout.columns))
-
-    def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens of the batch lie on this rank.
-
-        Args:
-            tokens: int64 [N], places row * columns + column in the batch; repeats are allowed.
-
-        Returns:
-            (which, rows): int64; tokens[which] are this rank's, and lie at rows of its L.
-        """
-        local = self.index[: self.key.num_tokens].to(tokens.device)
-        order = torch.argsort(local)
-        at = torch.searchsorted(local[order], tokens).clamp(max=max(len(local) - 1, 0))
-        mine = local[order][at] == tokens if len(local) else torch.zeros_like(tokens, dtype=torch.bool)
-        which = mine.nonzero().flatten()
-        return which, order[at[which]] if len(local) else which
-
-    def mask(self, terms: tuple[MaskTerm, ...]) -> LayerMask:
-        """The mask of a kind of layer, as a key over this shard's placement."""
-        if terms not in self._masks:
-            spec, window = self.layout.plan_of(terms)
-            self._masks[terms] = LayerMask(self.key.with_mask(spec, window=window), window, self)
-        return self._masks[terms]
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[Shard]:
-        """Run the model inside: `with shard.active(): model(**shard.inputs)`.
-
-        Raises:
-            RuntimeError: at the end, when fewer attention layers ran sharded than the model has; the
-                others did without the tokens of the other ranks.
-        """
-        token = _active.set(self)
-        self.num_layers_run = 0
-        try:
-            yield self
-        finally:
-            _active.reset(token)
-        expected = getattr(getattr(self.decoder, "config", None), "num_hidden_layers", 1)
-        if self.num_layers_run < expected:
-            raise RuntimeError(
-                f"{self.num_layers_run} of {expected} attention layers ran under context parallelism: the "
-                f"others do not go through transformers' attention interface (or the model was not loaded "
-                f'with attn_implementation="cpattn") and saw this rank\'s tokens only'
-            )
-
-    def decoder_inputs(self, decoder: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The language model's inputs of the whole batch, cut down to this rank's tokens."""
-        rows, columns = self.layout.rows, self.layout.columns
-        local: dict[str, Any] = dict(kwargs)
-        visual = local.pop("visual_pos_masks", None)
-        deepstack = local.pop("deepstack_visual_embeds", None)
-        for name, value in local.items():
-            if not isinstance(value, Tensor) or value.ndim == 0 or isinstance(value, ShardedMask):
-                continue
-            if name == "position_ids":
-                local[name] = self._local_positions(value)
-            elif tuple(value.shape[:2]) == (rows, columns):
-                local[name] = self.take(value)
-            else:
-                raise ValueError(
-                    f"{type(decoder).__name__} gets {name} of shape {tuple(value.shape)}: not of the batch's "
-                    f"{(rows, columns)} tokens, so cpattn does not know how to shard it"
-                )
-        if local.get("past_key_values") is not None:
-            raise ValueError("past_key_values: a key-value cache is not supported under context parallelism")
-        if local.get("position_ids") is None:
-            local["position_ids"] = self.positions[None]
-        mask = local.get("attention_mask")
-        if not isinstance(mask, (dict, LayerMask)):
-            local["attention_mask"] = self._local_mask()
-        elif not all(isinstance(m, LayerMask) for m in (mask.values() if isinstance(mask, dict) else [mask])):
-            raise ValueError(f"{type(decoder).__name__} gets masks that cpattn did not make: {mask!r}")
-        if visual is not None:
-            local["visual_pos_masks"] = self.take(visual)
-            number = (visual.flatten().cumsum(0) - 1)[self.index.to(visual.device)]
-            mine = number[local["visual_pos_masks"][0]]
-            local["deepstack_visual_embeds"] = [e.index_select(0, mine) for e in deepstack or []] or deepstack
-        return local
-
-    def _local_positions(self, positions: Tensor) -> Tensor:
-        """[B, S], [1, S] or [3 or 4, B, S] positions of the local tokens."""
-        rows, columns = self.layout.rows, self.layout.columns
-        return self.take(positions.expand(*positions.shape[:-2], rows, columns), positions.ndim - 2)
-
-    def _local_mask(self) -> ShardedMask:
-        return ShardedMask.of(self.index.new_ones(1, self.num_tokens), self)
-
-
-def split_at_decoder(decoder: nn.Module) -> None:
-    """Make a language model take its shard of inputs that are those of a whole batch. Idempotent.
-
-    The hook finds the shard in the attention mask; inputs without one pass as they are.
-    """
-    if not getattr(decoder, "_cpattn_splits", False):
-        decoder.register_forward_pre_hook(_split_decoder_inputs, with_kwargs=True)
-        decoder._cpattn_splits = True  # type: ignore[assignment]
-
-
-def _split_decoder_inputs(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shard = _shard_of(kwargs.get("attention_mask"))
-    if shard is None or not shard.splits_embeddings:
-        return None
-    if args:
-        raise ValueError(f"{type(decoder).__name__} was called with positional arguments: names are needed")
-    return (), shard.decoder_inputs(decoder, kwargs)
-
-
-def _shard_of(mask: Any) -> Shard | None:
-    if isinstance(mask, dict):
-        mask = next(iter(mask.values()), None)
-    return getattr(mask, "shard", None)
-
-
-_active: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("cpattn_shard", default=None)
-
-
-# ----------------------------------------------------------------------------------------------------
-# What transformers calls.
-
-
-def cpattn_mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """Mask interface of transformers: a `LayerMask` for a sharded batch, else SDPA's mask.
-
-    Raises:
-        ValueError: the batch is sharded and the mask is not one that cpattn can express.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    mask_function = causal_mask_function if mask_function is None else mask_function
-    shard = getattr(attention_mask, "shard", None)
-    if shard is None:
-        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
-        return sdpa_mask(*args, **kwargs)
-    return shard.mask(terms_of(mask_function))
-
-
-def cpattn_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention interface of transformers.
-
-    A layer whose mask is a `LayerMask` attends over the tokens of all ranks. Any other layer (a vision
-    tower, a model used without a shard) attends over the tensors it is given, on this rank alone.
-
-    Args:
-        query, key, value: [B, heads, S, dim], of a sharded batch [1, heads, L, dim]; heads may be
-            those of a tensor-parallel rank.
-
-    Returns:
-        ([B, S, heads, dim], None).
-
-    Raises:
-        ValueError: something that the layer asks for would be ignored; names the layer.
-    """
-    if isinstance(attention_mask, LayerMask):
-        out = _sharded_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-        return out, None
-    shard = _active.get()
-    if shard is not None and shard.decoder is not None and _is_part(module, shard.decoder):
-        raise ValueError(
-            f"{_name(module)}: transformers made no sharded mask for it (it has "
-            f"{type(attention_mask).__name__}), so it would see this rank's tokens only"
-        )
-    _refuse_lost_shard(module)
-    _warn_unsharded()
-    return _whole_attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
-
-
-def _sharded_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: LayerMask,
-    dropout: float,
-    scaling: float | None,
-    extra: Mapping[str, Any],
-) -> Tensor:
-    softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
-    refuse_what_would_be_ignored(module, dropout, softcap, sink, extra)
-    _refuse_other_window(module, mask, extra)
-    tokens = mask.shard.num_tokens
-    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
-        raise ValueError(
-            f"{_name(module)}: query {tuple(query.shape)} and key {tuple(key.shape)} do not have this rank's "
-            f"{tokens} tokens; a key-value cache or cross-attention is not supported"
-        )
-    q, k, v = (t[0].transpose(0, 1)[: mask.key.num_tokens] for t in (query, key, value))
-    bound = mask.key.with_heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2])
-    mask.shard.num_layers_run += 1
-    out = attention(q, k, v, bound, softmax_scale=scaling, softcap=softcap, sink=sink)
-    assert isinstance(out, Tensor)
-    stand_in = tokens - mask.key.num_tokens
-    return F.pad(out, (0, 0, 0, 0, 0, stand_in)).unsqueeze(0) if stand_in else out.unsqueeze(0)
-
-
-def _refuse_other_window(module: nn.Module, mask: LayerMask, extra: Mapping[str, Any]) -> None:
-    window = extra.get("sliding_window") or getattr(module, "sliding_window", None)
-    left = (mask.window or (None, None))[0]
-    if isinstance(window, int) and window < mask.shard.layout.longest_text and left not in (window - 1, window):
-        raise ValueError(
-            f"{_name(module)}: the layer has a sliding window of {window} and its mask has the window {mask.window}: "
-            f"one of the two would be ignored"
-        )
-
-
-def refuse_what_would_be_ignored(
-    module: nn.Module,
-    dropout: float,
-    softcap: float | None,
-    sink: Tensor | None,
-    extra: Mapping[str, Any],
-) -> None:
-    """Raise if a layer asks transformers' attention interface for more than scale, softcap and sink.
-
-    Args:
-        extra: the keyword arguments that the layer passes.
-    """
-    name = _name(module)
-    if dropout:
-        raise ValueError(f"{name}: attention dropout {dropout} is not supported: set attention_dropout=0")
-    for bias in _BIASES:
-        if extra.get(bias) is not None:
-            raise ValueError(f"{name}: {bias} would be ignored: cpattn adds nothing to the scores")
-    if extra.get("output_attentions"):
-        raise ValueError(f"{name}: output_attentions: there is no matrix of probabilities to return")
-    if softcap is None and getattr(module, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{name}: attn_logit_softcapping is set and the layer does not pass it on")
-    if sink is None and isinstance(getattr(module, "sinks", None), Tensor):
-        raise ValueError(f"{name}: the layer has sinks and does not pass them on")
-    known = {*_HARMLESS, *_BIASES, "s_aux", "sinks", *_PACKING_INPUTS}
-    for argument, value in extra.items():
-        if isinstance(value, Tensor) and argument not in known:
-            raise ValueError(f"{name}: cpattn does not know the argument {argument} and would ignore it")
-
-
-def _whole_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    extra: Mapping[str, Any],
-) -> Tensor:
-    """Attention over the tensors at hand: SDPA, or plainly where SDPA has no softcap or sinks."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
-    if softcap is None and sink is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **extra
-        )[0]
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and query.shape[2] > 1 and is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if sink is not None:
-        scores = torch.cat([scores, sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-    probabilities = torch.softmax(scores.float(), -1).to(query.dtype)[..., : key.shape[2]]
-    return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).contiguous()
-
-
-def _refuse_lost_shard(module: nn.Module) -> None:
-    """A layer that was told of its ranks (`magi_attn_utils`) must have been given the shard's mask."""
-    group = getattr(module, "cp_group", None)
-    if group is not None and dist.get_world_size(group) > 1:
-        raise ValueError(
-            f"{_name(module)} is prepared for {dist.get_world_size(group)} ranks and its mask is not the prepared "
-            f"batch's: pass the prepared batch's attention_mask to the model (to use the model on one rank again, "
-            f"take the group away with _set_cp_group_on_attention(model, None))"
-        )
-
-
-def _warn_unsharded() -> None:
-    if _active.get() is None and dist.is_initialized() and dist.get_world_size() > 1 and not _warned:
-        _warned.append(True)
-        warnings.warn(
-            'a model with attn_implementation="cpattn" runs outside a ContextParallel shard: each rank attends '
-            "over the tensors it was given, alone",
-            stacklevel=3,
-        )
-
-
-_warned: list[bool] = []
-
-
-def _is_part(module: nn.Module, whole: nn.Module) -> bool:
-    return any(m is module for m in whole.modules())
-
-
-def _name(module: nn.Module) -> str:
-    layer = getattr(module, "layer_idx", None)
-    return type(module).__name__ + ("" if layer is None else f" of layer {layer}")
-
-
-# ----------------------------------------------------------------------------------------------------
-# What training calls.
 
 
 class ParallelOutput(NamedTuple):
@@ -552,11 +117,11 @@ class ContextParallel:
         self.options: dict[str, Any] = {"layout": layout, "backend": backend, "search_effort": search_effort}
         self.check_batch = check_batch
         self.decoder = language_model(model)
-        config = _unwrapped(model).config
+        config = unwrapped(model).config
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.has_other_modalities = self.text_config is not config
         refuse_other_mixers(self.decoder, self.text_config)
-        _refuse_router_loss(self.text_config)
+        refuse_router_loss(self.text_config)
         if self.has_other_modalities:
             split_at_decoder(self.decoder)
 
@@ -603,13 +168,13 @@ class ContextParallel:
         if inputs.get("past_key_values") is not None:
             raise ValueError("past_key_values: a key-value cache is not supported under context parallelism")
         labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-        packing = {name: inputs.pop(name, None) for name in _PACKING_INPUTS}
+        packing = {name: inputs.pop(name, None) for name in PACKING_INPUTS}
         tokens = _tokens_of(inputs)
         if self.check_batch:
             self._compare_ranks({**inputs, "labels": labels, "shift_labels": targets})
         layout = _layout(inputs, tokens, spec, packing["cu_seq_lens_q"])
         key = self._make_key(layout)
-        local = layout.index_on(tokens.device)[_local_tokens(key, tokens.device)]
+        local = layout.index_on(tokens.device)[local_tokens(key, tokens.device)]
         if not len(local):
             local = local.new_zeros(1)
         shard = Shard(key, layout, local, decoder=self.decoder, splits_embeddings=self.has_other_modalities)
@@ -777,10 +342,10 @@ class ContextParallel:
                     f"leave it out, or pass it to the model by a keyword that is not a tensor"
                 )
         if positions is not None:
-            inputs["position_ids"] = shard._local_positions(positions)
+            inputs["position_ids"] = shard.local_positions(positions)
         else:
             inputs["position_ids"] = shard.positions[None]
-        inputs["attention_mask"] = shard._local_mask()
+        inputs["attention_mask"] = shard.local_mask()
         return inputs
 
     def _compare_ranks(self, batch: Mapping[str, Any]) -> None:
@@ -807,39 +372,6 @@ class _ShareRows(torch.autograd.Function):
         return grad.index_select(0, which) * ctx.weight, None, None, None, None
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    """The stack of decoder layers, without head and without vision tower."""
-    root = _unwrapped(model)
-    return root.get_decoder() if hasattr(root, "get_decoder") else root  # type: ignore[no-any-return]
-
-
-def refuse_other_mixers(decoder: nn.Module, config: Any) -> None:
-    """Raise if tokens meet outside attention: such layers would run over a shuffled shard."""
-    kinds = set(getattr(config, "layer_types", None) or ()) & _TOKEN_MIXERS
-    convolutions = [name for name, m in decoder.named_modules() if isinstance(m, nn.Conv1d)]
-    if kinds or convolutions:
-        raise ValueError(
-            f"{type(decoder).__name__} mixes tokens outside attention ({', '.join(sorted(kinds) + convolutions[:3])}): "
-            f"a shard holds tokens out of order, so such layers cannot run on it"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(decoder).__name__} belongs to an encoder-decoder model: not supported")
-
-
-def _refuse_router_loss(config: Any) -> None:
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits: the router's balance loss is over the whole batch and would be left out; "
-            "set output_router_logits=False and add a balance loss of your own"
-        )
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # type: ignore[assignment]
-    return model
-
-
 def _tokens_of(batch: Mapping[str, Any]) -> Tensor:
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.shape[:2].numel():
@@ -859,41 +391,6 @@ def _layout(
     if positions is not None and positions.ndim == 3:  # multimodal: text positions come first of four
         positions = positions[0] if positions.shape[0] == 4 else None
     return layout_of_batch(rows, columns, attention_mask=mask, positions=positions, cu_seqlens=cu_seqlens)
-
-
-def layer_kinds(config: Any, layout: BatchLayout) -> list[LayerKind]:
-    """The masks of a model's kinds of layers, with how many layers have each, as far as its config tells.
-
-    Tokens are placed by them. What a layer really sees is up to the mask that transformers asks for (image
-    blocks, for example, are not in the config): where that is another one, it is planned over this placement.
-    """
-    names = getattr(config, "layer_types", None) or [_kind_of_all_layers(config)]
-    counts: dict[MaskTerm, int] = {}
-    for name in names:
-        term = _term_of(name, config, layout)
-        counts[term] = counts.get(term, 0) + 1
-    return [LayerKind(*layout.plan_of([term]), num_layers=count) for term, count in counts.items()]
-
-
-def _kind_of_all_layers(config: Any) -> str:
-    sliding = isinstance(getattr(config, "sliding_window", None), int) and getattr(config, "use_sliding_window", True)
-    return "sliding_attention" if sliding else "full_attention"
-
-
-def _term_of(kind: str, config: Any, layout: BatchLayout) -> MaskTerm:
-    """The mask of one of transformers' kinds of layers; a limit that is wider than all texts is left out."""
-    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if getattr(config, "is_causal", True) is False:
-        return MaskTerm(causal=layout.explicit)
-    if kind == "sliding_attention" and isinstance(window, int) and window < layout.longest_text:
-        return MaskTerm(causal=True, left=window - 1)
-    if kind == "chunked_attention" and isinstance(chunk, int) and chunk < layout.longest_text and not layout.explicit:
-        return MaskTerm(causal=True, chunk=chunk)
-    return MaskTerm(causal=True)
-
-
-def _local_tokens(key: AttnKey, device: torch.device) -> Tensor:
-    return torch.from_numpy(key.q_placement.tokens_of(key.cp_rank)).to(device)
 
 
 def _digest(value: Any) -> Any:

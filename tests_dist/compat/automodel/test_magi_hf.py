@@ -141,7 +141,7 @@ def test_prefix_tree_on_the_hugging_face_path():
 
 def test_12_without_a_cp_axis_the_engine_still_attends(monkeypatch):
     """A mesh without "cp": the original called itself enabled and ran SDPA."""
-    import cpattn.integrations.transformers as hf
+    import cpattn.integrations.hf_attention as hf
 
     calls = []
     attend = hf.attention

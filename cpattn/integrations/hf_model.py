@@ -1,0 +1,77 @@
+"""What is read off a transformers model and its config before it runs: its decoder, its layers, what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from cpattn.planning.ready import LayerKind
+
+from .batch_layout import BatchLayout, MaskTerm
+
+_TOKEN_MIXERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding", "ssm"}
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The stack of decoder layers, without head and without vision tower."""
+    root = unwrapped(model)
+    return root.get_decoder() if hasattr(root, "get_decoder") else root  # type: ignore[no-any-return]
+
+
+def refuse_other_mixers(decoder: nn.Module, config: Any) -> None:
+    """Raise if tokens meet outside attention: such layers would run over a shuffled shard."""
+    kinds = set(getattr(config, "layer_types", None) or ()) & _TOKEN_MIXERS
+    convolutions = [name for name, m in decoder.named_modules() if isinstance(m, nn.Conv1d)]
+    if kinds or convolutions:
+        raise ValueError(
+            f"{type(decoder).__name__} mixes tokens outside attention ({', '.join(sorted(kinds) + convolutions[:3])}): "
+            f"a shard holds tokens out of order, so such layers cannot run on it"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(decoder).__name__} belongs to an encoder-decoder model: not supported")
+
+
+def refuse_router_loss(config: Any) -> None:
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits: the router's balance loss is over the whole batch and would be left out; "
+            "set output_router_logits=False and add a balance loss of your own"
+        )
+
+
+def unwrapped(model: nn.Module) -> Any:
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def layer_kinds(config: Any, layout: BatchLayout) -> list[LayerKind]:
+    """The masks of a model's kinds of layers, with how many layers have each, as far as its config tells.
+
+    Tokens are placed by them. What a layer really sees is up to the mask that transformers asks for (image
+    blocks, for example, are not in the config): where that is another one, it is planned over this placement.
+    """
+    names = getattr(config, "layer_types", None) or [_kind_of_all_layers(config)]
+    counts: dict[MaskTerm, int] = {}
+    for name in names:
+        term = _term_of(name, config, layout)
+        counts[term] = counts.get(term, 0) + 1
+    return [LayerKind(*layout.plan_of([term]), num_layers=count) for term, count in counts.items()]
+
+
+def _kind_of_all_layers(config: Any) -> str:
+    sliding = isinstance(getattr(config, "sliding_window", None), int) and getattr(config, "use_sliding_window", True)
+    return "sliding_attention" if sliding else "full_attention"
+
+
+def _term_of(kind: str, config: Any, layout: BatchLayout) -> MaskTerm:
+    """The mask of one of transformers' kinds of layers; a limit that is wider than all texts is left out."""
+    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if getattr(config, "is_causal", True) is False:
+        return MaskTerm(causal=layout.explicit)
+    if kind == "sliding_attention" and isinstance(window, int) and window < layout.longest_text:
+        return MaskTerm(causal=True, left=window - 1)
+    if kind == "chunked_attention" and isinstance(chunk, int) and chunk < layout.longest_text and not layout.explicit:
+        return MaskTerm(causal=True, chunk=chunk)
+    return MaskTerm(causal=True)
