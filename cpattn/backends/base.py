@@ -119,3 +119,8 @@ def refuse_dtype(problem: Problem, accepted: tuple[torch.dtype, ...]) -> str | N
 def pad_head_dim(x: Tensor, head_dim: int) -> Tensor:
     """x with zero columns up to head_dim: they add nothing to scores, and nothing to the result."""
     return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x
+
+
+def kernel_head_dim(k: Tensor, v: Tensor) -> int:
+    """The head dim that q, k and v are padded to: one for all, a multiple of 8."""
+    return -(-max(k.shape[-1], v.shape[-1]) // 8) * 8

@@ -24,12 +24,10 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
-from .base import Problem, pad_head_dim
+from .base import Problem, kernel_head_dim, pad_head_dim
 from .installed import missing_package
-from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, within, writes_once
+from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, refuse_cudnn, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
-from .sdpa_cuda import kernel_head_dim
-from .te import refuse_cudnn
 
 _MIN_BATCH, _MIN_SEQLEN = 8, 128
 

@@ -22,8 +22,7 @@ from cpattn.solver import SliceTable
 from cpattn.solver.rounds import corner_pieces
 
 from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
-from .flash_attn import call_known, known_parameters
-from .installed import device_capability, missing_package
+from .installed import call_known, device_capability, known_parameters, missing_package
 from .rows import merge_rows
 
 _MODULE = "magi_attention.functional.flex_flash_attn"

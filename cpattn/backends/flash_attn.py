@@ -15,10 +15,8 @@ Source: github.com/Dao-AILab/flash-attention, `flash_attn/`, `hopper/` and the w
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,30 +24,10 @@ from torch import Tensor
 
 from cpattn.solver import SliceTable
 
-from .base import HALF_DTYPES, Problem, refuse_dtype
-from .installed import device_capability, missing_package
-from .sdpa_cuda import kernel_head_dim
+from .base import HALF_DTYPES, Problem, kernel_head_dim, refuse_dtype
+from .installed import call_known, device_capability, known_parameters, missing_package
 from .varlen import VarlenCall, VarlenKernel, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward
 from .varlen import writes_once as varlen_writes_once
-
-
-def call_known(function: Callable[..., Any], required: dict[str, Any], optional: dict[str, Any]) -> Any:
-    """Call with those optional arguments that the function has; the required ones whatever it has."""
-    known = known_parameters(function)
-    return function(**required, **{k: v for k, v in optional.items() if known is None or k in known})
-
-
-@lru_cache(maxsize=64)
-def known_parameters(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Names of its parameters; None if it takes any."""
-    inner = getattr(function, "_init_fn", None) or getattr(function, "_opaque_func", None) or function
-    try:
-        parameters = inspect.signature(inner).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind == p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters)
 
 
 def _packed(call: VarlenCall) -> dict[str, Any]:

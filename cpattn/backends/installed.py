@@ -1,11 +1,14 @@
-"""What is installed and on which GPU: asked once, answered in words."""
+"""What is installed, with which arguments and on which GPU: asked once, answered in words."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -45,3 +48,22 @@ def device_capability(device_type: str) -> tuple[int, int] | None:
     if device_type != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability()
+
+
+def call_known(function: Callable[..., Any], required: dict[str, Any], optional: dict[str, Any]) -> Any:
+    """Call with those optional arguments that the function has; the required ones whatever it has."""
+    known = known_parameters(function)
+    return function(**required, **{k: v for k, v in optional.items() if known is None or k in known})
+
+
+@lru_cache(maxsize=64)
+def known_parameters(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of its parameters; None if it takes any."""
+    inner = getattr(function, "_init_fn", None) or getattr(function, "_opaque_func", None) or function
+    try:
+        parameters = inspect.signature(inner).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters)

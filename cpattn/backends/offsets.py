@@ -28,6 +28,8 @@ from cpattn.solver.rounds import (
     square_pieces,
 )
 
+from .base import HALF_DTYPES, Problem, refuse_dtype
+from .installed import device_capability
 from .rows import Rows, as_rows, first_writers
 
 # Windows of different width that are kept; slices of further ones are cut into squares.
@@ -160,3 +162,18 @@ def within(rows: Rows, span: slice) -> Rows:
     if isinstance(rows, slice):
         return slice(rows.start - span.start, rows.stop - span.start)
     return rows - span.start
+
+
+def refuse_cudnn(problem: Problem, device_type: str) -> str | None:
+    """What cuDNN's packed attention does not serve."""
+    capability = device_capability(device_type)
+    if capability is not None and capability < (9, 0):
+        return f"the GPU is sm{capability[0]}{capability[1]}: packed sequences need sm90"
+    if problem.softcap:
+        return "cuDNN's packed kernels have no softcap"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its deterministic backward of packed sequences takes memory quadratic in tokens"
+    widest = max(problem.head_dim, problem.head_dim_v)
+    if widest > 256:
+        return f"head_dim {widest} is more than cuDNN takes (256)"
+    return refuse_dtype(problem, HALF_DTYPES)

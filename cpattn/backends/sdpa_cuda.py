@@ -20,7 +20,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE, square_pieces
 
-from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .base import HALF_DTYPES, Problem, kernel_head_dim, pad_head_dim, refuse_dtype
 from .rows import merge_rows
 from .varlen import VarlenCall, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
 
@@ -229,11 +229,6 @@ class CudaSdpaBackend:
             dq_QND[piece.rows] += dq[0, ..., :d]
             dk_KGD[piece.keys] += dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d]
             dv_KGE[piece.keys] += dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e]
-
-
-def kernel_head_dim(k: Tensor, v: Tensor) -> int:
-    """The head dim that q, k and v are padded to: one for all, a multiple of 8."""
-    return -(-max(k.shape[-1], v.shape[-1]) // 8) * 8
 
 
 def _ungrouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

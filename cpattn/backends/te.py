@@ -25,12 +25,10 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
-from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
-from .flash_attn import known_parameters
-from .installed import device_capability, missing_package
-from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, within, writes_once
+from .base import Problem, kernel_head_dim, pad_head_dim
+from .installed import known_parameters, missing_package
+from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, refuse_cudnn, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
-from .sdpa_cuda import kernel_head_dim
 
 _MODULE = "transformer_engine.pytorch.cpp_extensions.fused_attn"
 
@@ -142,21 +140,6 @@ class TeBackend:
             add_rows(dq_QND, call.rows, take_rows(dq, rows)[..., :d])
             add_rows(dk_KGD, call.keys, take_rows(dk, keys)[..., :d])
             add_rows(dv_KGE, call.keys, take_rows(dv, keys)[..., :e])
-
-
-def refuse_cudnn(problem: Problem, device_type: str) -> str | None:
-    """What cuDNN's packed attention does not serve."""
-    capability = device_capability(device_type)
-    if capability is not None and capability < (9, 0):
-        return f"the GPU is sm{capability[0]}{capability[1]}: packed sequences need sm90"
-    if problem.softcap:
-        return "cuDNN's packed kernels have no softcap"
-    if torch.are_deterministic_algorithms_enabled():
-        return "its deterministic backward of packed sequences takes memory quadratic in tokens"
-    widest = max(problem.head_dim, problem.head_dim_v)
-    if widest > 256:
-        return f"head_dim {widest} is more than cuDNN takes (256)"
-    return refuse_dtype(problem, HALF_DTYPES)
 
 
 def _lengths(call: OffsetCall) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from cpattn import AttnMaskSpec, backends
 from cpattn.backends import Problem, choose_backend, explain_backends, explain_choice
 from cpattn.backends.flash_attn import FlashAttnBackend
 from cpattn.backends.reference import ReferenceBackend
+from tests_dist.test_layers import imports_of
 
 
 def _problem(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, softcap: bool = False) -> Problem:
@@ -98,3 +102,13 @@ def test_doctor() -> None:
     assert run(app, ["doctor", "--device", "cpu", "--dtype", "fp32"]).exit_code == 0
     for bad in (["--dtype", "float99"], ["--device", "tpu"], ["--head-dim", "0"], ["--num-heads-q", "3"]):
         assert run(app, ["doctor", *bad]).exit_code == 2
+
+
+def test_a_kernel_imports_no_kernel() -> None:
+    """What two kernels share lies beneath both, so a kernel can be read, and removed, alone."""
+    kernels = {type(b).__module__ for b in backends._backends}
+    assert len(kernels) > 5
+    for module in kernels:
+        path = Path(sys.modules[module].__file__ or "")
+        imported = {i.module for i in imports_of(path.read_text(), module, is_package=False)}
+        assert not [i for i in imported for other in kernels - {module} if i.startswith(other + ".")], module
