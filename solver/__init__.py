@@ -48,10 +48,10 @@ from .slices import (
     MaskSlice,
     SliceTable,
     TokenRange,
-    disjoint_union,
     expand_counts,
     merge_neighbours,
 )
+from .union import disjoint_union
 
 __all__ = [
     "BANDED",

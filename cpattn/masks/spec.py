@@ -9,25 +9,30 @@ the oracle that tests compare against.
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpattn.solver import UNBOUNDED, SliceTable, disjoint_union
 
+from .reading import (
+    Document,
+    brief,
+    int_array,
+    int_list,
+    one_or_more,
+    read_count,
+    read_documents,
+    read_ranges,
+    read_spans,
+    read_window,
+)
+from .rectangles import Rect, rects_of_dense, tree_depths, tree_parents, tree_rects, window_rects
+
 MASK_TYPES = ("full", "causal", "inv_causal", "bi_causal")
-
-
-class Document(NamedTuple):
-    """Tokens [start, end) that form one text, the first of them at position `first_position`."""
-
-    start: int
-    end: int
-    first_position: int = 0
 
 
 @dataclass
@@ -63,11 +68,11 @@ class AttnMaskSpec:
     documents: list[Document] | None = None
 
     def __post_init__(self) -> None:
-        self.total_seqlen = _count(self.total_seqlen, "total_seqlen")
+        self.total_seqlen = read_count(self.total_seqlen, "total_seqlen")
         if self.total_seqlen_k is not None:
-            self.total_seqlen_k = _count(self.total_seqlen_k, "total_seqlen_k")
-        self.q_ranges = _ranges(self.q_ranges, self.total_seqlen, "q_ranges")
-        self.k_ranges = _ranges(self.k_ranges, self.seqlen_k, "k_ranges")
+            self.total_seqlen_k = read_count(self.total_seqlen_k, "total_seqlen_k")
+        self.q_ranges = read_ranges(self.q_ranges, self.total_seqlen, "q_ranges")
+        self.k_ranges = read_ranges(self.k_ranges, self.seqlen_k, "k_ranges")
         self.mask_types = list(self.mask_types)
         if not len(self.q_ranges) == len(self.k_ranges) == len(self.mask_types):
             raise ValueError(
@@ -78,7 +83,7 @@ class AttnMaskSpec:
             if kind not in MASK_TYPES:
                 raise ValueError(f"mask type {kind!r} is unknown: use one of {', '.join(MASK_TYPES)}")
         if self.documents is not None:
-            self.documents = _documents(self.documents, self.total_seqlen)
+            self.documents = read_documents(self.documents, self.total_seqlen)
         self._fingerprint: tuple[Any, ...] | None = None  # (the fields it was taken of, the fingerprint)
 
     @property
@@ -126,7 +131,7 @@ class AttnMaskSpec:
             seqlens: tokens of each document; zero is allowed.
             causal: each token sees the tokens of its document up to itself, else all of them.
         """
-        spans = _spans(seqlens, "seqlens")
+        spans = read_spans(seqlens, "seqlens")
         kind = "causal" if causal else "full"
         return cls(
             q_ranges=[list(s) for s in spans],
@@ -142,9 +147,9 @@ class AttnMaskSpec:
 
         The values are read now: changing the tensor later does not change the spec.
         """
-        sums = _int_list(cu_seqlens, "cu_seqlens")
+        sums = int_list(cu_seqlens, "cu_seqlens")
         if not sums or sums[0] != 0:
-            raise ValueError(f"cu_seqlens is {_brief(sums)}: it must start at 0")
+            raise ValueError(f"cu_seqlens is {brief(sums)}: it must start at 0")
         return cls.varlen([b - a for a, b in itertools.pairwise(sums)], causal)
 
     @classmethod
@@ -155,7 +160,7 @@ class AttnMaskSpec:
             position_ids: [S] or [B, S] ints; a document starts wherever a position is not its
                 predecessor plus one, and at every row. Rows are laid out one after the other.
         """
-        positions = np.atleast_2d(_int_array(position_ids, "position_ids"))
+        positions = np.atleast_2d(int_array(position_ids, "position_ids"))
         if positions.ndim != 2:
             raise ValueError(f"position_ids has shape {positions.shape}: expected [S] or [B, S]")
         if positions.size and positions.min() < 0:
@@ -179,16 +184,10 @@ class AttnMaskSpec:
             window: an int W: causal, each token sees W keys, itself included. A pair (left, right):
                 each token sees `left` keys before it, itself, and `right` keys after it.
         """
-        spans = _spans(_one_or_more(seqlens), "seqlens")
-        left, right = _window(window)
-        rects = [rect for start, end in spans for rect in _window_rects(start, end, left, right)]
-        return cls(
-            q_ranges=[[q0, q1] for q0, q1, _, _, _ in rects],
-            k_ranges=[[k0, k1] for _, _, k0, k1, _ in rects],
-            mask_types=[kind for *_, kind in rects],
-            total_seqlen=spans[-1][1] if spans else 0,
-            documents=[Document(*s) for s in spans],
-        )
+        spans = read_spans(one_or_more(seqlens), "seqlens")
+        left, right = read_window(window)
+        rects = [rect for start, end in spans for rect in window_rects(start, end, left, right)]
+        return cls._of_rects(rects, spans[-1][1] if spans else 0, [Document(*s) for s in spans])
 
     @classmethod
     def block_causal(cls, seqlens: Sequence[int] | int, block_size: int) -> AttnMaskSpec:
@@ -196,22 +195,18 @@ class AttnMaskSpec:
 
         Args:
             seqlens: tokens of each document, or one int for a single sequence.
-            block_size: tokens of a block (the last of a document may be shorter).
+            block_size: tokens of a block (the last of a document may be shorter); blocks of one token are causal.
         """
-        block_size = _count(block_size, "block_size", least=1)
-        spans = _spans(_one_or_more(seqlens), "seqlens")
+        block_size = read_count(block_size, "block_size", least=1)
+        if block_size == 1:
+            return cls.varlen(one_or_more(seqlens))
+        spans = read_spans(one_or_more(seqlens), "seqlens")
         rects = [
-            (start, at, min(at + block_size, end))
+            (at, min(at + block_size, end), start, min(at + block_size, end), "full")
             for start, end in spans
             for at in range(start, end, block_size)
         ]
-        return cls(
-            q_ranges=[[at, stop] for _, at, stop in rects],
-            k_ranges=[[start, stop] for start, _, stop in rects],
-            mask_types=["full"] * len(rects),
-            total_seqlen=spans[-1][1] if spans else 0,
-            documents=[Document(*s) for s in spans],
-        )
+        return cls._of_rects(rects, spans[-1][1] if spans else 0, [Document(*s) for s in spans])
 
     @classmethod
     def prefix_lm(cls, prefix_lengths: Sequence[int], seqlens: Sequence[int]) -> AttnMaskSpec:
@@ -221,8 +216,8 @@ class AttnMaskSpec:
             prefix_lengths: tokens of each document's bidirectional prefix.
             seqlens: tokens of each document, prefix included.
         """
-        prefixes = _int_list(prefix_lengths, "prefix_lengths")
-        spans = _spans(seqlens, "seqlens")
+        prefixes = int_list(prefix_lengths, "prefix_lengths")
+        spans = read_spans(seqlens, "seqlens")
         if len(prefixes) != len(spans):
             raise ValueError(
                 f"{len(prefixes)} prefix_lengths and {len(spans)} seqlens: each document needs both"
@@ -249,7 +244,7 @@ class AttnMaskSpec:
             seqlens_q, seqlens_k: query and key tokens of each document.
             causal: bottom-right aligned causal within each document, else full.
         """
-        q_spans, k_spans = _spans(seqlens_q, "seqlens_q"), _spans(seqlens_k, "seqlens_k")
+        q_spans, k_spans = read_spans(seqlens_q, "seqlens_q"), read_spans(seqlens_k, "seqlens_k")
         if len(q_spans) != len(k_spans):
             raise ValueError(
                 f"{len(q_spans)} seqlens_q and {len(k_spans)} seqlens_k: each document needs both"
@@ -270,7 +265,8 @@ class AttnMaskSpec:
         """Samples that share prefixes, each shared prefix stored and computed once.
 
         Each node sees all of its ancestors and itself causally, so a sample's tokens see what they
-        would see if the sample stood alone.
+        would see if the sample stood alone. A small tree has a rectangle for each node and ancestor; a large one
+        (over 1024 of these) has as few as its order allows: about two for each node if it lies depth first.
 
         Args:
             node_lengths: tokens of each node, in the order in which the nodes lie in the sequence.
@@ -283,27 +279,17 @@ class AttnMaskSpec:
 
         Raises:
             ValueError: a path is empty, repeats a node or leaves the range, a node is on none, or it has
-                two parents (it would then see the union of both lines of ancestors: a leak).
+                two parents (it would then see the union of both lines of ancestors: a leak); or the nodes lie
+                in an order in which the mask takes over a million rectangles.
         """
-        spans = _spans(node_lengths, "node_lengths")
-        parents = _tree_parents(sample_paths, len(spans))
-        spec = cls([], [], [], spans[-1][1] if spans else 0)
-        seen: set[tuple[int, int]] = set()
-        depth = dict.fromkeys(range(len(spans)), 0)
-        for path in sample_paths:
-            for at, node in enumerate(path):
-                depth[node] = sum(spans[a][1] - spans[a][0] for a in path[:at])
-                for key_node in (node, *path[:at]):
-                    if (node, key_node) in seen:
-                        continue
-                    seen.add((node, key_node))
-                    spec.q_ranges.append(list(spans[node]))
-                    spec.k_ranges.append(list(spans[key_node]))
-                    spec.mask_types.append("causal" if key_node == node else "full")
+        spans = read_spans(node_lengths, "node_lengths")
+        parents = tree_parents(sample_paths, len(spans))
         lost = [node for node, (start, end) in enumerate(spans) if end > start and node not in parents]
         if lost:
             raise ValueError(f"node {lost[0]} is on no path: its {node_lengths[lost[0]]} tokens would see nothing")
-        spec.documents = [Document(s, e, depth[node]) for node, (s, e) in enumerate(spans)]
+        first = tree_depths(spans, parents)
+        documents = [Document(start, end, first.get(node, 0)) for node, (start, end) in enumerate(spans)]
+        spec = cls._of_rects(tree_rects(spans, parents), spans[-1][1] if spans else 0, documents)
         return spec, [[list(spans[node]) for node in path] for path in sample_paths]
 
     @classmethod
@@ -319,15 +305,15 @@ class AttnMaskSpec:
                 f"mask has shape {dense.shape} and dtype {dense.dtype}: "
                 f"expected a boolean matrix [seqlen_q, seqlen_k], True where visible"
             )
-        rects = _rects_of_dense(dense)
         seqlen_q, seqlen_k = dense.shape
-        return cls(
-            q_ranges=[[q0, q1] for q0, q1, _, _, _ in rects],
-            k_ranges=[[k0, k1] for _, _, k0, k1, _ in rects],
-            mask_types=[kind for *_, kind in rects],
-            total_seqlen=seqlen_q,
-            total_seqlen_k=None if seqlen_q == seqlen_k else seqlen_k,
-        )
+        return cls._of_rects(rects_of_dense(dense), seqlen_q, None, None if seqlen_q == seqlen_k else seqlen_k)
+
+    @classmethod
+    def _of_rects(
+        cls, rects: Sequence[Rect], seqlen: int, documents: list[Document] | None, seqlen_k: int | None = None
+    ) -> AttnMaskSpec:
+        q_ranges, k_ranges = [[q0, q1] for q0, q1, *_ in rects], [[k0, k1] for _, _, k0, k1, _ in rects]
+        return cls(q_ranges, k_ranges, [kind for *_, kind in rects], seqlen, seqlen_k, documents)
 
     def __or__(self, other: AttnMaskSpec) -> AttnMaskSpec:
         """The union: a pair is visible when it is in either spec.
@@ -386,7 +372,8 @@ def lower_mask(
             position p sees keys at positions p - left .. p + right only; None on a side: no limit.
 
     Raises:
-        ValueError: the mask is over 2**62 pairs or more, which 64 bits do not count.
+        ValueError: the mask is over 2**62 pairs or more, which 64 bits do not count; or over two million pairs of
+            its rectangles may overlap.
     """
     if spec.total_seqlen * spec.seqlen_k >= 1 << 62:
         raise ValueError(
@@ -434,172 +421,3 @@ def _hashable(field: Any) -> Any:
         return ",".join(field)
     array = np.array(field)
     return array.shape, array.dtype.str, array.tobytes()
-
-
-Rect = tuple[int, int, int, int, str]
-
-
-def _window_rects(start: int, end: int, left: int, right: int) -> list[Rect]:
-    """The rectangles of one document under a (left, right) window.
-
-    Rows near the start have no left edge and rows near the end no right edge, so there are up to
-    four kinds of rows; each kind is one rectangle of one of the mask types.
-    """
-    rects: list[Rect] = []
-    has_left = min(start + left, end)  # rows from here on have keys too far to the left
-    no_right = max(end - right, start)  # rows from here on see to the end
-    a, b = min(has_left, no_right), max(has_left, no_right)
-    if a > start:
-        rects.append((start, a, start, min(a + right, end), "causal"))
-    if b > a and has_left < no_right:
-        rects.append((a, b, a - left, b + right, "bi_causal"))
-    elif b > a:
-        rects.append((a, b, start, end, "full"))
-    if end > b:
-        rects.append((b, end, b - left, end, "inv_causal"))
-    return rects
-
-
-def _rects_of_dense(dense: NDArray[np.bool_]) -> list[Rect]:
-    """Rectangles that cover exactly the visible pairs of a matrix.
-
-    Follows each run of visible keys down the rows while both of its ends move by a constant 0 or 1.
-    """
-    kinds = {(0, 0): "full", (0, 1): "causal", (1, 0): "inv_causal", (1, 1): "bi_causal"}
-    rects: list[Rect] = []
-    open_runs: list[list[Any]] = []  # [first row, first k0, k0, k1, step or None]
-
-    def close(run: list[Any], row: int) -> None:
-        first, k_first, _, k_end, step = run
-        rects.append((first, row, k_first, k_end, kinds[step or (0, 0)]))
-
-    for row in range(dense.shape[0]):
-        edges = np.flatnonzero(np.diff(dense[row].astype(np.int8), prepend=0, append=0))
-        runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-        still_open = []
-        for run in open_runs:
-            _, _, k0, k1, step = run
-            for new in runs:
-                moved = (new[0] - k0, new[1] - k1)
-                if moved in kinds and (step is None or moved == step):
-                    runs.remove(new)
-                    # An inv_causal rectangle keeps its last key; the others take the newest.
-                    run[2], run[3], run[4] = new[0], new[1], moved
-                    still_open.append(run)
-                    break
-            else:
-                close(run, row)
-        open_runs = still_open + [[row, a, a, b, None] for a, b in runs]
-    for run in open_runs:
-        close(run, dense.shape[0])
-    return sorted(rects)
-
-
-def _tree_parents(sample_paths: Sequence[Sequence[int]], num_nodes: int) -> dict[int, int | None]:
-    parents: dict[int, int | None] = {}
-    for path in sample_paths:
-        if not isinstance(path, Sequence):
-            raise ValueError(f"sample_paths has {path!r}: a path is a list of nodes, root first")
-        if not path:
-            raise ValueError("a sample path is empty: a sample has at least one node")
-        if len(set(path)) != len(path):
-            raise ValueError(f"path {list(path)} repeats a node: a node is on a path once")
-        for parent, node in zip([None, *path], path, strict=False):
-            if not isinstance(node, (int, np.integer)) or not 0 <= node < num_nodes:
-                raise ValueError(f"path {list(path)} names node {node}: nodes are 0 to {num_nodes - 1}")
-            if parents.setdefault(node, parent) != parent:
-                raise ValueError(
-                    f"node {node} has parents {parents[node]} and {parent}: in a tree a node has one "
-                    f"parent; store the node once under each"
-                )
-    return parents
-
-
-def _window(window: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(window, Sequence):
-        if len(window) != 2:
-            raise ValueError(f"window is {window!r}: give an int, or a pair (left, right)")
-        return _count(window[0], "window[0]"), _count(window[1], "window[1]")
-    return _count(window, "window", least=1) - 1, 0
-
-
-def _count(value: Any, name: str, least: int = 0) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}: expected an int of at least {least}") from None
-    if number < least:
-        raise ValueError(f"{name} is {number}: it must be at least {least}")
-    return number
-
-
-def _one_or_more(lengths: Any) -> Any:
-    """A list of lengths; one int (of Python or numpy) stands for a list of one."""
-    return [lengths] if isinstance(lengths, (int, np.integer)) else lengths
-
-
-def _int_array(values: Any, name: str) -> NDArray[np.int64]:
-    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-    if array.size == 0:
-        return array.astype(np.int64)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} has dtype {array.dtype}: expected integers")
-    return array.astype(np.int64)
-
-
-def _int_list(values: Any, name: str) -> list[int]:
-    array = _int_array(values, name)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}: expected one dimension")
-    return [int(v) for v in array]
-
-
-def _spans(lengths: Any, name: str) -> list[tuple[int, int]]:
-    """[start, end) of consecutive pieces with the given lengths."""
-    spans, at = [], 0
-    for length in _int_list(lengths, name):
-        if length < 0:
-            raise ValueError(f"{name} has a length of {length}: lengths are at least 0")
-        spans.append((at, at + length))
-        at += length
-    return spans
-
-
-def _ranges(ranges: Iterable[Any], total: int, name: str) -> list[list[int]]:
-    try:
-        checked = [[operator.index(start), operator.index(end)] for start, end in ranges]
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a list of [start, end) pairs of ints") from None
-    for start, end in checked:
-        if not 0 <= start <= end <= total:
-            raise ValueError(
-                f"{name} has [{start}, {end}): a range needs 0 <= start <= end <= {total}, "
-                f"the sequence length"
-            )
-    return checked
-
-
-def _documents(documents: Iterable[Any], total: int) -> list[Document]:
-    try:
-        checked = [Document(*map(operator.index, document)) for document in documents]
-    except TypeError:
-        raise ValueError(
-            f"documents are {documents!r}: documents are (start, end[, first_position]) tuples of ints"
-        ) from None
-    at = 0
-    for document in checked:
-        if document.start != at or document.end < document.start or document.first_position < 0:
-            raise ValueError(
-                f"documents have {tuple(document)} where token {at} is next: documents are "
-                f"(start, end[, first_position]), in order and without gaps"
-            )
-        at = document.end
-    if at != total:
-        raise ValueError(f"documents end at token {at}: they must cover all {total} tokens")
-    return checked
-
-
-def _brief(values: list[int]) -> str:
-    return repr(values) if len(values) <= 6 else f"[{', '.join(map(str, values[:6]))}, ...]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
+from cpattn.masks import rectangles
 from cpattn.masks.spec import MASK_TYPES, Document, lower_mask
 from tests_dist.support.masks import MASKS
 from tests_dist.support.strategies import specs
@@ -93,6 +95,28 @@ def test_prefix_tree_golden_example():
     assert spec.documents == [Document(0, 4, 0), Document(4, 6, 4), Document(6, 9, 4)]
 
 
+def test_large_trees_take_two_rectangles_for_each_node_or_fewer():
+    """A path is one causal triangle; depth first, what sees a node is one run; else there is a limit."""
+    path, _ = AttnMaskSpec.prefix_tree([2] * 600, [list(range(600))])
+    assert (path.q_ranges, path.k_ranges, path.mask_types) == ([[0, 1200]], [[0, 1200]], ["causal"])
+    assert len(path.documents) == 600
+    # A path with a leaf behind every node of it.
+    comb = [[*range(0, 2 * turn + 1, 2), 2 * turn + 1] for turn in range(300)]
+    spec, _ = AttnMaskSpec.prefix_tree([1] * 600, comb)
+    assert len(lower_mask(spec)) == len(spec.q_ranges) <= 2 * 600
+    # The same tree with all leaves behind the path, in an order in which no two neighbours are siblings.
+    behind = [[*range(turn + 1), 300 + turn * 7 % 300] for turn in range(300)]
+    with (
+        mock.patch.object(rectangles, "_MOST_OF_TREE", 10_000),
+        pytest.raises(ValueError, match=r"the 600 nodes of the tree lie in an order .* store them depth first"),
+    ):
+        AttnMaskSpec.prefix_tree([1] * 600, behind)
+
+
+def test_blocks_of_one_token_are_causal():
+    assert AttnMaskSpec.block_causal([3, 2], 1).fingerprint() == AttnMaskSpec.varlen([3, 2]).fingerprint()
+
+
 @given(st.data())
 @few
 def test_prefix_tree_shows_each_sample_what_it_would_see_alone(data):
@@ -110,7 +134,9 @@ def test_prefix_tree_shows_each_sample_what_it_would_see_alone(data):
             path.append(renamed[node])
             node = parent[node]
         paths.append(path[::-1])
-    spec, ranges = AttnMaskSpec.prefix_tree(lengths, paths)
+    # Drawn node by node, and as larger trees are.
+    with mock.patch.object(rectangles, "_DRAWN_BY_NODE", data.draw(st.sampled_from([0, 1024]))):
+        spec, ranges = AttnMaskSpec.prefix_tree(lengths, paths)
     dense = spec.to_dense()
     seen = np.zeros_like(dense)
     for path_ranges in ranges:

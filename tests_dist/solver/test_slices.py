@@ -141,6 +141,45 @@ def test_difference_of_two_is_at_most_six(a, b):
     assert len(disjoint_union(SliceTable.from_slices([a, b]))) <= 7
 
 
+def random_rows(count, length, seed):
+    """Rectangles of all kinds over a sequence, most of them overlapping many others."""
+    rng = np.random.default_rng(seed)
+    (q0, q1), (k0, k1) = np.sort(rng.integers(0, length + 1, (2, 2, count)), axis=1)
+    lo = np.where(rng.random(count) < 0.5, -UNBOUNDED, rng.integers(-length, length, count))
+    hi = np.where(rng.random(count) < 0.5, UNBOUNDED, rng.integers(-length, length, count))
+    return SliceTable.from_columns(q0, q1, k0, k1, lo, hi)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_union_of_many_rows_holds_every_pair_once(seed):
+    """So many that those inside the largest are dropped first."""
+    table = random_rows(400, 60, seed)
+    union = disjoint_union(table)
+    assert union.area() == table.to_dense(60, 60).sum()
+    np.testing.assert_array_equal(union.to_dense(60, 60), table.to_dense(60, 60))
+
+
+def test_union_of_random_rectangles_has_few_pieces():
+    """What is left of them is what stands out at the edges: no more for ten times as many."""
+    for count in (300, 3000):
+        assert len(disjoint_union(random_rows(count, 1 << 16, 0))) <= 600
+
+
+def test_union_of_a_grid_has_one_piece_for_each_crossing():
+    n = np.arange(40)
+    rows = SliceTable.from_columns(2 * n, 2 * n + 1, 0, 80, -UNBOUNDED, UNBOUNDED)
+    union = disjoint_union(SliceTable.concat([rows, rows.transpose()]))
+    assert len(union) <= 40 * 41 + 40
+    assert union.area() == 80 * 80 - 40 * 40
+
+
+def test_union_of_too_many_crossings_is_refused():
+    n = np.arange(1500)
+    rows = SliceTable.from_columns(2 * n, 2 * n + 1, 0, 3000, -UNBOUNDED, UNBOUNDED)
+    with pytest.raises(ValueError, match=r"3000 rectangles of which \d+ pairs may overlap: at most 2097152 pairs are"):
+        disjoint_union(SliceTable.concat([rows, rows.transpose()]))
+
+
 def test_disjoint_rows_pass_through_the_union_untouched():
     table = SliceTable.from_columns([0, 4], [4, 9], [0, 4], [4, 9], -UNBOUNDED, 0)
     np.testing.assert_array_equal(disjoint_union(table).data, table.data)
