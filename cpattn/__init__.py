@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpattn.decoding.generation import ModelShape, generate
     from cpattn.decoding.kv_cache import PagedKVCache
-    from cpattn.keys.key import AttnKey, make_key
+    from cpattn.keys.key import AttnKey
+    from cpattn.keys.make import make_key
     from cpattn.masks.spec import AttnMaskSpec
     from cpattn.ops.attention import attention
     from cpattn.ops.checkpointing import attention_checkpoint_contexts, attention_checkpoint_policy
     from cpattn.ops.layout import dispatch, position_ids, roll, undispatch
-    from cpattn.planning.ready import LayerKind, ReadyPlan, make_plan, plan_ahead
-    from cpattn.runtime.profiling import profile
+    from cpattn.planning.ahead import plan_ahead
+    from cpattn.planning.options import LayerKind
+    from cpattn.planning.ready import ReadyPlan, make_plan
+    from cpattn.runtime.recording import profile
 
 __version__ = "0.1.0"
 
@@ -44,7 +47,7 @@ __all__ = [
 _MODULE_OF = {
     "AttnKey": "keys.key",
     "AttnMaskSpec": "masks.spec",
-    "LayerKind": "planning.ready",
+    "LayerKind": "planning.options",
     "ReadyPlan": "planning.ready",
     "ModelShape": "decoding.generation",
     "PagedKVCache": "decoding.kv_cache",
@@ -53,11 +56,11 @@ _MODULE_OF = {
     "attention_checkpoint_policy": "ops.checkpointing",
     "dispatch": "ops.layout",
     "generate": "decoding.generation",
-    "make_key": "keys.key",
+    "make_key": "keys.make",
     "make_plan": "planning.ready",
-    "plan_ahead": "planning.ready",
+    "plan_ahead": "planning.ahead",
     "position_ids": "ops.layout",
-    "profile": "runtime.profiling",
+    "profile": "runtime.recording",
     "roll": "ops.layout",
     "undispatch": "ops.layout",
 }

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpattn.ops.layout as _layout
-from cpattn.keys.key import AttnKey, clear_key_cache, make_key
+from cpattn.keys.cache import clear_key_cache
+from cpattn.keys.key import AttnKey
+from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec, Document
 from cpattn.ops.attention import attention
 
@@ -581,7 +583,6 @@ def _stream_key(key: AttnKey) -> AttnKey:
     if "stream_key" not in key.cached_tensors:
         old = key.spec
         spec = AttnMaskSpec([], [], [], old.total_seqlen, old.total_seqlen_k, [Document(0, old.total_seqlen)])
-        heads = (key.num_heads_q, key.num_heads_kv, key.head_dim, key.head_dim_v)
-        share = (key.plan, key.rank_plan, key.cp_group, key.cp_size, key.cp_rank)
-        key.cached_tensors["stream_key"] = AttnKey(spec, key.options, *share, *heads)
+        planned = key.planned._replace(spec=spec, layer_plans=(), degree_seconds=())
+        key.cached_tensors["stream_key"] = AttnKey(planned, key.rank_plan, key.ranks)
     return key.cached_tensors["stream_key"]  # type: ignore[no-any-return]

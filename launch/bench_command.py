@@ -11,7 +11,7 @@ import platform
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,11 +21,7 @@ from cpattn.solver import (
     HARDWARE,
     Hardware,
     Heads,
-    StepTimeline,
-    head_exchange_seconds,
     plan_report,
-    simulate,
-    split_heads,
 )
 
 from .calibrate import calibrate, launched_ranks
@@ -50,12 +46,13 @@ from .options import (
     require_folder,
     spec_of_options,
 )
+from .predict import Prediction, predict
 
 if TYPE_CHECKING:
     import torch
 
     from cpattn import AttnKey
-    from cpattn.runtime.profiling import Trace
+    from cpattn.runtime.trace import Trace
 
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -123,7 +120,7 @@ def bench_command(
         measured = measure(key, _torch_dtype(dtype), device, repeats)
         if measured is None:
             return
-        predicted = predict(key, machine, shape)
+        predicted = predict(key.plan, key.options.head_degree, machine, shape)
         report = bench_report(key, measured, predicted, machine, _torch_dtype(dtype), device)
         _print(key, report, measured)
         if trace is not None:
@@ -164,40 +161,6 @@ def measure(key: AttnKey, dtype: torch.dtype, device: torch.device, repeats: int
     return profile.gather(key.cp_group)
 
 
-class Prediction(NamedTuple):
-    """A step by the cost model.
-
-    attention: with head sharding, between the context ranks. heads: those that it is for, of the part with most.
-    head_degree: ranks that share a context rank's rows.
-    head_seconds: of the head exchanges before and after attention, in forward and in backward.
-    """
-
-    attention: StepTimeline
-    heads: Heads
-    head_degree: int
-    head_seconds: tuple[tuple[float, float], tuple[float, float]]
-
-    @property
-    def seconds(self) -> float:
-        return self.attention.seconds + sum(map(sum, self.head_seconds))
-
-
-def predict(key: AttnKey, hardware: Hardware, heads: Heads) -> Prediction:
-    """What the cost model says of a step of a key, on links and kernels of the hardware."""
-    from cpattn.planning.head_degree import between_context_ranks, most_heads
-
-    degree = key.options.head_degree
-    inner = Heads(*most_heads((heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v), degree), heads.itemsize)
-    between = between_context_ranks(hardware, degree)
-    parts = split_heads(heads.num_q, heads.num_kv, degree)
-    total = head_exchange_seconds((key.plan.q_placement, key.plan.k_placement), parts, heads, hardware) / 2
-    # q, k and v go in and out comes home; backward is the mirror.
-    into = heads.num_q * heads.head_dim + heads.num_kv * (heads.head_dim + heads.head_dim_v)
-    before = total * into / (into + heads.num_q * heads.head_dim_v)
-    seconds = ((before, total - before), (total - before, before))
-    return Prediction(simulate(key.plan, between, inner), inner, degree, seconds)
-
-
 def bench_report(
     key: AttnKey,
     trace: Trace,
@@ -210,7 +173,7 @@ def bench_report(
     import torch
 
     inner = key if key.sharding is None else key.sharding.inner
-    report = plan_report(key.plan, heads=predicted.heads, hardware=hardware, chunk_size=key.options.chunk_size)
+    report = plan_report(key.plan, heads=predicted.heads, hardware=hardware, chunk_size=key.options.planning.chunk_size)
     try:
         memory: dict[str, Any] | None = key.memory(dtype, device.type)._asdict()
     except ValueError:  # a kernel that cannot be run without data
@@ -221,7 +184,7 @@ def bench_report(
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "backend": inner.bind(device, dtype).backend.name,
-        "options": asdict(key.options),
+        "options": {name: _plain(value) for name, value in key.options.named().items()},
         "steps_s": _step_seconds(trace),
         "predicted_s": predicted.seconds,
         "hardware": json.loads(hardware.to_json()),
@@ -271,6 +234,11 @@ def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:
     if hardware != "measure":
         return find_hardware(hardware)
     return calibrate(heads, device=device.type, tokens=1 << 15 if device.type == "cuda" else 1 << 11)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value for JSON."""
+    return asdict(value) if isinstance(value, Hardware) else value
 
 
 def _torch_dtype(dtype: Dtypes) -> torch.dtype:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cpattn.planning.ready import check_heads
+from cpattn.planning.options import read_heads
 
 from .options import TORCH_NAMES, refused
 
@@ -49,14 +49,12 @@ def doctor(
         chosen_dtype = getattr(torch, TORCH_NAMES.get(dtype, dtype), None)
         if chosen_dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64")
-        check_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v or head_dim)
+        heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v or head_dim)
     except ValueError as error:
         raise refused(error) from None
     console.print(f"device {_device_name(device)} (kind {device_kind(device)})")
     console.print(", ".join(f"{p} {_version(p)}" for p in _PACKAGES))
-    problem = Problem(
-        device, chosen_dtype, num_heads_q, num_heads_kv, head_dim, head_dim_v or head_dim, softcap
-    )
+    problem = Problem(device, chosen_dtype, *heads.numbers, softcap)
     try:
         explained = explain_backends(problem, backend)
     except ValueError as error:

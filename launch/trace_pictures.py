@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from cpattn.runtime.profiling import Call, Span, Trace
+from cpattn.runtime.trace import Call, Span, Trace
 from cpattn.solver import PassTimeline
 
-from .bench_command import Prediction
 from .plan_pictures import COMPUTE, HOME, KEYS, QUERIES, STYLE, draw_bar, lanes_of, stage_colour, transfer_colour
+from .predict import Prediction
 
 WAIT, COPIES, HEAD_EXCHANGES = "#D55E00", "#A6A6A6", "#F0E442"
 # Top and height of the bar of compute and of that of the link, within a rank's lane.

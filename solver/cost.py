@@ -43,6 +43,11 @@ class Heads:
     itemsize: int = 2
     wire_8bit: bool = False
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, head dim of queries and keys, head dim of values."""
+        return self.num_q, self.num_kv, self.head_dim, self.head_dim_v
+
     def row_bytes(self) -> RowBytes:
         """What a row weighs in each exchange of the two passes, in bytes."""
         q_row, out_row = self.num_q * self.head_dim, self.num_q * self.head_dim_v

@@ -2,6 +2,9 @@
 
     launch -> cpattn -> solver, collectives        tests_dist -> everything
 
+Within cpattn every folder is a room, and rooms stand above one another (`ROOMS`). Imports inside functions and those
+for type checkers count as any other: a circle of files is one, wherever it is closed.
+
 `solver` is plain Python and numpy; `collectives` is torch and itself. A folder's name is not an import name:
 solver/ is `cpattn.solver`, collectives/ `cpattn.collectives`, launch/ `cpattn.launch`.
 """
@@ -9,6 +12,7 @@ solver/ is `cpattn.solver`, collectives/ `cpattn.collectives`, launch/ `cpattn.l
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +26,28 @@ FOLDERS = {
     "solver": "cpattn.solver",
     "collectives": "cpattn.collectives",
     "launch": "cpattn.launch",
+}
+
+_CORE = ("solver", "collectives", "masks", "planning", "backends", "runtime", "keys", "ops")
+# The rooms from the ground up, and what each may import: nothing of the same height or above. `cpattn` is what
+# cpattn/__init__.py offers, and `generation` a documented path.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "solver": (),
+    "collectives": (),
+    "masks": ("solver",),
+    "planning": ("solver", "masks"),
+    "backends": ("solver", "collectives"),
+    "runtime": ("solver", "collectives", "backends"),
+    "keys": ("solver", "collectives", "masks", "planning", "backends", "runtime"),
+    "ops": ("solver", "collectives", "masks", "runtime", "keys"),
+    "integrations": ("masks", "planning", "runtime", "keys", "ops"),
+    "decoding": ("collectives", "masks", "runtime", "keys", "ops", "integrations"),
+    "generation": ("decoding",),
+    "automodel": (*_CORE, "integrations"),
+    "te_ops": (*_CORE, "decoding"),
+    "magi_api": _CORE,
+    "cpattn": (*_CORE, "integrations", "decoding"),
+    "launch": (*_CORE, "integrations", "decoding", "generation", "cpattn"),
 }
 
 
@@ -82,6 +108,46 @@ def source_files() -> list[tuple[str, Path]]:
         for path in sorted((ROOT / folder).rglob("*.py"))
         if "__pycache__" not in path.parts
     ]
+
+
+def room_of(module: str) -> str:
+    """The room of a module of cpattn."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imported_files() -> dict[str, set[str]]:
+    """Each module of the package with the modules that it imports from the package."""
+    files = {module_name(path): path for _, path in source_files()}
+
+    def file_of(name: str) -> str:
+        while name not in files:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        found = imports_of(path.read_text(), module, path.name == "__init__.py")
+        graph[module] = {file_of(name) for _, name in found if within(name, "cpattn")} - {module}
+    return graph
+
+
+def test_rooms_import_downward_only() -> None:
+    order = list(ROOMS)
+    assert all(order.index(below) < order.index(room) for room, allowed in ROOMS.items() for below in allowed)
+    wrong = [
+        f"{module} imports {other}: {room_of(module)} may import {', '.join(ROOMS[room_of(module)]) or 'no room'}"
+        for module, imported in imported_files().items()
+        for other in sorted(imported)
+        if room_of(other) not in (room_of(module), *ROOMS[room_of(module)])
+    ]
+    assert wrong == []
+
+
+def test_no_circle_of_files() -> None:
+    try:
+        graphlib.TopologicalSorter(imported_files()).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"files that import one another: {' <- '.join(error.args[1])}")
 
 
 def test_no_import_points_the_wrong_way() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cpattn.keys.key import make_key
+from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 

@@ -32,7 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpattn.integrations.batch_layout import IGNORE_INDEX
-from cpattn.keys.key import AttnKey, make_key
+from cpattn.keys.key import AttnKey
+from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 from cpattn.ops.layout import dispatch, position_ids

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpattn.keys.key import AttnKey, make_key
+from cpattn.keys.key import AttnKey
+from cpattn.keys.make import make_key
+from cpattn.masks.reading import check_int
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 from cpattn.ops.layout import dispatch, position_ids
-from cpattn.planning.ready import check_int
 from cpattn.runtime.agreement import require_agreement, tensor_digest
 
 from .kv_cache import PagedKVCache

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from cpattn.collectives import all_gather, merge_partials
 from cpattn.keys.key import AttnKey
+from cpattn.masks.reading import check_int
 from cpattn.masks.spec import AttnMaskSpec, Document, lower_mask
 from cpattn.ops.attention import check_numbers
-from cpattn.planning.ready import check_int
 from cpattn.runtime.execute import accumulator_dtype
-from cpattn.te_ops import copy_to_kv_cache
+from cpattn.runtime.sinks import fold_sink
+
+from .pages import count_rows, page_rows, write_rows
 
 MergeMethod = Literal["auto", "gather", "scatter"]
 
@@ -165,23 +167,11 @@ class PagedKVCache:
             raise RuntimeError(f"prefill of layer {layer} after advance: prefill all layers before the first step")
         self._prefilled.add(layer)
         pool = self._pool_of[layer]
-        sums = torch.from_numpy(np.concatenate([[0], np.cumsum(pool.kept)])).to(self.device, torch.int32)
-        num_pages = pool.table.shape[1]
-        copy_to_kv_cache(
-            k_TGD.detach().to(self.dtype).index_select(0, pool.index),
-            v_TGE.detach().to(self.dtype).index_select(0, pool.index),
-            self._keys[layer],
-            self._values[layer],
-            pool.table,
-            sums,
-            sums,
-            "thd",
-            self.batch_size,
-            int(pool.kept.max(initial=0)),
-            num_pages * self.page_size,
-            num_pages,
-            False,
-        )
+        sequence, position = count_rows(pool.kept)
+        table = pool.table.cpu().numpy()
+        rows = page_rows(table, sequence, position, self.page_size).to(self.device)
+        for cache, fresh in ((self._keys[layer], k_TGD), (self._values[layer], v_TGE)):
+            write_rows(cache, rows, fresh.detach().to(self.dtype).index_select(0, pool.index))
 
     def advance(self) -> Tensor:
         """Begin a step in which every sequence grows by one token; returns `positions`.
@@ -258,7 +248,7 @@ class PagedKVCache:
             q_BND, k_BGD, v_BGE = _broadcast((q_BND, k_BGD, v_BGE), source, self.group)
         pool = self._pool_of[layer]
         for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, pool.rows, new.to(self.dtype))
+            write_rows(cache, pool.rows, new.to(self.dtype))
         reach = pool.table.shape[1]
         if not self.static_shapes:
             used = max((len(p) for p in pool.host_pages), default=0)
@@ -518,8 +508,7 @@ def _fold(parts: Tensor, rows: Tensor, sink: Tensor | None, num_heads: int) -> T
     for part in parts[1:]:
         merge_partials(out, lse, part[:, :-1], part[:, -1])
     if sink is not None:
-        logit = sink.to(lse.dtype)[rows % num_heads]
-        out *= torch.exp(lse - torch.logaddexp(lse, logit)).unsqueeze(-1)
+        fold_sink(out, lse, sink[rows % num_heads])
     return out
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cpattn.planning.ready import LayerKind
+from cpattn.planning.options import LayerKind
 
 from .batch_layout import BatchLayout, MaskTerm
 

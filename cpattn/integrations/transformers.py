@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpattn.keys.key import AttnKey, make_key
+from cpattn.keys.key import AttnKey
+from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.runtime.agreement import require_agreement, tensor_digest
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Limits in positions on (keys before, keys after) a query's own; None on a side, or for both: no limit.
+Window: TypeAlias = tuple[int | None, int | None] | None
 
 
 class Document(NamedTuple):
@@ -36,6 +39,16 @@ def read_count(value: Any, name: str, least: int = 0) -> int:
     if number < least:
         raise ValueError(f"{name} is {number}: it must be at least {least}")
     return number
+
+
+def check_int(name: str, value: Any, *, least: int = 1) -> None:
+    """Check a number of things.
+
+    Raises:
+        ValueError: it is not an int of at least `least`.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}: it must be an int of at least {least}")
 
 
 def one_or_more(lengths: Any) -> Any:

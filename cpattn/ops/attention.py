@@ -2,7 +2,7 @@
 
 The public function, and the two custom ops behind it. Custom ops take tensors and numbers only, so
 a key travels as its handle in a tensor: `torch.compile` puts no guard on the value of a tensor, and
-one compiled graph serves every mask. Execution is in `execute.py`.
+one compiled graph serves every mask. Execution is in `cpattn.runtime.execute`.
 
 Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k, E head dim of v.
 """
@@ -17,8 +17,17 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from cpattn.keys.key import AttnKey, key_of_handle
-from cpattn.runtime.execute import accumulator_dtype, kept_bytes, row_delta, run_backward, run_forward
-from cpattn.runtime.profiling import profiled
+from cpattn.runtime.execute import (
+    Attending,
+    KeyRows,
+    Scoring,
+    accumulator_dtype,
+    kept_bytes,
+    run_backward,
+    run_forward,
+)
+from cpattn.runtime.recording import Pass, recorded
+from cpattn.runtime.sinks import row_delta, sink_gradient
 
 from .heads import gather_rows, shard_heads
 
@@ -118,7 +127,7 @@ def attention(
         sink = None if sink is None else sink[sharding.part.first : sharding.part.last]
         q_TND, k_TGD, v_TGE = shard_heads(q_TND, k_TGD, v_TGE, key, return_lse=return_lse)
     out, lse, _ = torch.ops.cpattn.attention_forward(
-        q_TND, k_TGD, v_TGE, sink, inner.handle, scale, softcap, inner.options.keep_kv
+        q_TND, k_TGD, v_TGE, sink, inner.handle, scale, softcap, inner.options.running.keep_kv
     )
     lse = lse.detach()
     if sharding is not None:
@@ -172,9 +181,10 @@ def _attention_forward(
     plan = key.bind(q.device, q.dtype, softcap is not None)
     key.agree(dtype=q.dtype, scale=scale, softcap=softcap, sink=sink is not None, device=q.device.type)
     q, k, v = (_dense_last_dim(t) for t in (q, k, v))
-    kept = q.new_empty(kept_bytes(key, plan, k, v) if keep_kv else 0, dtype=torch.uint8)
-    numbers = {"scale": scale, "softcap": softcap}
-    out, lse = profiled("forward", run_forward)(key, plan, q, k, v, sink, kept, numbers)
+    kv = KeyRows(k, v)
+    kept = q.new_empty(kept_bytes(plan, kv) if keep_kv else 0, dtype=torch.uint8)
+    with recorded(Pass("forward", key, key), plan, q.device) as plan:
+        out, lse = run_forward(plan, q, kv, sink, kept, Scoring(scale, softcap))
     return out, lse, kept
 
 
@@ -212,11 +222,12 @@ def _attention_backward(
     key = key_of_handle(key_handle)
     plan = key.bind(q.device, q.dtype, softcap is not None)
     dout, q, k, v, out = (_dense_last_dim(t) for t in (dout, q, k, v, out))
-    numbers = {"scale": scale, "softcap": softcap}
-    dq, dk, dv = profiled("backward", run_backward)(key, plan, dout, q, k, v, out, lse, kept, numbers)
+    forward = Attending(q, out, lse)
+    with recorded(Pass("backward", key, key), plan, q.device) as plan:
+        dq, dk, dv = run_backward(plan, dout, forward, KeyRows(k, v), kept, Scoring(scale, softcap))
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, _sink_gradient(dout, out, lse, sink)
+    return dq, dk, dv, sink_gradient(row_delta(dout, out, lse.dtype), lse, sink)
 
 
 @_attention_backward.register_fake
@@ -266,13 +277,6 @@ for _op in (
     torch.ops.cpattn.gather_rows_backward,
 ):
     has_side_effect(_op.default)
-
-
-def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """d/dsink of softmax with an extra logit: its probability is exp(sink - lse) and its value 0."""
-    # Where both are -inf, the row sees nothing and the sink takes no part.
-    probability = torch.exp(sink.to(lse.dtype) - lse).masked_fill(lse == -torch.inf, 0)
-    return -(probability * row_delta(dout, out, lse.dtype)).sum(0).to(sink.dtype)
 
 
 def _dense_last_dim(x: Tensor) -> Tensor:

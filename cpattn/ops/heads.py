@@ -9,15 +9,16 @@ Shape legend: T rows of this rank, B rows of its block, N query heads, G key hea
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from cpattn.collectives import HeadExchange, PendingRows, heads_to_rows, rows_to_heads
 from cpattn.keys.key import AttnKey, HeadSharding, key_of_handle
-from cpattn.runtime.profiling import traded, watched_heads
+from cpattn.runtime.recording import Pass, recorded
+from cpattn.runtime.trace import PassName
+from cpattn.runtime.trades import HeadTrades, trade_dout, trade_gradients, trade_inputs, trade_result
 
 
 def shard_heads(
@@ -49,7 +50,8 @@ def _shard_heads(
     key.require_shapes(q, k, v)
     # What attention compares comes too late for this exchange, and among other ranks.
     key.agree(dtype=q.dtype, device=q.device.type, return_lse=return_lse)
-    return traded("forward", "before", _trade_rows)(key, q, k, v)
+    with _recorded_trades("forward", "before", key, q.device) as trades:
+        return trade_inputs(trades, q, k, v)
 
 
 @_shard_heads.register_fake
@@ -76,7 +78,8 @@ def _shard_heads_backward(
     num_heads_kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
-    return traded("backward", "after", _trade_heads)(key, dq, dk, dv)
+    with _recorded_trades("backward", "after", key, dq.device) as trades:
+        return trade_gradients(trades, dq, dk, dv)
 
 
 @_shard_heads_backward.register_fake
@@ -115,7 +118,8 @@ _shard_heads.register_autograd(_backward_of_shard, setup_context=_save_shapes)
 @torch.library.custom_op("cpattn::gather_rows", mutates_args=())
 def _gather_rows(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
-    return traded("forward", "after", _trade_result)(key, x)
+    with _recorded_trades("forward", "after", key, x.device) as trades:
+        return trade_result(trades, x)
 
 
 @_gather_rows.register_fake
@@ -126,7 +130,8 @@ def _(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
 @torch.library.custom_op("cpattn::gather_rows_backward", mutates_args=())
 def _gather_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
-    return traded("backward", "before", _trade_dout)(key, grad)
+    with _recorded_trades("backward", "before", key, grad.device) as trades:
+        return trade_dout(trades, grad)
 
 
 @_gather_rows_backward.register_fake
@@ -153,55 +158,9 @@ def _sharding(key: AttnKey) -> HeadSharding:
     return key.sharding
 
 
-def _group(key: AttnKey) -> ProcessGroup:
-    assert key.cp_group is not None, "head sharding needs a group"
-    return key.cp_group
-
-
-def _trade_rows(key: AttnKey, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return trade_rows(_sharding(key), _group(key), q, k, v)
-
-
-def _trade_heads(key: AttnKey, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return trade_heads(_sharding(key), _group(key), dq, dk, dv)
-
-
-def _trade_result(key: AttnKey, x: Tensor) -> Tensor:
-    """Heads for rows, of out or lse."""
-    exchange = watched_heads("rows of out" if x.dim() == 3 else "rows of lse", heads_to_rows)
-    (whole,) = exchange(x, _sharding(key).queries, _group(key)).wait()
-    return whole
-
-
-def _trade_dout(key: AttnKey, dout: Tensor) -> Tensor:
-    """Rows for heads, of the gradient of out."""
-    (block,) = watched_heads("heads of dout", rows_to_heads)(dout, _sharding(key).queries, _group(key)).wait()
-    return block
-
-
-def trade_rows(
-    sharding: HeadSharding, group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows for heads, of q, k and v."""
-    exchanges = _by_exchange(sharding, q=q, k=k, v=v)
-    return _wait_three([watched_heads(f"heads of {n}", rows_to_heads)(x, by, group) for n, x, by in exchanges])
-
-
-def trade_heads(
-    sharding: HeadSharding, group: ProcessGroup, dq: Tensor, dk: Tensor, dv: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads for rows, of the gradients of q, k and v."""
-    exchanges = _by_exchange(sharding, dq=dq, dk=dk, dv=dv)
-    return _wait_three([watched_heads(f"rows of {n}", heads_to_rows)(x, by, group) for n, x, by in exchanges])
-
-
-def _by_exchange(sharding: HeadSharding, **tensors: Tensor) -> list[tuple[str, Tensor, HeadExchange]]:
-    """Name, tensor and exchange of q, k and v, or their gradients."""
-    exchanges = (sharding.queries, sharding.keys, sharding.keys)
-    return [(name, x, by) for (name, x), by in zip(tensors.items(), exchanges, strict=True)]
-
-
-def _wait_three(pending: list[PendingRows]) -> tuple[Tensor, Tensor, Tensor]:
-    """The exchanges have all been started; waits for one after the other."""
-    (a,), (b,), (c,) = (p.wait() for p in pending)
-    return a, b, c
+def _recorded_trades(
+    name: PassName, part: Literal["before", "after"], key: AttnKey, device: torch.device
+) -> AbstractContextManager[HeadTrades]:
+    """The key's trades before or after a pass of attention."""
+    sharding = _sharding(key)
+    return recorded(Pass(name, key, sharding.inner, part), sharding.trades, device)

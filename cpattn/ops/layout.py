@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.collectives import RowRoutes, all_gather, group_cast, group_reduce
-from cpattn.keys.key import AttnKey, bind_exchange, runs_to_index
+from cpattn.keys.key import AttnKey
 from cpattn.masks.spec import Document
+from cpattn.runtime.bound import bind_exchange, runs_to_index
 from cpattn.solver import (
     Intervals,
     Placement,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,17 +13,15 @@ from cpattn.solver import (
     Hardware,
     Heads,
     Placement,
-    RowCosts,
-    context_ranks_per_node,
     head_exchange_seconds,
     place_contiguous,
-    row_costs,
     simulate,
     split_heads,
     step_time_bound,
 )
 
-from .ready import LayerMask, LayerPlan, plan_layers
+from .options import PlanOptions
+from .ready import LayerPlan, PlannedMask, plan_layers
 
 # Head sharding must bring the step below this share of that without: the prediction is not exact, and no exchange of
 # it hides behind work.
@@ -42,26 +40,14 @@ class DegreeChoice(NamedTuple):
     seconds: tuple[tuple[int, float], ...]
 
 
-def most_heads(heads: tuple[int, int, int, int], head_degree: int) -> tuple[int, int, int, int]:
-    """Heads and head dims of the part with the most query heads; the same on all ranks."""
-    most = max(split_heads(heads[0], heads[1], head_degree), key=lambda part: part.num_q)
-    return (most.num_q, len(most.kv), heads[2], heads[3])
-
-
-def inner_costs(heads: tuple[int, int, int, int], head_degree: int, wire_8bit: bool) -> RowCosts:
-    """What a row costs between context ranks."""
-    return row_costs(*most_heads(heads, head_degree), wire_8bit=wire_8bit)
+def most_heads(heads: Heads, head_degree: int) -> Heads:
+    """Heads of the part with the most query heads; the same on all ranks."""
+    most = max(split_heads(heads.num_q, heads.num_kv, head_degree), key=lambda part: part.num_q)
+    return replace(heads, num_q=most.num_q, num_kv=len(most.kv))
 
 
 def choose_head_degree(
-    masks: Sequence[tuple[LayerMask, AttnMaskSpec]],
-    heads: tuple[int, int, int, int],
-    *,
-    cp_size: int,
-    ranks_per_node: int | None,
-    wire_8bit: bool,
-    hardware: Hardware,
-    **options: Any,
+    masks: Sequence[tuple[PlannedMask, AttnMaskSpec]], heads: Heads, options: PlanOptions, *, cp_size: int
 ) -> DegreeChoice:
     """Plan for every divisor of cp_size that leaves each rank a head; take the fastest, 1 unless another is clearly so.
 
@@ -69,32 +55,26 @@ def choose_head_degree(
     whose head exchanges and share of the work alone take longer than a smaller degree.
 
     Args:
-        masks, options: as `plan_layers` takes them.
-        heads: query heads, key heads, head dims of all ranks together.
-        ranks_per_node: of the whole group.
+        masks: as `plan_layers` takes them.
+        heads: of all ranks together.
+        options, cp_size: of the whole group.
     """
     spec = masks[0][1]
     weights = [layers.num_layers for layers, _ in masks]
     area = float(np.average([lower_mask(mask, layers.window).area() for layers, mask in masks], weights=weights))
+    hardware = options.hardware
     found: dict[int, tuple[float, tuple[LayerPlan, ...]]] = {}
-    for degree in range(1, min(cp_size, heads[0]) + 1):
-        if cp_size % degree or not _blocks_fit(ranks_per_node, degree):
+    for degree in range(1, min(cp_size, heads.num_q) + 1):
+        if cp_size % degree or not _blocks_fit(options.ranks_per_node, degree):
             continue
         contexts = cp_size // degree
         even = place_contiguous(spec.total_seqlen, contexts), place_contiguous(spec.seqlen_k, contexts)
         least = _least_seconds(area, even, heads, degree, hardware)
         if found and least >= min(seconds for seconds, _ in found.values()):
             continue
-        costs = inner_costs(heads, degree, wire_8bit)
-        plans = plan_layers(
-            masks,
-            cp_size=contexts,
-            ranks_per_node=context_ranks_per_node(ranks_per_node, degree),
-            costs=costs,
-            hardware=hardware,
-            **options,
-        )
-        found[degree] = (_mean_seconds(plans, heads, degree, costs.heads, hardware), plans)
+        inner = most_heads(heads, degree)
+        plans = plan_layers(masks, inner, options.for_contexts(degree), cp_size=contexts)
+        found[degree] = (_mean_seconds(plans, heads, degree, hardware), plans)
     best = min(found, key=lambda degree: found[degree][0])
     chosen = best if found[best][0] < _GAIN * found[1][0] else 1
     return DegreeChoice(chosen, found[chosen][1], tuple((degree, seconds) for degree, (seconds, _) in found.items()))
@@ -105,30 +85,28 @@ def _blocks_fit(ranks_per_node: int | None, degree: int) -> bool:
 
 
 def _least_seconds(
-    area: float, rows: tuple[Placement, Placement], heads: tuple[int, int, int, int], degree: int, hardware: Hardware
+    area: float, rows: tuple[Placement, Placement], heads: Heads, degree: int, hardware: Hardware
 ) -> float:
     """A bound below `_mean_seconds` for any plan: even work, no keys to wait for, and the head exchanges.
 
     area: visible pairs, in the mean over layers. rows: even placements of queries and keys over the context ranks.
     """
-    inner, context_ranks = Heads(*most_heads(heads, degree)), rows[0].cp_size
+    inner, context_ranks = most_heads(heads, degree), rows[0].cp_size
     work = sum(
         step_time_bound(
             area=area, cp_size=context_ranks, worst_bytes=0.0, heads=inner, hardware=hardware, backward=backward
         )
         for backward in (False, True)
     )
-    return work + head_exchange_seconds(rows, split_heads(heads[0], heads[1], degree), Heads(*heads), hardware)
+    return work + head_exchange_seconds(rows, split_heads(heads.num_q, heads.num_kv, degree), heads, hardware)
 
 
-def _mean_seconds(
-    plans: tuple[LayerPlan, ...], heads: tuple[int, int, int, int], degree: int, inner: Heads, hardware: Hardware
-) -> float:
-    parts, whole = split_heads(heads[0], heads[1], degree), Heads(*heads)
+def _mean_seconds(plans: tuple[LayerPlan, ...], heads: Heads, degree: int, hardware: Hardware) -> float:
+    parts, inner = split_heads(heads.num_q, heads.num_kv, degree), most_heads(heads, degree)
     between = between_context_ranks(hardware, degree)
     total = weight = 0.0
     for layers, plan in plans:
-        exchanged = head_exchange_seconds((plan.q_placement, plan.k_placement), parts, whole, hardware)
+        exchanged = head_exchange_seconds((plan.q_placement, plan.k_placement), parts, heads, hardware)
         total += layers.num_layers * (simulate(plan, between, inner).seconds + exchanged)
         weight += layers.num_layers
     return total / weight

@@ -1,7 +1,7 @@
-"""The execution of a rank plan: exchanges, local kernels and merges, forward and backward.
+"""The execution of a bound plan: exchanges, local kernels and merges, forward and backward.
 
-It decides nothing. Forward, stage by stage: fetch remote keys and values (the next stage's travel
-while this stage computes), run the local kernel on the stage's slices, merge by log-sum-exp in
+It decides nothing, and knows neither keys nor profiles. Forward, stage by stage: fetch remote keys and values (the next
+stage's travel while this stage computes), run the local kernel on the stage's slices, merge by log-sum-exp in
 fp32. Backward takes the same routes turned round: the local kernel with the global out and lse,
 and a GroupReduce of the key and value gradients to their owners. Where the plan moves queries,
 they travel first and their partial results come home last.
@@ -12,152 +12,268 @@ Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k,
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from cpattn.collectives import (
-    PendingRows,
-    RowRoutes,
-    cast_encoded,
-    group_cast,
-    group_reduce,
-    packed_row_bytes,
-    unpack_rows,
-)
-from cpattn.keys.key import AttnKey, BoundPlan
+from cpattn.collectives import PendingRows, packed_row_bytes, unpack_rows
 
-from .profiling import timed, watched
+from .bound import BoundPlan, BoundStage
+from .exchanges import Rows
+from .sinks import fold_sink, row_delta
+
+
+class Scoring(NamedTuple):
+    """What becomes of q . k before the softmax. softcap: None is no cap."""
+
+    scale: float
+    softcap: float | None = None
+
+
+class KeyRows(NamedTuple):
+    """Keys [K, G, D] and values [K, G, E], or their gradients."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Attending(NamedTuple):
+    """Queries [T, N, D] in forward, with what they have seen so far; after it, with their results.
+
+    out: [T, N, E]. lse: [T, N], natural log; -inf (and out 0) in rows that have seen no key.
+    """
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class Returning(NamedTuple):
+    """Queries in backward: the gradient of out, q, the global out and lse, and the accumulator of dq.
+
+    lse is +inf in rows that see nothing.
+    """
+
+    dout: Tensor
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of q, k and v."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+Queries = TypeVar("Queries", Attending, Returning)
 
 
 def run_forward(
-    key: AttnKey,
-    plan: BoundPlan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    kept: Tensor,
-    numbers: dict[str, Any],
+    plan: BoundPlan, q: Tensor, kv: KeyRows, sink: Tensor | None, kept: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """out and lse. kept: uint8 [kept_bytes] that receives the fetched keys and values, or empty to let them go."""
-    # Where a row's result is written once, it needs no accumulator in fp32.
-    once = len(plan.stages) == 1 and not plan.moves_queries and sink is None
-    once = once and plan.backend.writes_once(plan.stages[0].host_work)
-    out, lse = _empty_partial(q, v, q.dtype if once else accumulator_dtype(q.dtype))
-    if plan.moves_queries:
-        pending_queries = _cast(key, plan.queries, (q,), _encoded(key, q))
-    fetches = _Fetches(key, plan, k, v, _rooms(key, plan, k, v, kept))
-    reduction = PendingRows(None, tuple)
-    keys, values = k, v
-    for number, stage in enumerate(plan.stages):
-        if number:
-            keys, values = fetches.take()
-        for side in _work_order(plan, number):
-            if side == "host":
-                plan.backend.forward(
-                    q, keys, values, stage.host_work, **numbers, out_QNE=out, lse_QN=lse, fresh=number == 0
-                )
-                continue
-            if number == 0:
-                (q_guest,) = pending_queries.wait()
-                out_guest, lse_guest = _empty_partial(q_guest, v, accumulator_dtype(q.dtype))
-            plan.backend.forward(
-                q_guest, keys, values, stage.guest_work, **numbers, out_QNE=out_guest, lse_QN=lse_guest
-            )
-            if number == len(plan.stages) - 1:
-                results = (out_guest.to(q.dtype), lse_guest)
-                reduction = watched(plan.queries, group_reduce)(
-                    results, (out, lse), plan.queries, key.cp_group, op="lse", async_op=True
-                )
-    reduction.wait()
-    if sink is not None:
-        total = torch.logaddexp(lse, sink.to(lse.dtype))
-        # A row that sees no key and a sink of -inf: nothing to share out, and no NaN.
-        out *= torch.exp(lse - total).masked_fill_(total == -torch.inf, 0).unsqueeze(-1)
-        lse = total
-    return out.to(q.dtype), lse
+    own = _unattended(q, kv.v, q.dtype if _writes_once(plan, sink) else accumulator_dtype(q.dtype))
+    returns = _Returns(plan)
+    guests = _guests_of_forward(plan, own, kv.v, returns, scoring)
+    fetches = _Fetches(plan, kv, kept)
+    _attend(plan, scoring, own, kv, plan.home.own_work, fresh=True)
+    guests.work(plan.home, kv)
+    for stage in plan.remote:
+        keys = fetches.take()
+        guests.work(stage, keys)
+        _attend(plan, scoring, own, keys, stage.own_work)
+    returns.wait()
+    lse = own.lse if sink is None else fold_sink(own.out, own.lse, sink)
+    return own.out.to(q.dtype), lse
 
 
 def run_backward(
-    key: AttnKey,
-    plan: BoundPlan,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    numbers: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. kept: the keys and values that forward fetched; empty: they are fetched again."""
-    dtype = lse.dtype
+    plan: BoundPlan, dout: Tensor, forward: Attending, kv: KeyRows, kept: Tensor, scoring: Scoring
+) -> Gradients:
+    """Gradients of q, k and v.
+
+    forward: q with the results. kept: the keys and values that forward fetched; empty: they are fetched again.
+    """
+    own = _returning(dout, forward)
+    dkv = KeyRows(*(torch.zeros(t.shape, dtype=own.lse.dtype, device=t.device) for t in kv))
+    returns = _Returns(plan)
+    guests = _guests_of_backward(plan, own, returns, scoring)
+    fetches = _Fetches(plan, kv, kept, filled=True)
+    _differentiate(plan, scoring, own, kv, plan.home.own_work, dkv)
+    guests.work(plan.home, kv, dkv)
+    for stage in plan.remote:
+        keys = fetches.take()
+        packed, dkeys = _packed_zeros(keys, own.lse.dtype)
+        guests.work(stage, keys, dkeys)
+        _differentiate(plan, scoring, own, keys, stage.own_work, dkeys)
+        returns.make_room()
+        returns.add(plan.exchanges.reduce(stage.kv, dkeys, dkv, packed=packed))
+    returns.wait()
+    return Gradients(own.dq.to(own.q.dtype), dkv.k.to(kv.k.dtype), dkv.v.to(kv.v.dtype))
+
+
+def kept_bytes(plan: BoundPlan, kv: KeyRows) -> int:
+    """Bytes of the keys and values that all stages fetch, as they travel."""
+    rows = sum(stage.kv.num_received for stage in plan.remote)
+    return rows * packed_row_bytes(plan.exchanges.travelling(kv))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over tensors of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _attend(
+    plan: BoundPlan, scoring: Scoring, rows: Attending, keys: KeyRows, work: Any, *, fresh: bool = False
+) -> None:
+    """Let queries see the keys of some slices. fresh: none has seen a key yet."""
+    plan.backend.forward(
+        rows.q, *keys, work, **scoring._asdict(), out_QNE=rows.out, lse_QN=rows.lse, fresh=fresh
+    )
+
+
+def _differentiate(
+    plan: BoundPlan, scoring: Scoring, rows: Returning, keys: KeyRows, work: Any, dkeys: KeyRows
+) -> None:
+    """Add the gradients of some slices."""
+    accumulators = {"dq_QND": rows.dq, "dk_KGD": dkeys.k, "dv_KGE": dkeys.v}
+    plan.backend.backward(
+        rows.dout, rows.q, *keys, rows.out, rows.lse, work, **scoring._asdict(), **accumulators
+    )
+
+
+def _writes_once(plan: BoundPlan, sink: Tensor | None) -> bool:
+    """Whether a row's result is written once, so that it needs no accumulator in fp32."""
+    alone = not plan.remote and not plan.moves_queries and sink is None
+    return alone and plan.backend.writes_once(plan.home.own_work)
+
+
+def _unattended(q: Tensor, v: Tensor, dtype: torch.dtype) -> Attending:
+    """Queries that have seen no key yet; dtype is that of out."""
+    out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=dtype, device=q.device)
+    lse_dtype = accumulator_dtype(q.dtype)
+    return Attending(q, out, torch.full(q.shape[:2], -torch.inf, dtype=lse_dtype, device=q.device))
+
+
+def _returning(dout: Tensor, forward: Attending) -> Returning:
+    """Own queries in backward."""
+    q, out, lse = forward
     # exp(score - inf) = 0: rows that see nothing have no gradient, and no NaN.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
-    sides = {"host": (dout, q, out, lse, dq)}
-    if plan.moves_queries:
-        rows = (dout, q, lse, row_delta(dout, out, dtype))
-        pending_queries = _cast(key, plan.queries, rows, _encoded(key, dout, q))
-    fetches = _Fetches(key, plan, k, v, _rooms(key, plan, k, v, kept), filled=True)
-    keys, values, dkeys, dvalues = k, v, dk, dv
-    reductions: deque[PendingRows] = deque()
-    for number, stage in enumerate(plan.stages):
-        if number:
-            keys, values = fetches.take()
-            packed, (dkeys, dvalues) = _packed_zeros((keys, values), dtype)
-        for side in _work_order(plan, number):
-            if side == "guest" and number == 0:
-                sides["guest"] = timed("unpack", _guest_rows)(pending_queries.wait(), dtype)
-            dout_, q_, out_, lse_, dq_ = sides[side]
-            work = stage.host_work if side == "host" else stage.guest_work
-            plan.backend.backward(
-                dout_, q_, keys, values, out_, lse_, work, **numbers, dq_QND=dq_, dk_KGD=dkeys, dv_KGE=dvalues
-            )
-            if side == "guest" and number == len(plan.stages) - 1:
-                send_home = watched(plan.queries, group_reduce)
-                reductions.append(send_home((dq_,), (dq,), plan.queries, key.cp_group, async_op=True))
-        if number:
-            # At most one stage's gradients are in flight; those that take two hops get two stages' work to hide behind.
-            while len(reductions) >= _depth(plan):
-                reductions.popleft().wait()
-            for reduction in reductions:
-                reduction.advance()
-            send_home = watched(stage.kv, group_reduce)
-            gradients = (dkeys, dvalues)
-            reductions.append(send_home(gradients, (dk, dv), stage.kv, key.cp_group, packed=packed, async_op=True))
-    for reduction in reductions:
-        reduction.wait()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return Returning(dout, q, out, lse, torch.zeros(q.shape, dtype=lse.dtype, device=q.device))
 
 
-def _packed_zeros(like: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _packed_zeros(like: KeyRows, dtype: torch.dtype) -> tuple[Tensor, KeyRows]:
     """A buffer of zeros from which rows of these shapes travel without a copy, and the tensors in it."""
     none = tuple(t.new_empty((0, *t.shape[1:]), dtype=dtype) for t in like)
-    packed = torch.zeros((like[0].shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like[0].device)
-    return packed, unpack_rows(packed, none)
+    packed = torch.zeros((like.k.shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like.k.device)
+    return packed, KeyRows(*unpack_rows(packed, none))
 
 
-def _work_order(plan: BoundPlan, number: int) -> tuple[str, ...]:
-    """Local queries ("host") and received ones ("guest") of a stage, in the order of their work.
+class _Guests(Generic[Queries]):
+    """Queries of other ranks that this one works on; where the plan moves none, nothing happens.
 
-    In the first stage the guests are still on their way, so they come last; later they come first,
-    so that after the last stage their results travel home behind the work on local queries.
+    While own queries work on own keys they are still on their way, so in the home stage they come second. In the
+    others they come first, so that after the last stage their results travel home behind the work on own queries.
+
+    arriving: gives what came. receive: makes queries of it. compute: the work on them with a stage's keys.
+    send_home: takes the finished queries.
     """
+
+    def __init__(
+        self,
+        plan: BoundPlan,
+        arriving: PendingRows,
+        receive: Callable[[Rows], Queries],
+        compute: Callable[..., None],
+        send_home: Callable[[Queries], None],
+    ) -> None:
+        self._plan, self._arriving, self._receive = plan, arriving, receive
+        self._compute, self._send_home = compute, send_home
+        self._rows: Queries | None = None
+
+    def work(self, stage: BoundStage, keys: KeyRows, *gradients: KeyRows) -> None:
+        """The work of a stage. gradients: of its keys, in backward."""
+        if not self._plan.moves_queries:
+            return
+        if self._rows is None:
+            self._rows = self._receive(self._arriving.wait())
+        self._compute(self._rows, keys, stage.guest_work, *gradients)
+        if stage is self._plan.stages[-1]:
+            self._send_home(self._rows)
+
+
+def _guests_of_forward(
+    plan: BoundPlan, own: Attending, v: Tensor, returns: _Returns, scoring: Scoring
+) -> _Guests[Attending]:
+    """They bring q, and take out and lse home."""
+
+    def receive(came: Rows) -> Attending:
+        return _unattended(came[0], v, accumulator_dtype(own.q.dtype))
+
+    def send_home(rows: Attending) -> None:
+        results = (rows.out.to(own.q.dtype), rows.lse)
+        returns.add(plan.exchanges.reduce(plan.queries, results, (own.out, own.lse), op="lse"))
+
+    arriving = _send_queries(plan, (own.q,))
+    return _Guests(plan, arriving, receive, partial(_attend, plan, scoring), send_home)
+
+
+def _guests_of_backward(plan: BoundPlan, own: Returning, returns: _Returns, scoring: Scoring) -> _Guests[Returning]:
+    """They bring dout, q, lse and delta, and take dq home."""
+    dtype = own.lse.dtype
+
+    def with_out(came: Rows) -> Rows:
+        dout, q, lse, delta = came
+        return dout, q, _out_of_delta(dout, delta), lse
+
+    def receive(came: Rows) -> Returning:
+        return Returning(*came, torch.zeros(came[1].shape, dtype=dtype, device=came[1].device))
+
+    def send_home(rows: Returning) -> None:
+        returns.add(plan.exchanges.reduce(plan.queries, (rows.dq,), (own.dq,)))
+
+    delta = (row_delta(own.dout, own.out, dtype),) if plan.moves_queries else ()
+    arriving = _send_queries(plan, (own.dout, own.q), (own.lse, *delta), then=with_out)
+    return _Guests(plan, arriving, receive, partial(_differentiate, plan, scoring), send_home)
+
+
+def _send_queries(
+    plan: BoundPlan, rows: Rows, plain: Rows = (), *, then: Callable[[Rows], Rows] | None = None
+) -> PendingRows:
+    """Start to send queries where the plan moves them. plain: what travels beside them as it is."""
     if not plan.moves_queries:
-        return ("host",)
-    return ("host", "guest") if number == 0 else ("guest", "host")
+        return PendingRows(None, tuple)
+    return plan.exchanges.cast(plan.queries, (*rows, *plain), plan.exchanges.encode(rows), then=then)
 
 
-def _guest_rows(
-    received: tuple[Tensor, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout, q, out, lse of received queries (dout, q, lse, delta), and an accumulator for dq."""
-    dout, q, lse, delta = received
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    return dout, q, _out_of_delta(dout, delta), lse, dq
+class _Returns:
+    """Results that are on their way home."""
+
+    def __init__(self, plan: BoundPlan) -> None:
+        self._num_hops = plan.num_hops
+        self._pending: deque[PendingRows] = deque()
+
+    def add(self, pending: PendingRows) -> None:
+        self._pending.append(pending)
+
+    def make_room(self) -> None:
+        """At most one stage's results are in flight; those that take two hops get two stages' work to hide behind."""
+        while len(self._pending) >= self._num_hops:
+            self._pending.popleft().wait()
+        for pending in self._pending:
+            pending.advance()
+
+    def wait(self) -> None:
+        for pending in self._pending:
+            pending.wait()
 
 
 class _Fetches:
@@ -168,100 +284,51 @@ class _Fetches:
     the nodes, and the first hop of the next, between them, travel behind the same work. What a stage fetches is held in
     full only in its second hop.
 
-    rooms: what each stage's keys and values are received into, to be kept; none: they are let go.
-    filled: forward has fetched into the rooms, if there are any, so nothing travels.
+    kept: what they are received into, to be kept; empty: they are let go. filled: forward has fetched into it, if the
+    plan keeps anything, so nothing travels.
     """
 
-    def __init__(
-        self, key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor, rooms: tuple[Tensor, ...], *, filled: bool = False
-    ) -> None:
-        self._key, self._plan, self._k, self._v = key, plan, k, v
-        self._rooms, self._at_hand = rooms, filled and bool(rooms)
-        self._encoded = _encoded(key, k, v) if len(plan.stages) > 1 and not self._at_hand else ()
-        self._pending = deque(self._start(number) for number in (1, 2))
+    def __init__(self, plan: BoundPlan, kv: KeyRows, kept: Tensor, *, filled: bool = False) -> None:
+        self._plan, self._kv = plan, kv
+        self._rooms = _rooms(plan, kv, kept)
+        self._at_hand = filled and plan.keep_kv
+        self._encoded = plan.exchanges.encode(kv) if plan.remote and not self._at_hand else ()
+        self._waiting = deque(zip(plan.remote, self._rooms, strict=True))
+        self._pending: deque[PendingRows] = deque()
+        self._start(2)
         self._taken = 0
 
-    def take(self) -> tuple[Tensor, ...]:
+    def take(self) -> KeyRows:
         """Keys and values of the next stage; starts what travels while it computes."""
         rows = self._pending.popleft().wait()
         for pending in self._pending:
             pending.advance()
         self._taken += 1
         # At one level, two stages' buffers are full: the one taken and the next.
-        if self._taken + _depth(self._plan) > 2:
-            self._pending.append(self._start(self._taken + _depth(self._plan)))
-        return rows
+        if self._taken + self._plan.num_hops > 2:
+            self._start(1)
+        return KeyRows(*rows)
 
-    def _start(self, number: int) -> PendingRows:
-        """Start to fetch those of a stage; nothing after the last."""
-        key, plan, k, v = self._key, self._plan, self._k, self._v
-        if number >= len(plan.stages):
-            return PendingRows(None, tuple)
-        if self._at_hand:
-            return PendingRows(None, lambda: _kept_rows(key, self._rooms[number - 1], k, v))
-        room = self._rooms[number - 1] if self._rooms else None
-        return _cast(key, plan.stages[number].kv, (k, v), self._encoded, room)
+    def _start(self, count: int) -> None:
+        """Start to fetch those of the next stages; nothing after the last."""
+        for _ in range(min(count, len(self._waiting))):
+            self._pending.append(self._fetch(*self._waiting.popleft()))
 
-
-def _depth(plan: BoundPlan) -> int:
-    """Exchanges of one kind that are under way at once: one for each hop."""
-    return len(plan.queries)
+    def _fetch(self, stage: BoundStage, room: Tensor | None) -> PendingRows:
+        exchanges, kv = self._plan.exchanges, self._kv
+        if not self._at_hand:
+            return exchanges.cast(stage.kv, kv, self._encoded, into=room)
+        assert room is not None
+        views = unpack_rows(room, exchanges.travelling(kv))
+        return PendingRows(None, lambda: exchanges.decode(views, kv.k.dtype))
 
 
-def kept_bytes(key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor) -> int:
-    """Bytes of the keys and values that all stages fetch, as they travel."""
-    rows = sum(stage.kv[-1].num_received for stage in plan.stages[1:])
-    return rows * packed_row_bytes(_travelling(key, k, v))
-
-
-def _rooms(key: AttnKey, plan: BoundPlan, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-    """The part of `kept` that belongs to each remote stage, [rows, bytes of a row]; none if the key keeps nothing."""
-    if not key.options.keep_kv:  # and not by what there is to keep, which differs between ranks
-        return ()
-    rows = kept.view(-1, packed_row_bytes(_travelling(key, k, v)))
-    return rows.split([stage.kv[-1].num_received for stage in plan.stages[1:]])
-
-
-def _travelling(key: AttnKey, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Tensors with the row shapes and dtypes in which these rows travel, and no rows."""
-    none = tuple(t[:0] for t in rows)
-    return none if key.codec is None else key.codec.encode(none)
-
-
-def _kept_rows(key: AttnKey, room: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    views = unpack_rows(room, _travelling(key, k, v))
-    return views if key.codec is None else timed("unpack", key.codec.decode)(views, k.dtype)
-
-
-def _encoded(key: AttnKey, *rows: Tensor) -> tuple[Tensor, ...]:
-    """What travels in the place of these rows where the key compresses the wire; else nothing."""
-    return () if key.codec is None else timed("encode", key.codec.encode)(rows)
-
-
-def _cast(
-    key: AttnKey,
-    hops: tuple[RowRoutes, ...],
-    rows: tuple[Tensor, ...],
-    encoded: tuple[Tensor, ...],
-    into: Tensor | None = None,
-) -> PendingRows:
-    """Start to send rows, the first of them as `encoded` where that is not empty; received into `into` if given."""
-    if key.codec is None:
-        return watched(hops, group_cast)(rows, hops, key.cp_group, into=into)
-    dtypes, plain = [t.dtype for t in rows[: len(encoded)]], rows[len(encoded) :]
-    return watched(hops, cast_encoded)(encoded, plain, hops, key.cp_group, key.codec, dtypes=dtypes, into=into)
-
-
-def _empty_partial(q: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Accumulators of rows that have seen no key yet; dtype is that of out."""
-    out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=dtype, device=q.device)
-    lse_dtype = accumulator_dtype(q.dtype)
-    return out, torch.full(q.shape[:2], -torch.inf, dtype=lse_dtype, device=q.device)
-
-
-def row_delta(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over head dim of dout * out, [T, N]: all that backward needs of out."""
-    return (dout.to(dtype) * out.to(dtype)).sum(-1)
+def _rooms(plan: BoundPlan, kv: KeyRows, kept: Tensor) -> tuple[Tensor | None, ...]:
+    """The part of `kept` that belongs to each remote stage, [rows, bytes of a row]; None if the plan keeps nothing."""
+    if not plan.keep_kv:  # and not by what there is to keep, which differs between ranks
+        return (None,) * len(plan.remote)
+    rows = kept.view(-1, packed_row_bytes(plan.exchanges.travelling(kv)))
+    return rows.split([stage.kv.num_received for stage in plan.remote])
 
 
 def _out_of_delta(dout: Tensor, delta: Tensor) -> Tensor:
@@ -276,7 +343,3 @@ def _out_of_delta(dout: Tensor, delta: Tensor) -> Tensor:
     unit = wide / largest
     square = (unit * unit).sum(-1, keepdim=True).clamp_min(1.0)  # 1 or more, but for dout = 0
     return (unit * (delta.unsqueeze(-1) / largest / square)).to(dout.dtype)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

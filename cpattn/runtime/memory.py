@@ -8,7 +8,7 @@ dispatcher sees it, is declared beside them (`KERNEL_SCRATCH`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cpattn.backends import KERNEL_SCRATCH
-from cpattn.collectives import RowRoutes, heads_to_rows, rows_to_heads
-from cpattn.keys.key import AttnKey, BoundPlan, HeadSharding
-from cpattn.ops.heads import trade_heads, trade_rows
+from cpattn.solver import Heads
 
-from .execute import accumulator_dtype, kept_bytes, run_backward, run_forward
+from .bound import BoundPlan, BoundStage
+from .exchanges import Trip
+from .execute import Attending, KeyRows, Scoring, accumulator_dtype, kept_bytes, run_backward, run_forward
+from .trades import HeadTrades, trade_dout, trade_gradients, trade_inputs, trade_result
 
 # Backends whose kernels need data, or allocate where no dispatcher sees it. Of these only flex attention is torch's
 # own: a higher-order operator, into which no dispatch mode is let, compiled at first use. On CPU, for tests,
@@ -46,77 +47,61 @@ class StepMemory(NamedTuple):
     step: int
 
 
-def step_memory(key: AttnKey, dtype: torch.dtype, device: torch.device) -> StepMemory:
+def step_memory(bound: BoundPlan, heads: Heads, dtype: torch.dtype, device: torch.device) -> StepMemory:
     """The peaks of a call without sink and softcap, for contiguous q, k, v and dout of a dtype.
 
+    Args:
+        bound: this rank's plan, for that dtype and device.
+        heads: of q, k and v here.
+
     Raises:
-        ValueError: no backend serves the dtype and device, or the one that does runs its kernel outside
-            torch's operators (`_OUTSIDE_TORCH`).
+        ValueError: the backend runs its kernel outside torch's operators (`_OUTSIDE_TORCH`).
     """
-    if key.sharding is not None:
-        return _memory_with_head_exchanges(key, key.sharding, dtype, device)
-    bound = key.bind(device, dtype)
     if bound.backend.name in _OUTSIDE_TORCH:
         raise ValueError(
             f"memory is not stated for backend {bound.backend.name!r}: its kernel cannot be run without data; "
             f"measure a step with torch.cuda.max_memory_allocated()"
         )
-    plan = _light(bound, dtype)
-    numbers = {"scale": 1.0, "softcap": None}
-    heads, kv_heads, rows, keys = key.num_heads_q, key.num_heads_kv, key.num_tokens, key.num_keys
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
+    plan, scoring = _light(bound, dtype), Scoring(1.0)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        q, k = empty(rows, heads, key.head_dim), empty(keys, kv_heads, key.head_dim)
-        v, out = empty(keys, kv_heads, key.head_dim_v), empty(rows, heads, key.head_dim_v)
-        lse = empty(rows, heads, dtype=accumulator_dtype(dtype))
-        num_kept = kept_bytes(key, plan, k, v) if key.options.keep_kv else 0
-        kept = empty(num_kept, dtype=torch.uint8)
-        forward = num_kept + _peak(lambda: run_forward(key, plan, q, k, v, None, kept, numbers), [q, k, v, kept])
+        q, k, v = _empty_inputs(plan.num_queries, plan.num_keys, heads, dtype, device)
+        kv, results = KeyRows(k, v), _empty_results(plan.num_queries, heads, dtype, device)
+        out, lse = results
+        num_kept = kept_bytes(plan, kv) if plan.keep_kv else 0
+        kept = torch.empty(num_kept, dtype=torch.uint8, device=device)
+        forward = num_kept + _peak(lambda: run_forward(plan, q, kv, None, kept, scoring), [q, k, v, kept])
         backward = _peak(
-            lambda: run_backward(key, plan, out, q, k, v, out, lse, kept, numbers), [q, k, v, kept, out, lse]
+            lambda: run_backward(plan, out, Attending(q, out, lse), kv, kept, scoring), [q, k, v, kept, out, lse]
         )
-    results = out.nbytes + lse.nbytes
-    return StepMemory(forward, backward, num_kept, max(forward, results + num_kept + backward))
+    in_results = sum(t.nbytes for t in results)
+    return StepMemory(forward, backward, num_kept, max(forward, in_results + num_kept + backward))
 
 
-def _memory_with_head_exchanges(
-    key: AttnKey, sharding: HeadSharding, dtype: torch.dtype, device: torch.device
+def memory_with_trades(
+    trades: HeadTrades, between: StepMemory, heads: Heads, dtype: torch.dtype, device: torch.device
 ) -> StepMemory:
-    """The same around the attention of the block's rows; its q, k, v, out and lse are kept for backward."""
-    group, inner = key.cp_group, sharding.inner
-    assert group is not None
-    still = sharding._replace(
-        queries=replace(sharding.queries, active=False), keys=replace(sharding.keys, active=False)
+    """The same around the attention of the block's rows; its q, k, v, out and lse are kept for backward.
+
+    Args:
+        between: of that attention.
+        heads: of q, k and v outside.
+    """
+    still = trades._replace(
+        queries=replace(trades.queries, active=False), keys=replace(trades.keys, active=False)
     )
-    between = step_memory(inner, dtype, device)
-
-    def empty(rows: int, *heads: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty((rows, *heads), dtype=dtype, device=device)
-
-    def inputs(of: AttnKey) -> list[Tensor]:
-        rows_q, rows_k = sharding.queries.rows, sharding.keys.rows
-        num_q, num_k = (sum(rows_q), sum(rows_k)) if of is inner else (of.num_tokens, of.num_keys)
-        kv_heads = of.num_heads_kv
-        return [
-            empty(num_q, of.num_heads_q, of.head_dim),
-            empty(num_k, kv_heads, of.head_dim),
-            empty(num_k, kv_heads, of.head_dim_v),
-        ]
-
+    mine, part = trades.queries.part, trades.part
+    inside = replace(heads, num_q=part.num_q, num_kv=len(part.kv))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        rows, block = inputs(key), inputs(inner)
-        out = empty(len(block[0]), inner.num_heads_q, inner.head_dim_v)
-        lse = empty(len(block[0]), inner.num_heads_q, dtype=accumulator_dtype(dtype))
-        dout = empty(key.num_tokens, key.num_heads_q, key.head_dim_v)
+        rows = _empty_inputs(trades.queries.rows[mine], trades.keys.rows[mine], heads, dtype, device)
+        block = _empty_inputs(sum(trades.queries.rows), sum(trades.keys.rows), inside, dtype, device)
+        out, lse = _empty_results(len(block[0]), inside, dtype, device)
+        dout, _ = _empty_results(len(rows[0]), heads, dtype, device)
         in_block = sum(t.nbytes for t in block)
         results = out.nbytes + lse.nbytes
-        before = _peak(lambda: trade_rows(still, group, *rows), rows)
-        after = _peak(lambda: heads_to_rows(out, still.queries, group).wait(), [out])
-        dout_traded = _peak(lambda: rows_to_heads(dout, still.queries, group).wait(), [dout])
-        gradients = in_block + _peak(lambda: trade_heads(still, group, *block), block)
+        before = _peak(lambda: trade_inputs(still, *rows), rows)
+        after = _peak(lambda: trade_result(still, out), [out])
+        dout_traded = _peak(lambda: trade_dout(still, dout), [dout])
+        gradients = in_block + _peak(lambda: trade_gradients(still, *block), block)
     forward = max(before, in_block + between.forward, in_block + results + between.kept + after)
     attention_backward = max(dout_traded, out.nbytes + between.backward)
     kept = in_block + results + between.kept
@@ -125,27 +110,44 @@ def _memory_with_head_exchanges(
     return StepMemory(forward, max(attention_backward, gradients), kept, step)
 
 
+def _empty_inputs(
+    num_queries: int, num_keys: int, heads: Heads, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v."""
+    shapes = (
+        (num_queries, heads.num_q, heads.head_dim),
+        (num_keys, heads.num_kv, heads.head_dim),
+        (num_keys, heads.num_kv, heads.head_dim_v),
+    )
+    q, k, v = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+    return q, k, v
+
+
+def _empty_results(
+    num_queries: int, heads: Heads, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """out and lse."""
+    out = torch.empty((num_queries, heads.num_q, heads.head_dim_v), dtype=dtype, device=device)
+    return out, torch.empty((num_queries, heads.num_q), dtype=accumulator_dtype(dtype), device=device)
+
+
 def _light(plan: BoundPlan, dtype: torch.dtype) -> BoundPlan:
     """A plan of the same memory that is cheap to run: exchanges have their buffers and move nothing, and of many
     kernel calls those are left that take most, where the backend tells which.
     """
     heaviest = getattr(plan.backend, "heaviest", lambda work, dtype: work)
 
-    def still(hops: tuple[RowRoutes, ...]) -> tuple[RowRoutes, ...]:
-        return tuple(replace(hop, active=False) for hop in hops)
+    def still(trip: Trip) -> Trip:
+        return trip._replace(hops=tuple(replace(hop, active=False) for hop in trip.hops))
 
     stages = tuple(
-        stage._replace(
-            kv=still(stage.kv),
-            host_work=heaviest(stage.host_work, dtype),
-            guest_work=heaviest(stage.guest_work, dtype),
-        )
+        BoundStage(still(stage.kv), heaviest(stage.own_work, dtype), heaviest(stage.guest_work, dtype))
         for stage in plan.stages
     )
     return plan._replace(queries=still(plan.queries), stages=stages)
 
 
-def _peak(run: Callable[[], Any], given: list[Tensor]) -> int:
+def _peak(run: Callable[[], Any], given: Sequence[Tensor]) -> int:
     """Most bytes alive at once while it runs, besides the tensors given."""
     with _Meter(given) as meter:
         run()
@@ -155,7 +157,7 @@ def _peak(run: Callable[[], Any], given: list[Tensor]) -> int:
 class _Meter(TorchDispatchMode):
     """Counts the bytes of storages made while it is on."""
 
-    def __init__(self, given: list[Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known = {id(storage): storage for storage in (t.untyped_storage() for t in given)}

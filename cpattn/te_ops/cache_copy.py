@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.decoding.pages import count_rows, page_rows, write_rows
+
 from .layouts import sequence_lengths
 from .te_import import call_extension, qkv_format_enum
 
@@ -71,18 +73,16 @@ def copy_to_kv_cache(
     table = page_table.detach().cpu().numpy().astype(np.int64)
     if is_non_paged:
         _reindex(table.reshape(-1), (k_cache, v_cache), cached - new)
-        page = sequence
-    else:
-        position = cached[sequence] - new[sequence] + nth
-        page = table.reshape(b, max_pages_per_seq)[sequence, position // page_size]
+        table = np.arange(b).reshape(b, 1)  # a sequence is a page
     position = cached[sequence] - new[sequence] + nth
-    if len(page) and (page.min() < 0 or page.max() >= k_cache.shape[0]):
-        raise ValueError(f"page {page.max()} is written: the cache has pages 0 to {k_cache.shape[0] - 1}")
-    rows = torch.from_numpy(page * page_size + position % page_size).to(k_cache.device)
+    rows = page_rows(table.reshape(b, -1), sequence, position, page_size)
+    pages = rows // max(page_size, 1)
+    if len(pages) and (pages.min() < 0 or pages.max() >= k_cache.shape[0]):
+        raise ValueError(f"page {pages.max()} is written: the cache has pages 0 to {k_cache.shape[0] - 1}")
     source_rows = torch.from_numpy(source).to(new_k.device)
     for cache, fresh in ((k_cache, new_k), (v_cache, new_v)):
         flat = fresh.reshape(-1, *fresh.shape[-2:])
-        cache.view(-1, *cache.shape[-2:]).index_copy_(0, rows, flat.index_select(0, source_rows))
+        write_rows(cache, rows.to(cache.device), flat.index_select(0, source_rows))
 
 
 def _lengths(cu_seqlens: Tensor, name: str, b: int) -> np.ndarray:
@@ -96,9 +96,8 @@ def _sources(
     new_k: Tensor, qkv_format: str, new: np.ndarray, b: int, max_ctx_len: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sequence, number within it, and flat row in the new tokens, of every token that is copied."""
-    sequence = np.repeat(np.arange(b), new)
+    sequence, nth = count_rows(new)
     starts = np.cumsum(new) - new
-    nth = np.arange(len(sequence)) - starts[sequence]
     if qkv_format == "thd":
         if len(sequence) > new_k.shape[0]:
             raise ValueError(f"cu_new_lens counts {len(sequence)} tokens: new_k has {new_k.shape[0]} rows")

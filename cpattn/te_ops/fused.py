@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cpattn.backends import Problem, choose_backend
+from cpattn.runtime.sinks import fold_sink, row_delta, sink_gradient
 from cpattn.solver import UNBOUNDED, SliceTable
 
 from . import dense
@@ -131,7 +132,7 @@ def fused_attn_fwd(
         reason = te_refusal(**arguments)
         if reason is not None:
             raise ValueError(f"TransformerEngine refuses this call: {reason}")
-        return call_te("fused_attn_fwd", arguments)
+        return call_te(fused_attn_fwd, arguments)
     out_dtype = fake_dtype or q.dtype if isinstance(q, Fp8Tensor) else q.dtype
     q, k, v = (dequantized(t) for t in (q, k, v))
     common = _common({**arguments, "q": q, "k": k, "v": v})
@@ -146,11 +147,7 @@ def fused_attn_fwd(
     maximum = _max_logit(call, rows, extras) if return_max_logit else None
     sink = _sink(softmax_type, softmax_offset, lse)
     if sink is not None:
-        valid = call.valid_rows(lse.device)
-        total = torch.where(valid, torch.logaddexp(lse, sink), lse)
-        # In padding rows both are -inf; their out is 0 anyway.
-        out *= torch.exp(lse - total).nan_to_num_(nan=0.0).unsqueeze(-1)
-        lse = total
+        lse = fold_sink(out, lse, sink, where=call.valid_rows(lse.device))
     result: Any = from_rows(out.to(out_dtype), call.layout.q_format, call.batch)
     if o_quantizer is not None:
         result = o_quantizer.quantize(result)
@@ -225,7 +222,7 @@ def fused_attn_bwd(
         reason = te_refusal(**arguments)
         if reason is not None:
             raise ValueError(f"TransformerEngine refuses this call: {reason}")
-        return tuple(call_te("fused_attn_bwd", arguments))
+        return tuple(call_te(fused_attn_bwd, arguments))
     if parse_layout(qkv_layout).paged:
         raise ValueError(f"qkv_layout {qkv_layout!r}: paged attention has no backward (it is for inference)")
     stats, rng_state, bias, softmax_offset = _unpack_aux(aux_ctx_tensors, attn_bias_type, softmax_type)
@@ -254,8 +251,8 @@ def fused_attn_bwd(
     dsink = None
     if softmax_type == "learnable":
         assert softmax_offset is not None
-        valid = call.valid_rows(lse.device)
-        dsink = _sink_gradient(dout, out, lse, softmax_offset, valid).view(1, -1, 1, 1)
+        delta = row_delta(dout, out, lse.dtype).masked_fill(~call.valid_rows(lse.device), 0.0)
+        dsink = sink_gradient(delta, lse, softmax_offset.reshape(-1)).view(1, -1, 1, 1)
     return (*stored, None if dbias is None or bias is None else dbias.to(bias.dtype), dsink)
 
 
@@ -575,14 +572,6 @@ def _sink(softmax_type: str, softmax_offset: Tensor | None, lse_RN: Tensor) -> T
         return lse_RN.new_zeros(lse_RN.shape[1])
     assert softmax_offset is not None
     return softmax_offset.detach().reshape(-1).to(lse_RN.dtype)
-
-
-def _sink_gradient(dout: Tensor, out: Tensor, lse_RN: Tensor, softmax_offset: Tensor, valid: Tensor) -> Tensor:
-    """Of the further logit: its probability is exp(offset - lse), and its value 0."""
-    dtype = lse_RN.dtype
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).masked_fill(~valid, 0.0)
-    probability = torch.exp(softmax_offset.reshape(-1).to(dtype) - lse_RN)
-    return -(probability * delta).sum(0).to(softmax_offset.dtype)
 
 
 def _new_rng_state(generator: torch.Generator | None, dropout: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -20,8 +21,10 @@ def te_installed() -> bool:
     return True
 
 
-def call_te(name: str, arguments: dict[str, Any]) -> Any:
-    """Call a function of `transformer_engine.pytorch.cpp_extensions.fused_attn` with our arguments.
+def call_te(ours: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call the function of `transformer_engine.pytorch.cpp_extensions.fused_attn` that ours is named after.
+
+    ours: takes the arguments; what is at its default need not be known to the installed version.
 
     Fills in what versions want beyond them: 2.20's o_format, do_format and dqkv_layout (whose defaults are wrong for
     most layouts), 2.12's dqkv_dtype, the kernel choice, and the padded offsets that thd needs.
@@ -32,7 +35,7 @@ def call_te(name: str, arguments: dict[str, Any]) -> Any:
     """
     _require_cuda(arguments["q"])
     module = _import("transformer_engine.pytorch.cpp_extensions.fused_attn")
-    function = getattr(module, name)
+    function = getattr(module, ours.__name__)
     parameters = inspect.signature(function).parameters
     given = dict(arguments)
     layout = parse_layout(given["qkv_layout"])
@@ -54,9 +57,9 @@ def call_te(name: str, arguments: dict[str, Any]) -> Any:
         constants = _import("transformer_engine.pytorch.constants")
         given["dqkv_dtype"] = constants.TE_DType[given["fake_dtype"]]
     for missing in given.keys() - parameters.keys():
-        default = inspect.signature(_ours(name)).parameters.get(missing)
+        default = inspect.signature(ours).parameters.get(missing)
         if default is not None and given[missing] is not None and given[missing] != default.default:
-            raise ValueError(f"the installed TransformerEngine's {name} has no argument {missing}")
+            raise ValueError(f"the installed TransformerEngine's {ours.__name__} has no argument {missing}")
     return function(**{n: value for n, value in given.items() if n in parameters})
 
 
@@ -86,12 +89,6 @@ def _import(name: str) -> Any:
             f"impl='te' needs TransformerEngine, and importing {name} failed: {error}; the default, impl='portable', "
             f"needs nothing"
         ) from error
-
-
-def _ours(name: str) -> Any:
-    from . import fused
-
-    return getattr(fused, name)
 
 
 def _require_cuda(x: Any) -> None:

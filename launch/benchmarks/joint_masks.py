@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.planning.ready import LayerKind, make_plan
+from cpattn.planning.options import LayerKind
+from cpattn.planning.ready import make_plan
 from cpattn.solver import (
     HARDWARE,
     Hardware,

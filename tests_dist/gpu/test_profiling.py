@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn import AttnMaskSpec
-from cpattn.runtime.profiling import Trace
+from cpattn.runtime.trace import Trace
 from tests_dist.support.harness import run_on_ranks
 
 pytestmark = pytest.mark.gpu

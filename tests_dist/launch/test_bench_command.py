@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import cpattn
-from cpattn.runtime.profiling import Call, RankTrace, Span, Trace
+from cpattn.runtime.trace import Call, RankTrace, Span, Trace
 from cpattn.solver import HARDWARE, Heads, simulate
 from tests_dist.support.harness import run_on_ranks
 
@@ -111,7 +111,7 @@ def test_predicted_bars_fill_each_rank() -> None:
 
 def test_head_exchanges_are_predicted_around_attention(tmp_path: Path) -> None:
     """Each context rank's bars are those of its parts, later by the first exchange; all wait for the second."""
-    from cpattn.launch.bench_command import Prediction
+    from cpattn.launch.predict import Prediction
     from cpattn.launch.trace_pictures import (
         HEAD_EXCHANGES,
         WAIT,
@@ -138,7 +138,7 @@ def test_head_exchanges_are_predicted_around_attention(tmp_path: Path) -> None:
     assert around_attention(attention, 0.0, 0.0, degree=1) == attention
 
     def call(name: Any) -> Call:
-        spans = (Span("transfer", "heads of q", None, "", 0.0, 1.0), Span("compute", "kernel", 0, "host", 1.0, 2.0))
+        spans = (Span("transfer", "heads of q", None, "", 0.0, 1.0), Span("compute", "kernel", 0, "own", 1.0, 2.0))
         return Call(name, "key", 0.0, 2.0, spans)
 
     calls = (call("forward"), call("backward"))
@@ -161,10 +161,10 @@ def test_prediction_has_the_head_exchanges_by_which_a_degree_is_chosen() -> None
 
 def predicted_on_rank() -> tuple[Any, float]:
     """The prediction for degree 2, and the seconds that the choice of a degree has for it."""
-    from cpattn.launch.bench_command import predict
+    from cpattn.launch.predict import predict
 
     options: dict[str, Any] = {"num_heads_q": 4, "num_heads_kv": 4, "head_dim": 8, "cp_group": dist.group.WORLD}
     hardware, spec = HARDWARE["h100"], cpattn.AttnMaskSpec.causal(4096)
     key = cpattn.make_key(spec, head_degree=2, hardware=hardware, **options)
     choice = cpattn.make_key(spec, head_degree="auto", hardware=hardware, **options)
-    return predict(key, hardware, Heads(4, 4, 8, 8)), dict(choice.degree_seconds)[2]
+    return predict(key.plan, 2, hardware, Heads(4, 4, 8, 8)), dict(choice.degree_seconds)[2]

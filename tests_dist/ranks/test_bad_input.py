@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpattn
 from cpattn import AttnMaskSpec
+from cpattn.solver import assemble_plan
 from tests_dist.support.harness import fresh_group, run_on_ranks
 
 SPEC = AttnMaskSpec.varlen([40, 24])
@@ -304,15 +305,13 @@ def test_keys_that_differ_between_ranks():
 
 def differing_plans() -> None:
     """The same arguments and another plan (another version of the solver, say) is noticed too."""
-    from cpattn.keys import key as key_module
+    from cpattn.keys.cache import clear_key_cache
     from cpattn.planning import ready as planning
 
-    key_module.clear_key_cache()
+    clear_key_cache()
     planned = planning.make_dispatch_plan
     if dist.get_rank() == 1:
-        planned = lambda *args, **options: key_module.assemble_plan(  # noqa: E731
-            *other_plan(key_module.lower_mask(SPEC))
-        )
+        planned = lambda *args, **options: assemble_plan(*other_plan(planning.lower_mask(SPEC)))  # noqa: E731
     with (
         mock.patch.object(planning, "make_dispatch_plan", planned),
         pytest.raises(ValueError, match=r"make_key: plan differs between ranks: ranks \[1\]"),

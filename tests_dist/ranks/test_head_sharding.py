@@ -18,6 +18,7 @@ from cpattn.decoding.kv_cache import PagedKVCache
 from cpattn.launch.benchmarks.step import allocated_at_peak
 from cpattn.planning import head_degree
 from cpattn.planning.head_degree import DegreeChoice, choose_head_degree
+from cpattn.planning.options import PlanOptions
 from cpattn.planning.ready import with_layers
 from cpattn.solver import (
     DEFAULT_HARDWARE,
@@ -389,16 +390,9 @@ def test_refusals():
 def seconds_of(spec: AttnMaskSpec, heads: tuple[int, int], hardware: Hardware, cp_size: int = 8) -> DegreeChoice:
     return choose_head_degree(
         with_layers(spec, None, 1, ()),
-        (*heads, 64, 64),
+        Heads(*heads, 64, 64),
+        PlanOptions(chunk_size=64, schedule="keys", hardware=hardware),
         cp_size=cp_size,
-        ranks_per_node=None,
-        wire_8bit=False,
-        hardware=hardware,
-        chunk_size=64,
-        layout="balanced",
-        num_stages=None,
-        schedule="keys",
-        search_effort=0,
     )
 
 

@@ -22,7 +22,7 @@ import cpattn
 from cpattn import AttnMaskSpec, LayerKind
 from cpattn.collectives import Fp8Rows
 from cpattn.keys import nodes
-from cpattn.keys.key import MAX_CACHED_KEYS, clear_key_cache
+from cpattn.keys.cache import MAX_CACHED_KEYS, clear_key_cache
 from cpattn.keys.nodes import Launch, group_ranks_per_node, read_launch
 from cpattn.solver import Heads, make_joint_plans, place_zigzag, row_costs
 from tests_dist.support.harness import fresh_group, run_on_ranks

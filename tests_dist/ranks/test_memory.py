@@ -15,7 +15,7 @@ import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends.sdpa_cpu import _MANY_ROWS, _additive_band
 from cpattn.launch.benchmarks.step import allocated_at_peak
-from cpattn.runtime.execute import kept_bytes, run_backward, run_forward
+from cpattn.runtime.execute import Attending, KeyRows, Scoring, kept_bytes, run_backward, run_forward
 from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = (4, 2), 64
@@ -43,18 +43,18 @@ def memory_on_rank(name: str, dtype: torch.dtype, options: dict[str, Any]) -> li
     q, dout = (torch.randn(key.num_tokens, HEADS[0], DIM).to(dtype) for _ in range(2))
     k, v = (torch.randn(key.num_keys, HEADS[1], DIM).to(dtype) for _ in range(2))
     plan = key.bind(q.device, dtype)
-    kept = torch.empty(kept_bytes(key, plan, k, v) if key.options.keep_kv else 0, dtype=torch.uint8)
-    numbers = {"scale": 0.125, "softcap": None}
+    kv, scoring = KeyRows(k, v), Scoring(0.125)
+    kept = torch.empty(kept_bytes(plan, kv) if plan.keep_kv else 0, dtype=torch.uint8)
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
-        return run_forward(key, plan, q, k, v, None, kept, numbers)
+        return run_forward(plan, q, kv, None, kept, scoring)
 
     out, lse = forward()
     stated = key.memory(dtype, "cpu")
     assert stated.kept == kept.numel()
     measured = (
         allocated_at_peak(forward) + stated.kept,
-        allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, kept, numbers)),
+        allocated_at_peak(lambda: run_backward(plan, dout, Attending(q, out, lse), kv, kept, scoring)),
     )
     return list(zip(stated[:2], measured, strict=True))
 
@@ -90,7 +90,7 @@ def test_many_kernel_calls_are_stated_by_the_largest():
     key = key_for(AttnMaskSpec.varlen(lengths) | AttnMaskSpec.sliding_window(sum(lengths), 40), None)
     light = key.memory(torch.float32, "cpu")
     plan = key.bind(torch.device("cpu"), torch.float32)
-    work = plan.stages[0].host_work
+    work = plan.stages[0].own_work
     few = plan.backend.heaviest(work, torch.float32)  # type: ignore[attr-defined]
     assert len(few.calls(torch.float32)) < len(work.calls(torch.float32)) / 4
     forward, backward = measured_alone(key)
@@ -113,12 +113,11 @@ def measured_alone(key: cpattn.AttnKey) -> tuple[int, int]:
     plan = key.bind(torch.device("cpu"), torch.float32)
     q, dout = (torch.randn(key.num_tokens, key.num_heads_q, DIM) for _ in range(2))
     k, v = (torch.randn(key.num_keys, key.num_heads_kv, DIM) for _ in range(2))
-    numbers = {"scale": 0.125, "softcap": None}
-    none = torch.empty(0, dtype=torch.uint8)
-    out, lse = run_forward(key, plan, q, k, v, None, none, numbers)
+    kv, scoring, none = KeyRows(k, v), Scoring(0.125), torch.empty(0, dtype=torch.uint8)
+    out, lse = run_forward(plan, q, kv, None, none, scoring)
     return (
-        allocated_at_peak(lambda: run_forward(key, plan, q, k, v, None, none, numbers)),
-        allocated_at_peak(lambda: run_backward(key, plan, dout, q, k, v, out, lse, none, numbers)),
+        allocated_at_peak(lambda: run_forward(plan, q, kv, None, none, scoring)),
+        allocated_at_peak(lambda: run_backward(plan, dout, Attending(q, out, lse), kv, none, scoring)),
     )
 
 

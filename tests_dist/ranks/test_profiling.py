@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn import AttnMaskSpec
-from cpattn.runtime import profiling
-from cpattn.runtime.profiling import Call, RankTrace, Span, Trace, transfer_lanes
+from cpattn.runtime import recording
+from cpattn.runtime.recording import Pass, recorded
+from cpattn.runtime.trace import Call, RankTrace, Span, Trace, transfer_lanes
 from tests_dist.support.harness import run_on_ranks
 
 HEADS, DIM = (4, 2), 16
@@ -107,7 +108,7 @@ def test_queries_travel():
     for rank in trace.ranks:
         for call in rank.calls:
             sides = [(s.stage, s.side) for s in call.spans if s.name == "kernel"]
-            assert sides == [(0, "host"), (0, "guest"), (1, "guest"), (1, "host"), (2, "guest"), (2, "host")]
+            assert sides == [(0, "own"), (0, "guest"), (1, "guest"), (1, "own"), (2, "guest"), (2, "own")]
             travelled = names(call, "transfer")
             assert travelled["queries"] == travelled["results"] == 1
             assert travelled["keys 1"] == travelled["keys 2"] == 1
@@ -227,15 +228,10 @@ def test_nothing_is_recorded_outside():
         pass
     step(key)
     assert profile.calls() == ()
-    assert profiling._active is None
-    for function in (
-        profiling.timed("x", step),
-        profiling.watched((), step),
-        profiling.watched_heads("x", step),
-        profiling.profiled("forward", step),
-        profiling.traded("forward", "before", step),
-    ):
-        assert function is step
+    assert recording._active is None
+    plan = key.bind(torch.device("cpu"), torch.float32)
+    with recorded(Pass("forward", key, key), plan, torch.device("cpu")) as same:
+        assert same is plan, "a pass runs the plan itself"
 
 
 def test_errors_leave_no_recorder_behind():
@@ -243,18 +239,18 @@ def test_errors_leave_no_recorder_behind():
     key = key_for(AttnMaskSpec.causal(64))
     with pytest.raises(ArithmeticError), cpattn.profile():
         failing_pass()
-    assert profiling._active is None
+    assert recording._active is None
     with cpattn.profile() as profile:
         q = torch.randn(64, HEADS[0], DIM)
         with pytest.raises(ValueError, match="the key expects"):
             cpattn.attention(q, q, q, key)
         with pytest.raises(RuntimeError, match="inside"), cpattn.profile():
             pass
-        with pytest.raises(ArithmeticError):
-            profile.run("forward", failing_pass, key, key.bind(q.device, q.dtype), q)
+        plan = key.bind(q.device, q.dtype)
+        with pytest.raises(ArithmeticError), recorded(Pass("forward", key, key), plan, q.device):
+            failing_pass()
         step(key)
     assert [call.name for call in profile.calls()] == ["forward", "backward"]
-    assert profile.current is None
 
 
 def failing_pass(*args: Any) -> None:
@@ -265,7 +261,7 @@ def test_overlapping_transfers_get_lanes_of_their_own():
     def transfer(name: str, start: float, end: float) -> Span:
         return Span("transfer", name, 1, "", start, end)
 
-    kernel = Span("compute", "kernel", 0, "host", 0.0, 9.0)
+    kernel = Span("compute", "kernel", 0, "own", 0.0, 9.0)
     spans = (kernel, transfer("keys 1", 0.0, 4.0), transfer("gradients 1", 2.0, 5.0), transfer("keys 2", 4.0, 6.0))
     call = Call("forward", "key", 0.0, 9.0, spans)
     assert transfer_lanes(call) == [0, 0, 1, 0]

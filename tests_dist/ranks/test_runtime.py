@@ -94,9 +94,8 @@ def with_random_tasks(key: cpattn.AttnKey, seed: int, num_stages: int) -> cpattn
     tasks = tasks.split_k(np.unique(rng.integers(0, spec.seqlen_k + 1, 3))).table
     task_ranks = rng.integers(0, size, len(tasks))
     plan = assemble_plan(tasks, task_ranks, q_placement, k_placement, num_stages=num_stages)
-    heads = (key.num_heads_q, key.num_heads_kv, key.head_dim, key.head_dim_v)
-    rank = key.cp_rank
-    return cpattn.AttnKey(spec, key.options, plan, plan.for_rank(rank), key.cp_group, size, rank, *heads)
+    planned = key.planned._replace(plan=plan, layer_plans=())
+    return cpattn.AttnKey(planned, plan.for_rank(key.cp_rank), key.ranks)
 
 
 def random_tasks_on_rank(name: str) -> bool:

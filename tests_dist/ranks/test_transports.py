@@ -232,7 +232,7 @@ def keys_of_hardware(folder: str) -> None:
     assert key_with(hardware=direct, transport="all_to_all").transport == "all_to_all"
     split = key_with(hardware=sparse, head_degree=2)
     assert split.sharding is not None
-    ways = (split.transport, split.sharding.inner.transport, split.sharding.queries.transport)
+    ways = (split.transport, split.sharding.inner.transport, split.sharding.trades.queries.transport)
     assert ways == ("p2p",) * 3, "one peer of three, between blocks and inside them"
     # Work of 5 ms: worth several stages if the transfer takes as long, and not if it takes none.
     links = [Link(0.0, rate) for rate in (4e6, 1e15)]

@@ -73,7 +73,7 @@ def test_what_te_refuses_is_refused_before_the_call(monkeypatch):
         absent = dict.fromkeys(("fake_dtype", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"))
         arguments = {"is_training": True, "return_max_logit": False, **absent, **arguments}
         with pytest.raises(AssertionError):
-            call_te("fused_attn_fwd", arguments)
+            call_te(fused_attn_fwd, arguments)
     assert calls == []
 
 

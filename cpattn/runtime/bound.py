@@ -1,0 +1,111 @@
+"""A rank plan bound to a group, a device and a kernel: all that execution needs beside the tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.backends import Backend
+from cpattn.collectives import RowRoutes, Transport
+from cpattn.solver import Exchange, RankPlan, SliceTable
+
+from .exchanges import Exchanges, Trip
+
+
+class BoundStage(NamedTuple):
+    """Keys that arrive together, and the kernel's work on them.
+
+    kv: the trip that brings them; of no hops where they are this rank's own.
+    own_work, guest_work: for this rank's queries and for those that it works on for others.
+    """
+
+    kv: Trip
+    own_work: Any
+    guest_work: Any
+
+
+class BoundPlan(NamedTuple):
+    """A rank plan on a device, for one kernel.
+
+    exchanges: by which rows travel in the plan's group, and how they are encoded. queries: the trip of queries that
+    move. stages: own keys first, then those that are fetched. keep_kv: whether forward leaves what it fetched to
+    backward; equal on all ranks. num_queries, num_keys: this rank's rows.
+    """
+
+    backend: Backend
+    exchanges: Exchanges
+    queries: Trip
+    moves_queries: bool
+    stages: tuple[BoundStage, ...]
+    keep_kv: bool
+    num_queries: int
+    num_keys: int
+
+    @property
+    def home(self) -> BoundStage:
+        """The stage of this rank's own keys."""
+        return self.stages[0]
+
+    @property
+    def remote(self) -> tuple[BoundStage, ...]:
+        """The stages whose keys are fetched."""
+        return self.stages[1:]
+
+    @property
+    def num_hops(self) -> int:
+        """Hops of each trip; also the exchanges of one kind that are under way at once."""
+        return len(self.queries.hops)
+
+
+def bind_plan(
+    rank_plan: RankPlan,
+    backend: Backend,
+    exchanges: Exchanges,
+    device: torch.device,
+    *,
+    transport: Transport,
+    keep_kv: bool,
+) -> BoundPlan:
+    """A rank plan with its routes on a device and its slices as the kernel wants them."""
+
+    def prepare(slices: SliceTable, num_queries: int, num_keys: int) -> Any:
+        return backend.prepare(slices, num_queries, num_keys, device)
+
+    num_guests = rank_plan.queries[-1].num_received
+    queries = Trip("queries", "results", None, _bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport))
+    stages = tuple(
+        BoundStage(
+            Trip(
+                f"keys {number}", f"gradients {number}", number,
+                _bind_hops(stage.kv, rank_plan.num_keys, device, transport),
+            ),
+            prepare(stage.host, rank_plan.num_queries, stage.num_keys),
+            prepare(stage.guest, num_guests, stage.num_keys),
+        )
+        for number, stage in enumerate(rank_plan.stages)
+    )  # fmt: skip
+    rows = (rank_plan.num_queries, rank_plan.num_keys)
+    return BoundPlan(backend, exchanges, queries, queries.active, stages, keep_kv, *rows)
+
+
+def _bind_hops(
+    hops: tuple[Exchange, ...], num_local: int, device: torch.device, transport: Transport
+) -> tuple[RowRoutes, ...]:
+    bound = tuple(bind_exchange(hop, device, transport) for hop in hops)
+    return (*bound[:1], *(later.relaying(num_local) for later in bound[1:]))
+
+
+def bind_exchange(exchange: Exchange, device: torch.device, transport: Transport = "all_to_all") -> RowRoutes:
+    """An exchange of the plan with its row indices on a device."""
+    index = runs_to_index(exchange.send_runs, device)
+    return RowRoutes(index, exchange.send_splits, exchange.recv_splits, exchange.active, transport)
+
+
+def runs_to_index(runs: np.ndarray, device: torch.device) -> Tensor:
+    """Row indices int64 of [start, end) runs, one after the other."""
+    parts = [np.arange(start, end) for start, end in runs.tolist()]
+    index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return torch.from_numpy(index.astype(np.int64)).to(device)
