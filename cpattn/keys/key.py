@@ -73,7 +73,7 @@ class AttnKey:
     def __init__(self, planned: PlannedKey, rank_plan: RankPlan, ranks: CpRanks) -> None:
         self.planned, self.rank_plan, self.ranks = planned, rank_plan, ranks
         self.spec, self.options, self.plan = planned.spec, planned.options, planned.plan
-        self.heads, self.layer_plans = planned.heads, planned.layer_plans
+        self.heads, self.layer_plans, self.degree_seconds = planned.heads, planned.layer_plans, planned.degree_seconds
         self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v = planned.heads.numbers
         self.cp_group, self.cp_size, self.cp_rank = ranks
         degree = self.options.head_degree
