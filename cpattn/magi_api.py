@@ -370,10 +370,21 @@ def make_varlen_key_for_new_mask_after_dispatch(
     window_size: tuple[int, int] = (-1, -1),
     dist_attn_config: DistAttnConfig | None = None,
 ) -> AttnKey:
-    """A key for packed documents over the rows that `key_for_dispatch` gives each rank."""
-    q_ranges, k_ranges, kinds, _, _ = infer_attn_mask_from_cu_seqlens(
+    """A key for packed documents over the rows that `key_for_dispatch` gives each rank.
+
+    Raises:
+        ValueError: the prefix sums end elsewhere than the key's sequences do.
+    """
+    q_ranges, k_ranges, kinds, *totals = infer_attn_mask_from_cu_seqlens(
         cu_seqlens_q, cu_seqlens_k, causal, window_size
     )
+    spec = key_for_dispatch.spec
+    for name, total, expected in zip(("q", "k"), totals, (spec.total_seqlen, spec.seqlen_k), strict=True):
+        if total != expected:
+            raise ValueError(
+                f"cu_seqlens_{name} ends at {total} and the key was dispatched over {expected} tokens: a new mask is "
+                f"one over the same sequence; repeat the end for tokens that see nothing"
+            )
     return make_flex_key_for_new_mask_after_dispatch(q_ranges, k_ranges, kinds, key_for_dispatch)
 
 

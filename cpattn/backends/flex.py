@@ -30,9 +30,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.solver import SliceTable, expand_counts
+from cpattn.solver import SliceTable
 
 from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .nonfinite import (
+    Sight,
+    contained_backward,
+    contained_forward,
+    per_key_head,
+    per_query_head,
+    row_intervals,
+    unfinite_rows,
+    zeroed,
+)
 from .rows import merge_rows
 
 # score, batch, head, query row, key row -> score, after scaling and the softcap.
@@ -48,11 +58,21 @@ class Pass(NamedTuple):
     """One call: a block mask over padded rows.
 
     bounds: int32 [2 R, P]: first keys of the R intervals of each row, then their ends.
+    kinds: int8 [P / BLOCK, L / BLOCK]: blocks that are hidden (0), seen in part (1) or whole (2).
     blocks: the `BlockMask` of the whole call.
     """
 
     bounds: Tensor
+    kinds: np.ndarray
     blocks: Any
+
+    @property
+    def sight(self) -> Sight:
+        """What the padded rows see; rows with fewer intervals see empty ones."""
+        intervals, num_rows = len(self.bounds) // 2, self.bounds.shape[1]
+        rows = torch.arange(num_rows, device=self.bounds.device).repeat(intervals)
+        first, end = self.bounds.long().split(intervals)
+        return Sight(rows, first.flatten(), end.flatten())
 
 
 @dataclass(slots=True)
@@ -68,6 +88,10 @@ class _Work:
         if self.cached is None:
             self.cached = make_passes(self.slices, self.num_queries, self.num_keys, self.device)
         return self.cached
+
+
+def _slices_of(work: _Work) -> SliceTable:
+    return work.slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +118,7 @@ class FlexBackend:
     def writes_once(self, work: _Work) -> bool:
         return len(work.passes) <= 1
 
+    @contained_forward(_slices_of, but_on="cuda")
     def forward(
         self,
         q_QND: Tensor,
@@ -108,21 +133,17 @@ class FlexBackend:
         fresh: bool = False,
     ) -> None:
         score_mod = self._score_mod(softcap)
+        # Inside an operation of `torch.library` they still require gradients, and flex_attention looks at that.
+        q, k, v = (t.detach() for t in (q_QND, k_KGD, v_KGE))
+        run = _forward_cpu if q.device.type == "cpu" else _forward_cuda
         for number, step in enumerate(work.passes):
-            q, k, v = _padded(q_QND, k_KGD, v_KGE, step)
-            run = _forward_cpu if q.device.type == "cpu" else _call
             out, lse = run(q, k, v, step, scale, score_mod)
-            part = (x.transpose(1, 2)[0, : len(q_QND)] for x in (out, lse.unsqueeze(-1)))
-            part_out, part_lse = part
-            merge_rows(
-                out_QNE,
-                lse_QN,
-                slice(0, len(q_QND)),
-                part_out[..., : v_KGE.shape[-1]],
-                part_lse.squeeze(-1),
-                first=fresh and number == 0,
-            )
+            part_out = out[0, :, : len(q), : v.shape[-1]].transpose(0, 1)
+            part_lse = lse[0, :, : len(q)].transpose(0, 1)
+            first = fresh and number == 0
+            merge_rows(out_QNE, lse_QN, slice(0, len(q)), part_out, part_lse, first=first)
 
+    @contained_backward(_slices_of, but_on="cuda")
     def backward(
         self,
         dout_QNE: Tensor,
@@ -162,23 +183,6 @@ def _softcap(cap: float, then: ScoreMod | None) -> ScoreMod:
     return score_mod
 
 
-def row_intervals(slices: SliceTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, first keys and ends [n] of the intervals of keys that rows see, sorted; neighbours joined.
-
-    In a slice, row i sees keys [max(k0, i + lo), min(k1, i + hi + 1)).
-    """
-    owner, nth = expand_counts(slices.q1 - slices.q0)
-    rows = slices.q0[owner] + nth
-    first = np.maximum(slices.k0[owner], rows + slices.lo[owner])
-    end = np.minimum(slices.k1[owner], rows + slices.hi[owner] + 1)
-    order = np.lexsort((first, rows))
-    rows, first, end = rows[order], first[order], end[order]
-    begins = np.ones(len(rows), dtype=bool)
-    begins[1:] = (rows[1:] != rows[:-1]) | (first[1:] != end[:-1])
-    lasts = np.append(begins[1:], True)[: len(rows)]
-    return rows[begins], first[begins], end[lasts]
-
-
 def make_passes(slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> list[Pass]:
     """Block masks for a canonical slice table: one, unless rows see more than MAX_INTERVALS intervals."""
     rows, first, end = row_intervals(slices)
@@ -207,31 +211,43 @@ def _make_pass(
     num_keys: int,
     device: torch.device,
 ) -> Pass:
-    from torch.nn.attention.flex_attention import BlockMask
-
     intervals = 1 << int(slot.max(initial=0)).bit_length()
     bounds = np.zeros((2 * intervals, num_queries), dtype=np.int32)
     bounds[slot, rows] = first
     bounds[intervals + slot, rows] = end
     counts = _pairs_by_block(rows, first, end, num_queries // BLOCK, num_keys // BLOCK)
-    full = counts == BLOCK * BLOCK
+    kinds = ((counts > 0).astype(np.int8) + (counts == BLOCK * BLOCK)).astype(np.int8)
     on_device = torch.from_numpy(bounds).to(device)
-    partial_count, partial_index = _block_table((counts > 0) & ~full, device)
-    full_count, full_index = _block_table(full, device)
-    blocks = BlockMask.from_kv_blocks(
-        partial_count,
-        partial_index,
-        full_count,
-        full_index,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_interval_mask(on_device),
-        seq_lengths=(num_queries, num_keys),
+    return Pass(on_device, kinds, _block_mask(kinds, on_device))
+
+
+def _block_mask(kinds: np.ndarray, bounds: Tensor) -> Any:
+    """The `BlockMask` of blocks of these kinds and rows of these bounds.
+
+    Made from its tables: `BlockMask.from_kv_blocks` derives those of the keys under vmap, which fails in a compiled
+    graph that calls attention.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tables = [_block_table(k == kind, bounds.device) for k in (kinds, kinds.T) for kind in (1, 2)]
+    (kv_num, kv_index), (full_kv_num, full_kv_index), (q_num, q_index), (full_q_num, full_q_index) = tables
+    return BlockMask(
+        seq_lengths=(kinds.shape[0] * BLOCK, kinds.shape[1] * BLOCK),
+        kv_num_blocks=kv_num,
+        kv_indices=kv_index,
+        full_kv_num_blocks=full_kv_num,
+        full_kv_indices=full_kv_index,
+        q_num_blocks=q_num,
+        q_indices=q_index,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q_index,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=_interval_mask(bounds),
     )
-    return Pass(on_device, blocks)
 
 
 def _block_table(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row of blocks, [1, 1, P / BLOCK], and which come first, [..., L / BLOCK]."""
+    """How many blocks of each row of blocks, [1, 1, rows], and which come first, [1, 1, rows, columns]."""
     index = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     count = blocks.sum(1).astype(np.int32)
     return torch.from_numpy(count).to(device)[None, None], torch.from_numpy(index).to(device)[None, None]
@@ -290,7 +306,8 @@ def _call(
     from torch.nn.attention.flex_attention import AuxRequest
 
     # One code object serves all shape classes, so its cache must hold them all.
-    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+    limits = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096)
+    with limits, _with_keys(_VMAP_KEYS):  # its mask function runs under vmap
         out, aux = _compiled("inductor" if q.device.type == "cuda" else "eager")(
             q,
             k,
@@ -304,6 +321,20 @@ def _call(
     return out, aux.lse
 
 
+def _forward_cuda(
+    q_QND: Tensor, k_KGD: Tensor, v_KGE: Tensor, step: Pass, scale: float, score_mod: ScoreMod | None
+) -> tuple[Tensor, Tensor]:
+    """What is not finite is 0 to the kernel, and its results are NaN in the rows that see it."""
+    bad_k, bad_v = unfinite_rows(k_KGD), unfinite_rows(v_KGE)
+    q, k, v = _padded(q_QND, zeroed(k_KGD, bad_k), zeroed(v_KGE, bad_v), step)
+    out, lse = _call(q, k, v, step, scale, score_mod)
+    sight, num_heads = step.sight, q.shape[1]
+    hit_k, hit = (
+        per_query_head(sight.sees_any(bad, q.shape[2]), num_heads).T[None] for bad in (bad_k, bad_k | bad_v)
+    )
+    return out.masked_fill(hit.unsqueeze(-1), torch.nan), lse.masked_fill(hit_k, torch.nan)
+
+
 def _backward_cuda(
     dout_QNE: Tensor,
     q_QND: Tensor,
@@ -315,8 +346,16 @@ def _backward_cuda(
     scale: float,
     score_mod: ScoreMod | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Through autograd, with the gradients of out and lse that the file's docstring derives."""
+    """Through autograd, with the gradients of out and lse that the file's docstring derives.
+
+    What is not finite is 0 to the kernel, and its results are NaN for what sees it or is seen by it.
+    """
     rows, e = len(q_QND), v_KGE.shape[-1]
+    bad_keys = unfinite_rows(k_KGD, v_KGE)
+    bad_rows = unfinite_rows(q_QND, dout_QNE, out_QNE) | lse_QN.isnan()
+    k_KGD, v_KGE = zeroed(k_KGD, bad_keys), zeroed(v_KGE, bad_keys)
+    q_QND, dout_QNE, out_QNE = (zeroed(t, bad_rows) for t in (q_QND, dout_QNE, out_QNE))
+    lse_QN = lse_QN.masked_fill(bad_rows, torch.inf)  # probabilities of 0
     with _autograd():
         leaves = [t.detach().requires_grad_() for t in (q_QND, k_KGD, v_KGE)]
         q, k, v = _padded(leaves[0], leaves[1], leaves[2], step)
@@ -330,18 +369,41 @@ def _backward_cuda(
     dpart[0, :, :rows, :e] = weight * dout
     with _autograd():
         dq, dk, dv = torch.autograd.grad([out, lse], leaves, [dpart, dlse])
+    num_heads, num_heads_kv = q_QND.shape[1], k_KGD.shape[1]
+    hit_rows = bad_rows | per_query_head(step.sight.sees_any(bad_keys, q.shape[2])[:rows], num_heads)
+    padded = torch.nn.functional.pad(bad_rows, (0, 0, 0, q.shape[2] - rows))
+    hit_keys = bad_keys | step.sight.seen_by_any(per_key_head(padded, num_heads_kv), len(k_KGD))
+    hits = (hit_rows, hit_keys, hit_keys)
+    dq, dk, dv = (g.masked_fill(hit.unsqueeze(-1), torch.nan) for g, hit in zip((dq, dk, dv), hits, strict=True))
     return dq, dk, dv
+
+
+# What torch leaves out below an operation of `torch.library`, and all of it below one in a compiled graph.
+_AUTOGRAD_KEYS = ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+_VMAP_KEYS = (
+    "FuncTorchDynamicLayerFrontMode",
+    "FuncTorchDynamicLayerBackMode",
+    "FuncTorchBatched",
+    "FuncTorchVmapMode",
+    "FuncTorchGradWrapper",
+    "PythonTLSSnapshot",
+)
+
+
+@contextmanager
+def _with_keys(names: tuple[str, ...]) -> Iterator[None]:
+    """Dispatch to these keys again where an operation has left them out."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in names:
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd, also inside an operation of `torch.library`, below which torch leaves its keys out."""
-    keys = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    """Autograd, also inside an operation of `torch.library`."""
+    with _with_keys(_AUTOGRAD_KEYS), torch.enable_grad():
         yield
 
 
@@ -352,29 +414,19 @@ def _row_blocks(step: Pass, num_heads: int) -> list[slice]:
 
 
 def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, step: Pass, scale: float, score_mod: ScoreMod | None
+    q_QND: Tensor, k_KGD: Tensor, v_KGE: Tensor, step: Pass, scale: float, score_mod: ScoreMod | None
 ) -> tuple[Tensor, Tensor]:
     """A block of rows at a time: uncompiled flex_attention holds all scores."""
-    from torch.nn.attention.flex_attention import BlockMask
-
+    q, k, v = _padded(q_QND, k_KGD, v_KGE, step)
     outs, sums = [], []
     for rows in _row_blocks(step, q.shape[1]):
         shift = rows.start
-        blocks = slice(shift // BLOCK, rows.stop // BLOCK)
-        whole = step.blocks
-        part = BlockMask.from_kv_blocks(
-            whole.kv_num_blocks[..., blocks],
-            whole.kv_indices[..., blocks, :],
-            whole.full_kv_num_blocks[..., blocks],
-            whole.full_kv_indices[..., blocks, :],
-            BLOCK_SIZE=BLOCK,
-            mask_mod=_interval_mask(step.bounds[:, rows].contiguous()),
-            seq_lengths=(rows.stop - shift, whole.seq_lengths[1]),
-        )
+        kinds, bounds = step.kinds[shift // BLOCK : rows.stop // BLOCK], step.bounds[:, rows].contiguous()
+        part = Pass(bounds, kinds, _block_mask(kinds, bounds))
         moved = score_mod
         if score_mod is not None and shift:
             moved = _shifted(score_mod, shift)
-        out, lse = _call(q[:, :, rows].contiguous(), k, v, Pass(step.bounds, part), scale, moved)
+        out, lse = _call(q[:, :, rows].contiguous(), k, v, part, scale, moved)
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs, 2), torch.cat(sums, 2)

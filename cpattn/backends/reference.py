@@ -13,9 +13,14 @@ from cpattn.collectives import merge_partials
 from cpattn.solver import MaskSlice, SliceTable
 
 from .base import FLOAT_DTYPES, Problem, refuse_dtype
+from .nonfinite import contained_backward, contained_forward
 
 # Scores of a block, over all heads, that are held in memory at a time.
 _BLOCK_SCORES = 1 << 24
+
+
+def _slices_of(work: tuple[MaskSlice, ...]) -> SliceTable:
+    return SliceTable.from_slices(work)
 
 
 class ReferenceBackend:
@@ -35,6 +40,7 @@ class ReferenceBackend:
     def writes_once(self, work: tuple[MaskSlice, ...]) -> bool:
         return False
 
+    @contained_forward(_slices_of)
     def forward(
         self,
         q_QND: Tensor,
@@ -56,6 +62,7 @@ class ReferenceBackend:
             out = torch.einsum("nqk,kne->qne", torch.exp(scores - lse[..., None]), v)
             merge_partials(out_QNE[rows], lse_QN[rows], out, lse.T)
 
+    @contained_backward(_slices_of)
     def backward(
         self,
         dout_QNE: Tensor,

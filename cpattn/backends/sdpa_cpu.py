@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from cpattn.solver import BANDED, CAUSAL, INV_CAUSAL, KernelTile, SliceTable, kernel_tiles
+from cpattn.solver import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, SliceTable, kernel_tiles
 
 from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .nonfinite import contained_backward, contained_forward
 from .rows import merge_rows
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,6 +44,13 @@ _MANY_ROWS, _MANY_KEYS = 3072, 512
 # backward. Half-precision products of backward are slow on few rows, so triangles pay earlier there
 # (measured, launch/benchmarks/sdpa_cpu.py).
 _MASK_BELOW = {(False, False): 1536, (False, True): 1536, (True, False): 1536, (True, True): 768}
+
+
+# The kernel adds gradients up in the dtype of its inputs: those of queries over blocks of keys, those of keys over
+# blocks of queries and over the query heads that share them. In 16 bits every addition rounds, so a call of backward
+# gets no more of either than this, and the calls' results are added in fp32.
+_MAX_HALF_ROWS = 2048
+_MAX_HALF_SUMS = 8
 
 
 class _Call(NamedTuple):
@@ -82,8 +90,14 @@ class _Work:
         kind = (dtype in HALF_DTYPES, backward)
         if kind not in self.planned:
             tiles = kernel_tiles(self.slices, mask_below=_MASK_BELOW[kind])
+            if all(kind):
+                tiles = [part for tile in tiles for part in _cut(tile, _MAX_HALF_ROWS)]
             self.planned[kind] = _batch_tiles(tiles, self.num_queries)
         return self.planned[kind]
+
+
+def _slices_of(work: _Work) -> SliceTable:
+    return work.slices
 
 
 class CpuSdpaBackend:
@@ -111,6 +125,7 @@ class CpuSdpaBackend:
         planned = {(dtype in HALF_DTYPES, backward): _outgrown_by_none(some) for backward, some in calls.items()}
         return _Work(work.slices, work.num_queries, planned)
 
+    @contained_forward(_slices_of)
     def forward(
         self,
         q_QND: Tensor,
@@ -132,6 +147,7 @@ class CpuSdpaBackend:
                 inputs = (q[:, n], k[:, g], v[:, g])
                 _add_forward(call, *inputs, scale, out_QNE[:, n], lse_QN[:, n], fresh=fresh and call.first)
 
+    @contained_backward(_slices_of)
     def backward(
         self,
         dout_QNE: Tensor,
@@ -153,7 +169,7 @@ class CpuSdpaBackend:
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
         dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
         for call in work.calls(q.dtype, backward=True):
-            for n, g in _heads_of_calls(call, q.shape[1], k.shape[1]):
+            for n, g in _heads_of_backward(call, q.dtype, q.shape[1], k.shape[1]):
                 inputs = (dout[:, n], q[:, n], k[:, g], v[:, g], out[:, n], lse_QN[:, n])
                 _add_backward(call, *inputs, scale, (dq_QND[:, n], dk_KGD[:, g], dv_KGE[:, g]))
 
@@ -230,9 +246,11 @@ def _backward_scratch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) ->
 
 def _kernel_block(q: Tensor, k: Tensor) -> tuple[int, int]:
     """Rows of queries and of keys in a block of the kernel."""
-    num_rows = q.shape[2]
-    largest = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
-    return min(largest, num_rows), min(512, k.shape[2])
+    return _query_block(q.shape[2]), min(512, k.shape[2])
+
+
+def _query_block(num_rows: int) -> int:
+    return min(256 if num_rows >= 768 else 64 if num_rows >= 192 else 32, num_rows)
 
 
 def _opmath_bytes(x: Tensor) -> int:
@@ -290,6 +308,17 @@ def _heads_of_calls(call: _Call, num_q: int, num_kv: int) -> Iterator[tuple[slic
         yield slice(first * group, last * group), slice(first, last)
 
 
+def _heads_of_backward(call: _Call, dtype: torch.dtype, num_q: int, num_kv: int) -> Iterator[tuple[slice, slice]]:
+    """The same for backward: one query head of each key head where a call of all of them would add too often."""
+    group = num_q // num_kv
+    sums = group * -(-call.num_rows // _query_block(call.num_rows))
+    if group == 1 or dtype not in HALF_DTYPES or sums <= _MAX_HALF_SUMS:
+        yield from _heads_of_calls(call, num_q, num_kv)
+        return
+    for nth in range(group):
+        yield slice(nth, None, group), slice(None)
+
+
 def _inputs(call: _Call, q_QND: Tensor, k_KGD: Tensor, v_KGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a call, [B, heads, rows, D]; where it pays, copies with a head's rows side by side.
 
@@ -309,6 +338,22 @@ def _stacked(x_TND: Tensor, start: int, length: int, count: int, step: int) -> T
     row, head, dim = x_TND.stride()
     shape = (count, x_TND.shape[1], length, x_TND.shape[2])
     return x_TND[start:].as_strided(shape, (step * row, head, row, dim))
+
+
+def _cut(tile: KernelTile, most: int) -> Iterator[KernelTile]:
+    """Tiles of at most that many rows and keys with the same pairs."""
+    for q0 in range(tile.q0, tile.q1, most):
+        for k0 in range(tile.k0, tile.k1, most):
+            q1, k1 = min(q0 + most, tile.q1), min(k0 + most, tile.k1)
+            down, right = q0 - tile.q0, k0 - tile.k0
+            if tile.kind == BANDED:
+                lo, hi = tile.lo + down - right, tile.hi + down - right
+                if lo < k1 - k0 and hi > q0 - q1:
+                    yield KernelTile(BANDED, q0, q1, k0, k1, lo, hi)
+            elif tile.kind != FULL and right == down:
+                yield KernelTile(tile.kind, q0, q1, k0, k1)
+            elif tile.kind == FULL or (right < down) == (tile.kind == CAUSAL):
+                yield KernelTile(FULL, q0, q1, k0, k1)
 
 
 def _batch_tiles(tiles: list[KernelTile], num_queries: int) -> tuple[_Call, ...]:

@@ -12,6 +12,7 @@ from .layouts import sequence_lengths
 from .te_import import call_extension, qkv_format_enum
 
 
+@torch.no_grad()  # a cache is no function of what is written to it
 def copy_to_kv_cache(
     new_k: Tensor,
     new_v: Tensor,
@@ -45,8 +46,9 @@ def copy_to_kv_cache(
             leading sequences up to the last place where page_table descends (those after it have ended).
 
     Raises:
-        ValueError: dtypes differ ("... must be of the same data type."), a sequence outgrows its room, a page that is
-            written lies outside the cache, or shapes disagree. TransformerEngine writes out of bounds there.
+        ValueError: dtypes differ ("... must be of the same data type."), a sequence outgrows its room or its pages, a
+            page that is written lies outside the cache, two new tokens go to one slot, the page table is not of
+            integers, or shapes disagree. TransformerEngine writes out of bounds there, or one over the other.
     """
     if not new_k.dtype == new_v.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(
@@ -59,7 +61,8 @@ def copy_to_kv_cache(
     if cached.max(initial=0) > max_seq_len:
         raise ValueError(f"a sequence grows to {cached.max()} tokens: max_seq_len is {max_seq_len}")
     sequence, nth, source = _sources(new_k, qkv_format, new, b, max_ctx_len)
-    page_size = max_seq_len if is_non_paged else max_seq_len // max_pages_per_seq
+    page_size = max_seq_len if is_non_paged else _page_size(max_seq_len, max_pages_per_seq)
+    table = _table(page_table, None if is_non_paged else (b, max_pages_per_seq))
     for cache in (k_cache, v_cache):
         if cache.ndim != 4 or cache.shape[1] != page_size or not cache.is_contiguous():
             raise ValueError(
@@ -70,19 +73,52 @@ def copy_to_kv_cache(
         numbers = (b, max_ctx_len, max_seq_len, max_pages_per_seq, is_non_paged)
         call_extension("copy_to_kv_cache", *tensors, qkv_format_enum(qkv_format), *numbers)
         return
-    table = page_table.detach().cpu().numpy().astype(np.int64)
-    if is_non_paged:
-        _reindex(table.reshape(-1), (k_cache, v_cache), cached - new)
-        table = np.arange(b).reshape(b, 1)  # a sequence is a page
     position = cached[sequence] - new[sequence] + nth
-    rows = page_rows(table.reshape(b, -1), sequence, position, page_size)
-    pages = rows // max(page_size, 1)
-    if len(pages) and (pages.min() < 0 or pages.max() >= k_cache.shape[0]):
-        raise ValueError(f"page {pages.max()} is written: the cache has pages 0 to {k_cache.shape[0] - 1}")
+    pages = np.arange(b).reshape(b, 1) if is_non_paged else table  # without a table a sequence is a page
+    rows = page_rows(pages, sequence, position, page_size)
+    _check_slots(rows, page_size, sequence, k_cache.shape[0])
+    if is_non_paged:
+        _reindex(table, (k_cache, v_cache), cached - new)
     source_rows = torch.from_numpy(source).to(new_k.device)
     for cache, fresh in ((k_cache, new_k), (v_cache, new_v)):
         flat = fresh.reshape(-1, *fresh.shape[-2:])
         write_rows(cache, rows.to(cache.device), flat.index_select(0, source_rows))
+
+
+def _page_size(max_seq_len: int, max_pages_per_seq: int) -> int:
+    if max_pages_per_seq < 1 or max_seq_len % max_pages_per_seq:
+        raise ValueError(
+            f"max_seq_len is {max_seq_len} and max_pages_per_seq {max_pages_per_seq}: a sequence's room is a whole "
+            f"number of pages of one size"
+        )
+    return max_seq_len // max_pages_per_seq
+
+
+def _table(page_table: Tensor, shape: tuple[int, int] | None) -> np.ndarray:
+    """int64 numbers of a table of that shape; of any, flattened, if that is None."""
+    wanted = tuple(page_table.shape) if shape is None else shape
+    if page_table.dtype not in (torch.int32, torch.int64) or page_table.numel() != np.prod(wanted):
+        raise ValueError(
+            f"page_table has dtype {page_table.dtype} and shape {tuple(page_table.shape)}: expected int32 {wanted}"
+        )
+    return page_table.detach().cpu().numpy().astype(np.int64).reshape((-1,) if shape is None else shape)
+
+
+def _check_slots(rows: Tensor, page_size: int, sequence: np.ndarray, num_pages: int) -> None:
+    """Raise unless each new token has a row of its own in the cache."""
+    slots = rows.cpu().numpy()
+    page = slots // max(page_size, 1)
+    if len(page) and (page.min() < 0 or page.max() >= num_pages):
+        wrong = page.min() if page.min() < 0 else page.max()
+        raise ValueError(f"page {wrong} is written: the cache has pages 0 to {num_pages - 1}")
+    order = np.argsort(slots, kind="stable")
+    again = np.flatnonzero(slots[order][1:] == slots[order][:-1])
+    if len(again):
+        one, other = order[again[0]], order[again[0] + 1]
+        raise ValueError(
+            f"page {page[one]} takes a new token of sequence {sequence[one]} and one of sequence {sequence[other]} in "
+            f"the same slot, and one would overwrite the other: give each its own page in page_table"
+        )
 
 
 def _lengths(cu_seqlens: Tensor, name: str, b: int) -> np.ndarray:

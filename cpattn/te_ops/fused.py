@@ -44,6 +44,7 @@ from .te_import import call_te
 Implementation = Literal["portable", "te"]
 
 
+@torch.no_grad()  # as the original: its result has no graph, so a backward through it is an error
 def fused_attn_fwd(
     is_training: bool,
     max_seqlen_q: int,
@@ -159,6 +160,7 @@ def fused_attn_fwd(
     return (result, aux) if maximum is None else (result, aux, maximum)
 
 
+@torch.no_grad()
 def fused_attn_bwd(
     max_seqlen_q: int,
     max_seqlen_kv: int,
@@ -257,7 +259,11 @@ def fused_attn_bwd(
 
 
 class FusedAttention(torch.autograd.Function):
-    """`fused_attn_fwd` and `fused_attn_bwd` as one differentiable function; use `fused_attn`."""
+    """`fused_attn_fwd` and `fused_attn_bwd` as one differentiable function; use `fused_attn`.
+
+    Once: a second derivative is an error. Lengths and offsets are those of forward, whatever is written to their
+    tensors afterwards.
+    """
 
     @staticmethod
     def forward(
@@ -266,15 +272,33 @@ class FusedAttention(torch.autograd.Function):
         inputs = {**call, "q": q, "k": k, "v": v, "attn_bias": bias, "softmax_offset": offset}
         out, aux = fused_attn_fwd(True, **inputs)[:2]
         ctx.save_for_backward(q, k, v, out, *aux)
-        ctx.call = {name: value for name, value in call.items() if name in _BACKWARD_ARGUMENTS}
+        ctx.call = {name: _own(value) for name, value in call.items() if name in _BACKWARD_ARGUMENTS}
         ctx.has_bias = bias is not None
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *aux = ctx.saved_tensors
-        dq, dk, dv, dbias, doffset = fused_attn_bwd(q=q, k=k, v=v, o=out, d_o=dout, aux_ctx_tensors=aux, **ctx.call)[:5]
+        dq, dk, dv, dbias, doffset = _FusedGradient.apply(ctx.call, dout, *ctx.saved_tensors)
         return dq, dk, dv, dbias if ctx.has_bias else None, doffset, None
+
+
+class _FusedGradient(torch.autograd.Function):
+    """`fused_attn_bwd` in a graph, so that a derivative of it is an error and not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, call: dict[str, Any], dout: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *aux = saved
+        return fused_attn_bwd(q=q, k=k, v=v, o=out, d_o=dout, aux_ctx_tensors=aux, **call)[:5]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        raise RuntimeError(
+            "fused_attn has no second derivative: do without create_graph, or write the attention in plain torch"
+        )
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 _BACKWARD_ARGUMENTS = frozenset(
@@ -512,7 +536,8 @@ def _forward(
         return
     kernel = choose_backend(_problem(rows), backend)
     work = kernel.prepare(call.table, rows.q.shape[0], rows.k.shape[0], rows.q.device)
-    kernel.forward(*rows[:3], work, scale=call.scale, softcap=None, out_QNE=out_RNE, lse_QN=lse_RN)
+    q, scale, _ = _positive_scale(rows.q, call.scale)
+    kernel.forward(q, rows.k, rows.v, work, scale=scale, softcap=None, out_QNE=out_RNE, lse_QN=lse_RN)
 
 
 def _backward(
@@ -538,16 +563,31 @@ def _backward(
         return
     kernel = choose_backend(_problem(rows), backend)
     work = kernel.prepare(call.table, rows.q.shape[0], rows.k.shape[0], rows.q.device)
+    q, scale, sign = _positive_scale(rows.q, call.scale)
     kernel.backward(
-        dout.to(rows.q.dtype),
-        *rows[:3],
-        out.to(rows.q.dtype),
+        dout.to(q.dtype),
+        q,
+        rows.k,
+        rows.v,
+        out.to(q.dtype),
         lse.contiguous(),
         work,
-        scale=call.scale,
+        scale=scale,
         softcap=None,
         **accumulators,
     )
+    if sign != 1:
+        dq *= sign
+
+
+def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """q and scale with the same scores and a scale above 0, and the factor from q to that q.
+
+    Fused kernels multiply masked scores of -inf by the scale.
+    """
+    if scale > 0:
+        return q, scale, 1
+    return (-q, -scale, -1) if scale < 0 else (torch.zeros_like(q), 1.0, 0)
 
 
 def _max_logit(call: _Call, rows: _RowTensors, extras: dense.Extras) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -143,6 +144,8 @@ def _softmax(layout: QKVLayout, a: dict[str, Any]) -> str | None:
 
 
 def _numbers(layout: QKVLayout, a: dict[str, Any]) -> str | None:
+    if a["attn_scale"] is not None and not math.isfinite(a["attn_scale"]):
+        return f"attn_scale is {a['attn_scale']}: it must be a finite number, or None for 1 / sqrt(head_dim)"
     if not 0 <= a["dropout"] <= 1:
         return f"dropout is {a['dropout']}: it is a probability"
     if a["dropout"] and not a["is_training"]:
