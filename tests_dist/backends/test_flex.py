@@ -153,7 +153,7 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, step: flex.Pass, scale: flo
 def test_the_cuda_backward_is_exact_for_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients through out and lse of a part add up to those of the whole: the algebra, without a GPU."""
     monkeypatch.setattr(flex, "_call", _differentiable)
-    monkeypatch.setattr(flex, "_forward_cpu", _differentiable)
+    monkeypatch.setattr(flex, "_forward_cpu", flex._forward_cuda)
     monkeypatch.setattr(flex, "_backward_cpu", flex._backward_cuda)
     check_backend(FlexBackend(), name, torch.float32, num_parts=3)
 
@@ -162,7 +162,7 @@ def test_the_cuda_backward_finds_autograd_below_a_custom_operation(monkeypatch: 
     """torch.library switches autograd off underneath its operations; `attention` is one."""
     spec = AttnMaskSpec.sliding_window([70, 31], 20)
     inputs = make_inputs(spec, heads=(4, 2), head_dim=32)
-    monkeypatch.setattr(flex, "_forward_cpu", _differentiable)
+    monkeypatch.setattr(flex, "_forward_cpu", flex._forward_cuda)
     monkeypatch.setattr(flex, "_call", _differentiable)
     monkeypatch.setattr(flex, "_backward_cpu", flex._backward_cuda)
     key = cpattn.make_key(spec, num_heads_q=4, num_heads_kv=2, head_dim=32, backend="flex")

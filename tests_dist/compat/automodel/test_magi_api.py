@@ -74,6 +74,8 @@ def examples_on_rank():
     varlen = magi_attn_varlen_key(sums, sums, causal=True, cp_group_or_mesh=group, **HEADS)
     assert get_most_recent_key(group) is varlen
     window = make_varlen_key_for_new_mask_after_dispatch(sums, sums, varlen, window_size=(6, 0))
+    with pytest.raises(ValueError, match="cu_seqlens_k ends at 40 and the key was dispatched over 50 tokens"):
+        make_varlen_key_for_new_mask_after_dispatch(sums, torch.tensor([0, 21, 40]), varlen)
     results["varlen"], results["window"] = attend(inputs, varlen), attend(inputs, window)
     sums[1] = 30  # in place: the key of the old lengths stays what it is
     results["varlen again"] = attend(inputs, varlen)
