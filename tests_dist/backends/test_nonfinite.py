@@ -90,7 +90,7 @@ def test_flex_trains_on_the_cpu_where_nothing_is_padded(rows: int) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows, keys, heads", [(8192, 32, 1), (32, 16384, 1), (1024, 32, 8)])
+@pytest.mark.parametrize(("rows", "keys", "heads"), [(8192, 32, 1), (32, 16384, 1), (1024, 32, 8)])
 def test_gradients_in_16_bits_keep_their_digits_however_many_are_added(rows: int, keys: int, heads: int) -> None:
     """Over query rows, over keys, and over the query heads of a key head; against the kernel that adds in fp32."""
     spec = AttnMaskSpec.cross([rows], [keys])
