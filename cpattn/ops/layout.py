@@ -98,7 +98,7 @@ def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | s
         document = np.searchsorted(starts, tokens, side="right") - 1
         return torch.from_numpy(tokens - starts[document] + first[document]).to(device)
 
-    return _cached_tensor(key, ("positions", stream, device), make).clone()  # the caller may write to it
+    return cached_tensor(key, ("positions", stream, device), make).clone()  # the caller may write to it
 
 
 def roll(
@@ -130,7 +130,7 @@ def roll(
         raise ValueError(f"roll: fill_value is {fill_value}, which {x_local.dtype} cannot hold: pass another")
     plan = _roll_plan(key, int(shift), x_local.device)
     moved = x_local.movedim(dim, 0)
-    received = _CastRows.apply(moved, plan.routes, key.cp_group)
+    received = cast_rows(moved, plan.routes, key.cp_group)
     fill = moved.new_full((1, *moved.shape[1:]), fill_value)
     rows = torch.cat([moved, received, fill])
     return rows.index_select(0, plan.source).movedim(0, dim)
@@ -163,7 +163,7 @@ def _roll_plan(key: AttnKey, shift: int, device: torch.device) -> _RollPlan:
             _roll_source(key, Intervals(ranks, a, b), received_runs(routes, key.cp_rank), shift, device),
         )
 
-    return _cached_tensor(key, ("roll", shift, device), make)
+    return cached_tensor(key, ("roll", shift, device), make)
 
 
 def _roll_source(
@@ -183,6 +183,11 @@ def _roll_source(
             row[~local] = key.num_tokens + received.offsets[run] + tokens[~local] - received.starts[run]
         source[np.searchsorted(own, tokens + shift)] = row
     return torch.from_numpy(source).to(device)
+
+
+def cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows that other ranks' routes bring here, [num_received, ...]; gradients go home along them and are summed."""
+    return _CastRows.apply(x, routes, group)  # type: ignore[no-any-return]
 
 
 class _CastRows(torch.autograd.Function):
@@ -267,7 +272,7 @@ def _local_tokens(key: AttnKey, side: Side, device: torch.device) -> Tensor:
     def make() -> Tensor:
         return runs_to_index(_placement(key, side).runs_of(key.cp_rank), device)
 
-    return _cached_tensor(key, ("local_tokens", side, device), make)
+    return cached_tensor(key, ("local_tokens", side, device), make)
 
 
 def _tokens_by_rank(key: AttnKey, side: Side, device: torch.device) -> Tensor:
@@ -278,7 +283,7 @@ def _tokens_by_rank(key: AttnKey, side: Side, device: torch.device) -> Tensor:
         tokens = [placement.tokens_of(rank) for rank in range(key.cp_size)]
         return torch.from_numpy(np.concatenate(tokens)).to(device)
 
-    return _cached_tensor(key, ("tokens_by_rank", side, device), make)
+    return cached_tensor(key, ("tokens_by_rank", side, device), make)
 
 
 def _gathered_rows(key: AttnKey, side: Side, device: torch.device) -> Tensor:
@@ -291,10 +296,11 @@ def _gathered_rows(key: AttnKey, side: Side, device: torch.device) -> Tensor:
         rows = placement.owners[run] * most + placement.local_starts[run] + nth
         return torch.from_numpy(rows).to(device)
 
-    return _cached_tensor(key, ("gathered_rows", side, device), make)
+    return cached_tensor(key, ("gathered_rows", side, device), make)
 
 
-def _cached_tensor(key: AttnKey, name: Any, make: Any) -> Any:
+def cached_tensor(key: AttnKey, name: Any, make: Any) -> Any:
+    """What `make` makes for this key (an index tensor, routes), made once under that name."""
     if name not in key.cached_tensors:
         with torch.inference_mode(False):  # an evaluation step may be first; training saves these tensors
             key.cached_tensors[name] = make()

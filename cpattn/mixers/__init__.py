@@ -1,0 +1,11 @@
+"""Token mixers without softmax on any placement: short causal convolutions and linear recurrences.
+
+A placement cuts every document into fragments: runs of consecutive tokens on one rank. That is all such a layer needs:
+a convolution fetches the few rows before each fragment, and a recurrence reduces each fragment to one affine map of its
+state, whose size does not depend on the fragment's length.
+"""
+
+from .convolution import causal_conv1d
+from .recurrence import linear_attention
+
+__all__ = ["causal_conv1d", "linear_attention"]

@@ -1,0 +1,276 @@
+"""Linear attention and its kin on any placement: one exchange of affine maps, whatever the lengths.
+
+Every fragment reduces to the map of the state from its begin to its end. The maps of a document's earlier fragments are
+fetched (each once by each rank that needs it), composed in document order, and every fragment runs from its true state.
+
+Shape legend: T local tokens, G key heads, H value heads, K head dim of q and k, V of v, N chunks, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.collectives import RowRoutes
+from cpattn.keys.key import AttnKey
+from cpattn.ops.layout import cached_tensor, cast_rows
+from cpattn.solver import expand_counts
+
+from .chunks import AffineMaps, work_chunks
+from .fragments import FragmentTable, IntArray, fragments_of, index_tensor, locate, routes_of
+
+# Rows of a chunk: fewer where fragments are short. With a decay for each channel, products within a chunk are made of
+# C x C x K numbers.
+CHUNK_SIZES = (64, 32, 16, 8)
+CHUNK_SIZES_BY_CHANNEL = (16, 8)
+# Rows of chunks that stand for nothing, at most, for each row that does.
+MAX_PADDING = 0.5
+
+
+def linear_attention(
+    q_TGK: Tensor,
+    k_TGK: Tensor,
+    v_THV: Tensor,
+    key: AttnKey,
+    *,
+    decay: Tensor | None = None,
+    beta_TH: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Linear recurrence along each document, whatever ranks its tokens lie on; exact, forward and backward.
+
+    With S_0 = 0 at each document's begin, a_t = exp(decay_t), and out_t = scale * q_t^T S_t:
+
+        S_t = diag(a_t) S_(t-1) + k_t v_t^T                                     without beta
+        S_t = (I - beta_t k_t k_t^T) diag(a_t) S_(t-1) + beta_t k_t v_t^T       with beta, the delta rule
+
+    The first is lightning attention (a constant decay for each head), Mamba-2 (q = C, k = B, v = dt x, decay = dt A)
+    and gated linear attention (a decay for each channel); the second is DeltaNet, GDN, and KDA (for each channel).
+
+    Args:
+        q_TGK, k_TGK: [T_local, G, K]; G divides H, each key head serves H / G value heads in a row.
+        v_THV: [T_local, H, V].
+        key: whose placement the rows have; its mask must have documents. One key serves all mixers of a model.
+        decay: log of the decay, at most 0, [T_local, H], or [T_local, H, K] for each channel; None: no decay.
+        beta_TH: [T_local, H]; None: no delta rule.
+        scale: of q; None is 1.
+
+    Returns:
+        [T_local, H, V] in v's dtype. States are computed in fp32 at least (fp64 if v is fp64).
+
+    Raises:
+        ValueError: shapes do not fit the key or each other, or the mask has no documents.
+    """
+    _check(q_TGK, k_TGK, v_THV, decay, beta_TH, key)
+    dtype = torch.promote_types(v_THV.dtype, torch.float32)
+    by_channel = decay is not None and decay.dim() == 3
+    plan = _plan(key, CHUNK_SIZES_BY_CHANNEL if by_channel else CHUNK_SIZES, v_THV.device)
+    groups = v_THV.shape[1] // q_TGK.shape[1]
+    if decay is None:
+        decay = v_THV.new_zeros(v_THV.shape[:2])
+    decay = decay if by_channel else decay.unsqueeze(-1)
+
+    def chunked(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, plan.rows).unflatten(0, (-1, plan.size))
+
+    q = chunked(q_TGK if scale is None else q_TGK * scale).repeat_interleave(groups, 2)
+    k = chunked(k_TGK).repeat_interleave(groups, 2)
+    beta = None if beta_TH is None else chunked(beta_TH)
+    work = work_chunks(q, k, chunked(v_THV), chunked(decay), beta)
+    out = work.finish(_states(work.maps, plan, key))
+    return out.flatten(0, 1).index_select(0, plan.places).to(v_THV.dtype)
+
+
+def map_bytes(num_heads: int, dim_k: int, dim_v: int, *, delta: bool, by_channel: bool = False) -> int:
+    """Bytes of the map of one fragment as it travels, in fp32: the state, and what it is multiplied with."""
+    factor = dim_k * dim_k if delta else dim_k if by_channel else 1
+    return 4 * num_heads * (factor + dim_k * dim_v)
+
+
+class _Scan(NamedTuple):
+    """Sequences of maps that are run through side by side, longest first.
+
+    steps: for each step the numbers of the maps, one for each sequence that is as long. order: the sequences in the
+    order of the steps' entries. back: the inverse of it.
+    """
+
+    steps: tuple[Tensor, ...]
+    order: Tensor
+    back: Tensor
+
+    def maps(self, maps: AffineMaps) -> AffineMaps:
+        """The maps of each sequence as one."""
+        if not self.steps:
+            return maps.take(self.order)
+        total, finished = maps.take(self.steps[0]), []
+        for rows in self.steps[1:]:
+            finished.append(AffineMaps(total.a[len(rows) :], total.b[len(rows) :]))
+            total = maps.take(rows).after(AffineMaps(total.a[: len(rows)], total.b[: len(rows)]))
+        finished.append(total)
+        return AffineMaps(*(torch.cat(parts[::-1]) for parts in zip(*finished, strict=True))).take(self.back)
+
+    def states(self, maps: AffineMaps, begins: Tensor) -> Tensor:
+        """States before each step, then after the last, [states, H, K, V]; begins: those before the first."""
+        state = begins.index_select(0, self.order)
+        states = [state]
+        for rows in self.steps:
+            state = maps.take(rows).of(state[: len(rows)])
+            states.append(state)
+        return torch.cat(states)
+
+
+class _ScanLayout(NamedTuple):
+    """A scan, and where its states lie: that before step s of sequence i in row first[s] + place[i]."""
+
+    scan: _Scan
+    first: IntArray
+    place: IntArray
+    num_states: int
+
+
+class _RecurrencePlan(NamedTuple):
+    """What one rank does, besides the numbers.
+
+    size: rows of a chunk. rows: the local row of each row of its chunks [N * C], or that of zeros behind them all.
+    places: of each local row among the rows of chunks.
+    senders: the chunks of the fragments whose maps others need. routes: brings the maps of earlier fragments.
+    across: maps, among [own senders, fetched], of each document that begins before this rank's part of it.
+    begun: for each own fragment the state of `across` in which it begins, or the zero behind them all.
+    inside: the chunks of each own fragment. before: for each chunk its state among those of `inside`.
+    """
+
+    size: int
+    rows: Tensor
+    places: Tensor
+    senders: _Scan
+    routes: RowRoutes
+    across: _Scan
+    begun: Tensor
+    inside: _Scan
+    before: Tensor
+
+
+def _states(maps: AffineMaps, plan: _RecurrencePlan, key: AttnKey) -> Tensor:
+    """The state in which each chunk begins, [N, H, K, V]. Ranks without rows take part in the exchange, too."""
+    mine = plan.senders.maps(maps)
+    own = torch.cat([mine.a.flatten(1), mine.b.flatten(1)], dim=1)
+    known = torch.cat([own, cast_rows(own, plan.routes, key.cp_group)])
+    a, b = known.split([_width(maps.a), _width(maps.b)], dim=1)
+    known_maps = AffineMaps(a.unflatten(1, maps.a.shape[1:]), b.unflatten(1, maps.b.shape[1:]))
+    nothing = known_maps.b[:0].sum(0, keepdim=True)
+    across = plan.across.states(known_maps, nothing.expand(len(plan.across.order), -1, -1, -1))
+    begins = torch.cat([across, nothing]).index_select(0, plan.begun)
+    return plan.inside.states(maps, begins).index_select(0, plan.before)
+
+
+def _width(x: Tensor) -> int:
+    return math.prod(x.shape[1:])
+
+
+def _plan(key: AttnKey, sizes: Sequence[int], device: torch.device) -> _RecurrencePlan:
+    table = fragments_of(key, "linear_attention")
+
+    def make() -> _RecurrencePlan:
+        mine = table.of_rank(key.cp_rank)
+        lengths = table.ends[mine] - table.starts[mine]
+        size = _chunk_size(lengths, sizes)
+        counts = -(-lengths // size)
+        ends = np.cumsum(counts)
+        chunks = _layout(np.arange(counts.sum()), counts, device)
+        rows, places = _chunk_rows(table.rows[mine], lengths, counts, size, key.num_tokens)
+        nth = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+        before = chunks.first[nth] + np.repeat(chunks.place, counts)
+        sends = ~table.is_last()[mine]
+        senders = _layout(np.arange(counts.sum())[np.repeat(sends, counts)], counts[sends], device)
+        routes, across, begun = _across(table, mine, key, device)
+        index = [index_tensor(x, device) for x in (rows, places, begun, before)]
+        return _RecurrencePlan(
+            size, index[0], index[1], senders.scan, routes, across, index[2], chunks.scan, index[3]
+        )
+
+    return cached_tensor(key, ("recurrence", tuple(sizes), device), make)  # type: ignore[no-any-return]
+
+
+def _across(
+    table: FragmentTable, mine: IntArray, key: AttnKey, device: torch.device
+) -> tuple[RowRoutes, _Scan, IntArray]:
+    """The exchange of maps, the scan over a document's maps up to this rank's last fragment of it, and `begun`."""
+    needed, placement, before = table.maps_needed()
+    routes = routes_of(needed, placement, key.cp_rank, device)
+    # Of each document with a fragment here that is not its first: the last such fragment tells how far to go.
+    later = mine[mine > table.firsts[mine]]
+    firsts, at = np.unique(table.firsts[later], return_inverse=True)
+    last = np.zeros(len(firsts), dtype=np.int64)
+    np.maximum.at(last, at, later)
+    sequence, nth = expand_counts(last - firsts)
+    layout = _layout(
+        locate(before[firsts][sequence] + nth, needed, placement, key.cp_rank), last - firsts, device
+    )
+    begun = np.full(len(mine), layout.num_states, dtype=np.int64)
+    begun[mine > table.firsts[mine]] = layout.first[later - table.firsts[later]] + layout.place[at]
+    return routes, layout.scan, begun
+
+
+def _layout(rows: IntArray, counts: IntArray, device: torch.device) -> _ScanLayout:
+    """Sequences of `counts` rows each, one after the other, as a scan."""
+    order = np.argsort(-counts, kind="stable")
+    begins = (np.cumsum(counts) - counts)[order]
+    most = int(counts.max(initial=0))
+    active = [int((counts > step).sum()) for step in range(most)]
+    steps = tuple(index_tensor(rows[begins[:count] + step], device) for step, count in enumerate(active))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    # The state after a step is that before the next, of the sequences that end there too.
+    first = np.concatenate([[0, len(counts)], len(counts) + np.cumsum(active)])[: most + 1]
+    scan = _Scan(steps, index_tensor(order, device), index_tensor(place, device))
+    return _ScanLayout(scan, first, place, len(counts) + sum(active))
+
+
+def _chunk_size(lengths: IntArray, sizes: Sequence[int]) -> int:
+    """The largest size that fills enough of its rows, or the smallest."""
+    rows = lengths.sum() * (1 + MAX_PADDING)
+    return next((size for size in sizes if (-(-lengths // size) * size).sum() <= rows), sizes[-1])
+
+
+def _chunk_rows(
+    first_rows: IntArray, lengths: IntArray, counts: IntArray, size: int, zero: int
+) -> tuple[IntArray, IntArray]:
+    """The local row of each row of the chunks of fragments, `zero` where there is none; and the inverse."""
+    fragment, nth = expand_counts(counts * size)
+    filled = nth < lengths[fragment]
+    rows = np.where(filled, first_rows[fragment] + nth, zero)
+    places = np.empty(int(lengths.sum()), dtype=np.int64)
+    places[rows[filled]] = np.flatnonzero(filled)
+    return rows, places
+
+
+def _check(
+    q_TGK: Tensor, k_TGK: Tensor, v_THV: Tensor, decay: Tensor | None, beta_TH: Tensor | None, key: AttnKey
+) -> None:
+    rows = key.num_tokens
+    for name, x in (("q", q_TGK), ("k", k_TGK), ("v", v_THV)):
+        if x.dim() != 3 or x.shape[0] != rows:
+            raise ValueError(
+                f"linear_attention: {name} has shape {tuple(x.shape)}: the key expects ({rows}, heads, head dim), the "
+                f"rows of rank {key.cp_rank}; did you dispatch with this key?"
+            )
+    heads, groups = v_THV.shape[1], q_TGK.shape[1]
+    if q_TGK.shape != k_TGK.shape or not groups or heads % groups:
+        raise ValueError(
+            f"linear_attention: q {tuple(q_TGK.shape)}, k {tuple(k_TGK.shape)}, v {tuple(v_THV.shape)}: q and k must "
+            f"have one shape, and v's heads must be a multiple of theirs"
+        )
+    by_head = (rows, heads)
+    if decay is not None and decay.shape not in (by_head, (*by_head, q_TGK.shape[2])):
+        raise ValueError(
+            f"linear_attention: decay has shape {tuple(decay.shape)}: give its log as {by_head}, or "
+            f"{(*by_head, q_TGK.shape[2])} for each channel"
+        )
+    if beta_TH is not None and beta_TH.shape != by_head:
+        raise ValueError(f"linear_attention: beta has shape {tuple(beta_TH.shape)}: expected {by_head}")

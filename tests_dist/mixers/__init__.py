@@ -1,0 +1,1 @@
+"""Convolutions and recurrences on any placement, against token-by-token recurrences in fp64."""

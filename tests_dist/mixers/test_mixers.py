@@ -1,0 +1,226 @@
+"""Layer 2: recurrences and convolutions on 1 to 4 ranks against their definitions in fp64, out and all gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpattn import AttnMaskSpec, dispatch, make_key, undispatch
+from cpattn.keys.key import AttnKey
+from cpattn.mixers import causal_conv1d, linear_attention
+from tests_dist.mixers import references
+from tests_dist.support.harness import run_on_ranks
+
+# Longer than a rank, empty, of one token, ending a rank: what is cut where changes with layout and number of ranks.
+PACKED = (1, 7, 0, 130, 300, 1, 1, 45)
+HEADS = {"num_heads_q": 2, "num_heads_kv": 2, "head_dim": 8}
+
+
+class Recurrence(NamedTuple):
+    """decay: None, "head" or "channel". depth: the decay's log is about minus this."""
+
+    decay: str | None
+    delta: bool
+    depth: float = 0.3
+
+
+RECURRENCES = {
+    "linear": Recurrence(None, False),
+    "lightning": Recurrence("head", False),
+    "gated": Recurrence("channel", False),
+    "delta": Recurrence(None, True),
+    "gdn": Recurrence("head", True),
+    "kda": Recurrence("channel", True),
+    "forgetful": Recurrence("head", True, depth=1e4),
+    "forgetful_channels": Recurrence("channel", False, depth=1e4),
+}
+
+
+def make_inputs(case: Recurrence, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """q, k of two heads, v of four, decay and beta over all tokens, in fp64; half of a deep decay is none at all."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(tokens, *shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"q": normal(2, 6), "k": torch.nn.functional.normalize(normal(2, 6), dim=-1), "v": normal(4, 5)}
+    if case.decay is not None:
+        shape = (4, 6) if case.decay == "channel" else (4,)
+        inputs["decay"] = -case.depth * (normal(*shape).abs() if case.depth < 1 else (normal(*shape) > 1).double())
+    if case.delta:
+        inputs["beta"] = normal(4).sigmoid()
+    return inputs
+
+
+def with_gradients(run: Any, inputs: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
+    """The result of run(**inputs) as "out", and the gradients of all inputs."""
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    out = run(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def on_shards(run: Any, inputs: dict[str, Tensor], dout: Tensor, key: AttnKey) -> dict[str, Tensor]:
+    """The same on this rank's rows of what has tokens first (all but weights and biases), gathered."""
+    whole = {"weight", "bias"} & set(inputs)
+    mine = {name: x if name in whole else dispatch(x, key) for name, x in inputs.items()}
+    got = with_gradients(functools.partial(run, key=key), mine, dispatch(dout, key))
+    for name, x in got.items():
+        if name not in whole:
+            got[name] = undispatch(x, key)
+        elif key.cp_group is not None:
+            got[name] = x.contiguous()
+            dist.all_reduce(got[name], group=key.cp_group)
+    return got
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    for name, truth in expected.items():
+        torch.testing.assert_close(got[name], truth, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def run_linear_attention(q: Tensor, k: Tensor, v: Tensor, key: AttnKey, **options: Tensor) -> Tensor:
+    return linear_attention(q, k, v, key, decay=options.get("decay"), beta_TH=options.get("beta"))
+
+
+def run_reference(seqlens: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> Tensor:
+    return references.recurrence(q, k, v, options.get("decay"), options.get("beta"), seqlens)
+
+
+def key_of(seqlens: tuple[int, ...], layout: str, chunk_size: int = 16) -> AttnKey:
+    group = dist.group.WORLD if dist.get_world_size() > 1 else None
+    spec = AttnMaskSpec.varlen(list(seqlens))
+    return make_key(spec, cp_group=group, **HEADS, layout=layout, chunk_size=chunk_size)
+
+
+def check_recurrences(names: list[str], layout: str, expected: list[dict[str, Tensor]]) -> None:
+    key = key_of(PACKED, layout)
+    for name, truth in zip(names, expected, strict=True):
+        inputs = make_inputs(RECURRENCES[name], sum(PACKED))
+        assert_close(on_shards(run_linear_attention, inputs, dout_of(inputs), key), truth)
+
+
+def dout_of(inputs: dict[str, Tensor]) -> Tensor:
+    return torch.randn(inputs["v"].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+@functools.cache
+def truth_of(name: str) -> dict[str, Tensor]:
+    inputs = make_inputs(RECURRENCES[name], sum(PACKED))
+    return with_gradients(functools.partial(run_reference, PACKED), inputs, dout_of(inputs))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_recurrences_equal_their_definitions(cp_size: int, layout: str) -> None:
+    names = list(RECURRENCES)
+    run_on_ranks(cp_size, check_recurrences, names, layout, [truth_of(name) for name in names])
+
+
+def check_few_tokens(seqlens: tuple[int, ...]) -> None:
+    key = key_of(seqlens, "balanced", chunk_size=1)
+    inputs = make_inputs(RECURRENCES["gdn"], sum(seqlens))
+    dout = dout_of(inputs)
+    truth = with_gradients(functools.partial(run_reference, seqlens), inputs, dout)
+    assert_close(on_shards(run_linear_attention, inputs, dout, key), truth)
+    check_convolution(seqlens, "contiguous")
+
+
+@pytest.mark.parametrize("seqlens", [(1,), (2, 1), (0, 3)])
+def test_ranks_without_rows_take_part(seqlens: tuple[int, ...]) -> None:
+    run_on_ranks(4, check_few_tokens, seqlens)
+
+
+def run_convolution(x: Tensor, weight: Tensor, bias: Tensor, key: AttnKey) -> Tensor:
+    return causal_conv1d(x, weight, key, bias_C=bias)
+
+
+def check_convolution(seqlens: tuple[int, ...], layout: str, width: int = 4) -> None:
+    key = key_of(seqlens, layout)
+    tokens = sum(seqlens)
+    generator = torch.Generator().manual_seed(width)
+    shapes = {"x": (tokens, 6), "weight": (6, width), "bias": (6,)}
+    inputs = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    dout = torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
+    truth = with_gradients(
+        lambda x, weight, bias: references.convolution(x, weight, bias, seqlens), inputs, dout
+    )
+    assert_close(on_shards(run_convolution, inputs, dout, key), truth)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
+@pytest.mark.parametrize("cp_size", [1, 3, 4])
+def test_convolutions_equal_their_definition(cp_size: int, layout: str) -> None:
+    for width in (1, 4, 200):  # of nothing, of what models have, over several ranks
+        run_on_ranks(cp_size, check_convolution, PACKED, layout, width)
+
+
+def check_perturbed_token(token: int, run_name: str) -> list[int]:
+    """Rows that change when one token does."""
+    key = key_of(PACKED, "zigzag")
+    inputs = make_inputs(RECURRENCES["gdn"], sum(PACKED))
+
+    def run(v: Tensor) -> Tensor:
+        if run_name == "conv":
+            weight = torch.ones(20, 4, dtype=torch.float64)
+            return causal_conv1d(dispatch(v.flatten(1), key), weight, key)
+        local = {name: dispatch(v if name == "v" else x, key) for name, x in inputs.items()}
+        return run_linear_attention(**local, key=key).flatten(1)
+
+    changed = inputs["v"].clone()
+    changed[token] += 1.0
+    difference = undispatch(run(changed) - run(inputs["v"]), key)
+    return difference.abs().amax(1).nonzero().flatten().tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("token", [0, 8, 200, 137])
+def test_a_token_changes_the_later_ones_of_its_document_alone(token: int) -> None:
+    ends = np.cumsum(PACKED)
+    end = int(ends[np.searchsorted(ends, token, side="right")])
+    for rows in run_on_ranks(3, check_perturbed_token, token, "linear"):
+        assert rows[0] == token and set(rows) <= set(range(token, end)) and len(rows) > (end - token) // 3
+    for rows in run_on_ranks(3, check_perturbed_token, token, "conv"):
+        assert rows == list(range(token, min(token + 4, end)))
+
+
+def test_gradients_equal_finite_differences() -> None:
+    key = make_key(AttnMaskSpec.varlen([3, 19]), **HEADS)
+    for case in (RECURRENCES["gdn"], RECURRENCES["kda"], RECURRENCES["gated"]):
+        inputs = {name: x.requires_grad_() for name, x in make_inputs(case, 22).items()}
+        names = list(inputs)
+
+        def run(*tensors: Tensor, names: list[str] = names) -> Tensor:
+            return run_linear_attention(**dict(zip(names, tensors, strict=True)), key=key)
+
+        assert torch.autograd.gradcheck(run, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(5, 2, 6)}, "q has shape"),
+        ({"k": torch.zeros(22, 2, 5)}, "must have one shape"),
+        ({"v": torch.zeros(22, 3, 5)}, "multiple"),
+        ({"decay": torch.zeros(22, 4, 5)}, "decay has shape"),
+        ({"beta": torch.zeros(22, 2)}, "beta has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict[str, Tensor], message: str) -> None:
+    key = make_key(AttnMaskSpec.varlen([3, 19]), **HEADS)
+    with pytest.raises(ValueError, match=message):
+        run_linear_attention(**{**make_inputs(RECURRENCES["gdn"], 22), **change}, key=key)
+
+
+def test_masks_without_whole_documents_are_refused() -> None:
+    raw = AttnMaskSpec([[0, 8]], [[0, 8]], ["causal"], 8)
+    tree, _ = AttnMaskSpec.prefix_tree([4, 4, 4], [[0, 1], [0, 2]])
+    for spec, message in ((raw, "does not say which tokens follow"), (tree, "begins at position 4")):
+        key = make_key(spec, **HEADS)
+        with pytest.raises(ValueError, match=message):
+            causal_conv1d(torch.zeros(spec.total_seqlen, 3), torch.zeros(3, 4), key)
