@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,11 @@ from cpattn.planning.options import LayerKind
 
 from .batch_layout import BatchLayout, MaskTerm
 
+# Kinds of layers that mix tokens in another way than by attention; "hybrid" ones have both.
 _TOKEN_MIXERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding", "ssm"}
+_WITH_ATTENTION = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+# Kinds that mix no tokens.
+_PER_TOKEN = {"mlp", "moe"}
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -19,17 +24,41 @@ def language_model(model: nn.Module) -> nn.Module:
     return root.get_decoder() if hasattr(root, "get_decoder") else root  # type: ignore[no-any-return]
 
 
-def refuse_other_mixers(decoder: nn.Module, config: Any) -> None:
-    """Raise if tokens meet outside attention: such layers would run over a shuffled shard."""
-    kinds = set(getattr(config, "layer_types", None) or ()) & _TOKEN_MIXERS
-    convolutions = [name for name, m in decoder.named_modules() if isinstance(m, nn.Conv1d)]
-    if kinds or convolutions:
+def refuse_other_mixers(decoder: nn.Module, config: Any, served: Collection[str] = ()) -> None:
+    """Raise if tokens meet outside attention in layers that are not served: they would run over a shuffled shard.
+
+    served: names of those of the decoder's modules that are (`serve_mixers`).
+    """
+    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind in _TOKEN_MIXERS]
+    convolutions = [
+        name
+        for name, m in decoder.named_modules()
+        if isinstance(m, nn.Conv1d) and not any(name.startswith(layer + ".") for layer in served)
+    ]
+    if len(kinds) > len(served) or convolutions:
         raise ValueError(
-            f"{type(decoder).__name__} mixes tokens outside attention ({', '.join(sorted(kinds) + convolutions[:3])}): "
-            f"a shard holds tokens out of order, so such layers cannot run on it"
+            f"{type(decoder).__name__} mixes tokens outside attention "
+            f"({', '.join(sorted(set(kinds)) + convolutions[:3])}): a shard holds tokens out of order, so such layers "
+            f"cannot run on it"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(decoder).__name__} belongs to an encoder-decoder model: not supported")
+
+
+def attention_kinds(config: Any) -> list[str]:
+    """The kind of attention of each layer that has any, by transformers' names."""
+    names = getattr(config, "layer_types", None)
+    if not names:
+        return [_kind_of_all_layers(config)] * int(getattr(config, "num_hidden_layers", 1))
+    names = [_WITH_ATTENTION.get(name, name) for name in names]
+    return [name for name in names if name not in _TOKEN_MIXERS | _PER_TOKEN]
+
+
+def layers_that_mix(decoder: nn.Module) -> int:
+    """Layers that mix tokens: those of attention, and those that `serve_mixers` found."""
+    config = getattr(decoder, "config", None)
+    served = sum(hasattr(layer, "_cpattn_served") for layer in decoder.modules())
+    return (1 if config is None else len(attention_kinds(config))) + served
 
 
 def refuse_router_loss(config: Any) -> None:
@@ -52,9 +81,8 @@ def layer_kinds(config: Any, layout: BatchLayout) -> list[LayerKind]:
     Tokens are placed by them. What a layer really sees is up to the mask that transformers asks for (image
     blocks, for example, are not in the config): where that is another one, it is planned over this placement.
     """
-    names = getattr(config, "layer_types", None) or [_kind_of_all_layers(config)]
     counts: dict[MaskTerm, int] = {}
-    for name in names:
+    for name in attention_kinds(config) or ["full_attention"]:
         term = _term_of(name, config, layout)
         counts[term] = counts.get(term, 0) + 1
     return [LayerKind(*layout.plan_of([term]), num_layers=count) for term, count in counts.items()]

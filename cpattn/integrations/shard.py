@@ -15,6 +15,7 @@ from cpattn.keys.key import AttnKey
 from cpattn.ops.layout import undispatch
 
 from .batch_layout import BatchLayout, MaskTerm
+from .hf_model import layers_that_mix
 
 
 class ShardedMask(Tensor):
@@ -157,10 +158,10 @@ class Shard:
             yield self
         finally:
             active_shard.reset(token)
-        expected = getattr(getattr(self.decoder, "config", None), "num_hidden_layers", 1)
+        expected = 1 if self.decoder is None else layers_that_mix(self.decoder)
         if self.num_layers_run < expected:
             raise RuntimeError(
-                f"{self.num_layers_run} of {expected} attention layers ran under context parallelism: the "
+                f"{self.num_layers_run} of {expected} layers that mix tokens ran under context parallelism: the "
                 f"others do not go through transformers' attention interface (or the model was not loaded "
                 f'with attn_implementation="cpattn") and saw this rank\'s tokens only'
             )

@@ -44,6 +44,7 @@ from .hf_attention import (
     refuse_what_would_be_ignored,
     register_attention,
 )
+from .hf_mixers import serve_mixers
 from .hf_model import language_model, layer_kinds, refuse_other_mixers, refuse_router_loss, unwrapped
 from .shard import LayerMask, Shard, ShardedMask, local_tokens, split_at_decoder
 
@@ -121,7 +122,7 @@ class ContextParallel:
         config = unwrapped(model).config
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.has_other_modalities = self.text_config is not config
-        refuse_other_mixers(self.decoder, self.text_config)
+        refuse_other_mixers(self.decoder, self.text_config, serve_mixers(self.decoder))
         refuse_router_loss(self.text_config)
         if self.has_other_modalities:
             split_at_decoder(self.decoder)

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from cpattn.collectives import RowRoutes
 from cpattn.keys.key import AttnKey, bind_exchange
+from cpattn.masks.spec import lower_mask
 from cpattn.ops.layout import cached_tensor
-from cpattn.solver import Intervals, Placement, exchange_of, expand_counts, make_routes, merge_intervals, received_runs
+from cpattn.solver import (
+    Intervals,
+    Placement,
+    SliceTable,
+    exchange_of,
+    expand_counts,
+    make_routes,
+    merge_intervals,
+    received_runs,
+)
 
 IntArray = NDArray[np.int64]
 
@@ -94,17 +104,23 @@ def fragments_of(key: AttnKey, call: str) -> FragmentTable:
                 f"{call}: the mask does not say which tokens follow each other: use self-attention with documents "
                 f"(AttnMaskSpec.varlen, or documents=[(start, end), ...])"
             )
-        filled = np.array([d[:3] for d in documents if d.end > d.start], dtype=np.int64).reshape(-1, 3)
-        if filled[:, 2].any():
-            token, _, position = filled[filled[:, 2] > 0][0].tolist()
-            raise ValueError(
-                f"{call}: the document at token {token} begins at position {position}, so what it continues lies "
-                f"elsewhere (a prefix tree): recurrent layers and convolutions need whole documents; give each "
-                f"sample its own copy of the prefix"
-            )
-        return FragmentTable.of(key.q_placement, filled[:, 0], filled[:, 1])
+        starts, ends = np.array([d[:2] for d in documents if d.end > d.start], dtype=np.int64).reshape(-1, 2).T
+        _refuse_other_documents(lower_mask(key.spec), ends, call)
+        return FragmentTable.of(key.q_placement, starts, ends)
 
     return cached_tensor(key, ("fragments",), make)  # type: ignore[no-any-return]
+
+
+def _refuse_other_documents(slices: SliceTable, ends: IntArray, call: str) -> None:
+    """A document that sees another continues it (a prefix tree); its state would begin where that one ends."""
+    first, last = (np.searchsorted(ends, side, side="right") for side in (slices.q0, slices.q1 - 1))
+    first_k, last_k = (np.searchsorted(ends, side, side="right") for side in (slices.k0, slices.k1 - 1))
+    other = (first != last) | (first_k != last_k) | (first != first_k)
+    if other.any():
+        raise ValueError(
+            f"{call}: token {int(slices.q0[other][0])} sees tokens of other documents than its own (a prefix tree): "
+            f"recurrent layers and convolutions need whole documents; give each sample its own copy of the prefix"
+        )
 
 
 def routes_of(needed: Intervals, placement: Placement, rank: int, device: torch.device) -> RowRoutes:

@@ -186,7 +186,7 @@ def _roll_source(
 
 
 def cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows that other ranks' routes bring here, [num_received, ...]; gradients go home along them and are summed."""
+    """Rows that routes bring here from other ranks, [num_received, ...]; their gradients go home and are summed."""
     return _CastRows.apply(x, routes, group)  # type: ignore[no-any-return]
 
 

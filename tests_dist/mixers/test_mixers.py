@@ -184,7 +184,9 @@ def test_a_token_changes_the_later_ones_of_its_document_alone(token: int) -> Non
     ends = np.cumsum(PACKED)
     end = int(ends[np.searchsorted(ends, token, side="right")])
     for rows in run_on_ranks(3, check_perturbed_token, token, "linear"):
-        assert rows[0] == token and set(rows) <= set(range(token, end)) and len(rows) > (end - token) // 3
+        assert rows[0] == token
+        assert set(rows) <= set(range(token, end))
+        assert len(rows) > (end - token) // 3
     for rows in run_on_ranks(3, check_perturbed_token, token, "conv"):
         assert rows == list(range(token, min(token + 4, end)))
 
@@ -220,7 +222,7 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Tensor], message: 
 def test_masks_without_whole_documents_are_refused() -> None:
     raw = AttnMaskSpec([[0, 8]], [[0, 8]], ["causal"], 8)
     tree, _ = AttnMaskSpec.prefix_tree([4, 4, 4], [[0, 1], [0, 2]])
-    for spec, message in ((raw, "does not say which tokens follow"), (tree, "begins at position 4")):
+    for spec, message in ((raw, "does not say which tokens follow"), (tree, "token 4 sees tokens of other documents")):
         key = make_key(spec, **HEADS)
         with pytest.raises(ValueError, match=message):
             causal_conv1d(torch.zeros(spec.total_seqlen, 3), torch.zeros(3, 4), key)
