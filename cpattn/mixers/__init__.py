@@ -7,5 +7,13 @@ state, whose size does not depend on the fragment's length.
 
 from .convolution import causal_conv1d
 from .recurrence import linear_attention
+from .traffic import MixerTraffic, convolution_traffic, map_bytes, recurrence_traffic
 
-__all__ = ["causal_conv1d", "linear_attention"]
+__all__ = [
+    "MixerTraffic",
+    "causal_conv1d",
+    "convolution_traffic",
+    "linear_attention",
+    "map_bytes",
+    "recurrence_traffic",
+]

@@ -87,12 +87,6 @@ def linear_attention(
     return out.flatten(0, 1).index_select(0, plan.places).to(v_THV.dtype)
 
 
-def map_bytes(num_heads: int, dim_k: int, dim_v: int, *, delta: bool, by_channel: bool = False) -> int:
-    """Bytes of the map of one fragment as it travels, in fp32: the state, and what it is multiplied with."""
-    factor = dim_k * dim_k if delta else dim_k if by_channel else 1
-    return 4 * num_heads * (factor + dim_k * dim_v)
-
-
 class _Scan(NamedTuple):
     """Sequences of maps that are run through side by side, longest first.
 
