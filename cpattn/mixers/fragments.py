@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpattn.collectives import RowRoutes
-from cpattn.keys.key import AttnKey, bind_exchange
+from cpattn.keys.key import AttnKey
 from cpattn.masks.spec import lower_mask
 from cpattn.ops.layout import cached_tensor
+from cpattn.runtime.bound import bind_exchange
 from cpattn.solver import (
     Intervals,
     Placement,
