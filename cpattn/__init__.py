@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cpattn.masks.spec import AttnMaskSpec
     from cpattn.ops.attention import attention
     from cpattn.ops.checkpointing import attention_checkpoint_contexts, attention_checkpoint_policy
+    from cpattn.ops.fetch import fetch, local_attention
     from cpattn.ops.layout import dispatch, position_ids, roll, undispatch
     from cpattn.planning.ahead import plan_ahead
     from cpattn.planning.options import LayerKind
@@ -34,7 +35,9 @@ __all__ = [
     "attention_checkpoint_contexts",
     "attention_checkpoint_policy",
     "dispatch",
+    "fetch",
     "generate",
+    "local_attention",
     "make_key",
     "make_plan",
     "plan_ahead",
@@ -55,6 +58,8 @@ _MODULE_OF = {
     "attention_checkpoint_contexts": "ops.checkpointing",
     "attention_checkpoint_policy": "ops.checkpointing",
     "dispatch": "ops.layout",
+    "fetch": "ops.fetch",
+    "local_attention": "ops.fetch",
     "generate": "decoding.generation",
     "make_key": "keys.make",
     "make_plan": "planning.ready",

@@ -27,7 +27,17 @@ from .head_split import (
 from .joint import JointPlans, joint_imbalance, make_joint_plans
 from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import Exchange, Plan, RankPlan, RankStage, Runs, assemble_plan, exchange_of, received_runs
+from .plan import (
+    Exchange,
+    Plan,
+    RankPlan,
+    RankStage,
+    Runs,
+    assemble_plan,
+    exchange_of,
+    fetched_at_once,
+    received_runs,
+)
 from .report import PlanReport, Rival, plan_report
 from .rounds import window_params
 from .routes import (
@@ -104,6 +114,7 @@ __all__ = [
     "disjoint_union",
     "exchange_of",
     "expand_counts",
+    "fetched_at_once",
     "head_exchange_bytes",
     "head_exchange_seconds",
     "joint_imbalance",

@@ -33,7 +33,8 @@ class Heads:
     """Heads of one attention call.
 
     itemsize: bytes of an element of q, k, v and out. wire_8bit: whether q, k, v and the gradient of out
-    travel as a byte for each element and one for the scale of each row and head.
+    travel as a byte for each element and one for the scale of each row and head. latent_dim: elements of the row
+    that is fetched in the place of keys and values (`cpattn.fetch`) and kept until backward; 0: these travel.
     """
 
     num_q: int = 32
@@ -42,6 +43,7 @@ class Heads:
     head_dim_v: int = 128
     itemsize: int = 2
     wire_8bit: bool = False
+    latent_dim: int = 0
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
@@ -54,19 +56,22 @@ class Heads:
         kv_row = self.num_kv * (self.head_dim + self.head_dim_v)
         statistic = _FP32 * self.num_q  # lse, or delta
         q_sent, dout_sent = (self.num_q * self._sent(dim) for dim in (self.head_dim, self.head_dim_v))
+        kv_sent = self.num_kv * (self._sent(self.head_dim) + self._sent(self.head_dim_v))
+        latent = self.latent_dim * self.itemsize
         return RowBytes(
             q=q_sent,
             partial=self.itemsize * out_row + statistic,
-            kv=self.num_kv * (self._sent(self.head_dim) + self._sent(self.head_dim_v)),
+            kv=latent or kv_sent,
             q_again=q_sent + dout_sent + 2 * statistic,
+            kv_again=0 if latent else kv_sent,
             dq=_FP32 * q_row,
-            dkv=_FP32 * kv_row,
+            dkv=latent or _FP32 * kv_row,
         )
 
     def row_costs(self) -> RowCosts:
         """What a row costs over forward and backward."""
         row = self.row_bytes()
-        return RowCosts(q=row.q + row.partial + row.q_again + row.dq, kv=2 * row.kv + row.dkv, heads=self)
+        return RowCosts(q=row.q + row.partial + row.q_again + row.dq, kv=row.kv + row.kv_again + row.dkv, heads=self)
 
     def _sent(self, dim: int) -> int:
         """Bytes on the wire of one row of one head."""
@@ -87,13 +92,14 @@ class RowBytes(NamedTuple):
     """Bytes of one row on the wire.
 
     Forward: q out, partial (out, lse) home, kv out. Backward: q_again (q, dout, lse, delta) out, dq
-    home, kv out again, dkv home.
+    home, kv_again out, dkv home.
     """
 
     q: int
     partial: int
     kv: int
     q_again: int
+    kv_again: int
     dq: int
     dkv: int
 

@@ -149,7 +149,7 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
             queries,
             stages,
             out_bytes=row.q_again if backward else row.q,
-            kv_bytes=row.kv,
+            kv_bytes=row.kv_again if backward else row.kv,
             home_bytes=row.dq if backward else row.partial,
             dkv_bytes=row.dkv if backward else 0,
         )

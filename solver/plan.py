@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -253,6 +253,21 @@ class Draft:
             ranks_per_node=ranks_per_node,
             fingerprint=_fingerprint(*tasks, *placements, q_routes, kv_routes, num_stages, ranks_per_node),
         )
+
+
+def fetched_at_once(rank_plan: RankPlan) -> RankPlan:
+    """A rank's work with all of its keys in one buffer: its own, then those of each stage in turn; nothing travels.
+
+    For callers who fetch the rows themselves. The plan must move no queries.
+    """
+    assert not any(hop.active for hop in rank_plan.queries), "queries of other ranks would be left out"
+    ends = np.cumsum([stage.num_keys for stage in rank_plan.stages])
+    shifted = [
+        stage.host.shift(0, int(end) - stage.num_keys) for stage, end in zip(rank_plan.stages, ends, strict=True)
+    ]
+    slices = merge_neighbours(SliceTable.concat(shifted))
+    whole = RankStage((), int(ends[-1]), slices, SliceTable.empty())
+    return replace(rank_plan, num_keys=whole.num_keys, stages=(whole,))
 
 
 def _ranks_per_node(ranks_per_node: int | None, cp_size: int) -> int:

@@ -187,7 +187,7 @@ def received_bytes(
     result: IntArray = (
         q_received * (row.q + row.q_again)
         + q_sent * (row.partial + row.dq)
-        + kv_received * (2 * row.kv)
+        + kv_received * (row.kv + row.kv_again)
         + kv_sent * row.dkv
     )
     return result
@@ -207,7 +207,7 @@ def compare(
     heap = place_min_heap(table, total_seqlen, cp_size, chunk_size)
     row = heads.row_bytes()
     model = _RivalTimes(table.area(), cp_size, total_seqlen, heads, hardware)
-    key_bytes = 2 * row.kv + row.dkv
+    key_bytes = row.kv + row.kv_again + row.dkv
     rivals = []
     for name, placement in (("ring", contiguous), ("all-gather", contiguous), ("zigzag ring", zigzag)):
         uneven = _imbalance(table, placement)
@@ -276,7 +276,7 @@ class _RivalTimes(NamedTuple):
         """Each of P steps computes on one shard while the next one travels; dK and dV go round as well."""
         row, shard = self.heads.row_bytes(), self.total_seqlen / self.cp_size
         seconds = 0.0
-        for work, num_bytes in zip(self.work(imbalance), (row.kv, row.kv + row.dkv), strict=True):
+        for work, num_bytes in zip(self.work(imbalance), (row.kv, row.kv_again + row.dkv), strict=True):
             step = work / self.cp_size + self.hardware.launch_s
             seconds += step + (self.cp_size - 1) * max(step, self.move(shard * num_bytes))
         return seconds
@@ -284,7 +284,7 @@ class _RivalTimes(NamedTuple):
     def gathered(self, imbalance: float) -> float:
         """Nothing overlaps: gather, compute; in backward gather, compute, scatter."""
         row, others = self.heads.row_bytes(), self.total_seqlen * (1 - 1 / self.cp_size)
-        return sum(self.work(imbalance)) + 2 * self.move(others * row.kv) + self.move(others * row.dkv)
+        return sum(self.work(imbalance)) + sum(self.move(others * part) for part in (row.kv, row.kv_again, row.dkv))
 
 
 def _ulysses(model: _RivalTimes) -> Rival:

@@ -61,7 +61,13 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
     forward.run(kernels(False), queries, stages, out_bytes=row.q, kv_bytes=row.kv, home_bytes=row.partial, dkv_bytes=0)
     backward = Clock((plan.cp_size,), num_hops, hardware.transfer_load)
     backward.run(
-        kernels(True), queries, stages, out_bytes=row.q_again, kv_bytes=row.kv, home_bytes=row.dq, dkv_bytes=row.dkv
+        kernels(True),
+        queries,
+        stages,
+        out_bytes=row.q_again,
+        kv_bytes=row.kv_again,
+        home_bytes=row.dq,
+        dkv_bytes=row.dkv,
     )
     return StepTimeline(forward.timeline(), backward.timeline())
 
@@ -204,7 +210,7 @@ def traffic_matrix(plan: Plan, heads: Heads, *, bins: int | None = None) -> Floa
     row = heads.row_bytes()
     matrix = np.zeros((n, n))
     for routes, out, home in (
-        (plan.kv_routes, 2 * row.kv, row.dkv),
+        (plan.kv_routes, row.kv + row.kv_again, row.dkv),
         (plan.q_routes, row.q + row.q_again, row.partial + row.dq),
     ):
         pair = (routes.srcs * n // size) * n + routes.dsts * n // size

@@ -194,6 +194,7 @@ class AttnKey:
         Nothing is planned again and nothing communicated.
         """
         heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, self.options.running.wire)
+        heads = replace(heads, latent_dim=self.heads.latent_dim)
         if heads == self.heads:
             return self
         if heads not in self._by_heads:

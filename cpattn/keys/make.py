@@ -41,6 +41,7 @@ def make_key(
     also: Sequence[LayerKind] = (),
     search_effort: int = 0,
     wire: str | None = None,
+    latent_dim: int | None = None,
     keep_kv: bool = False,
     head_degree: int | Literal["auto"] = 1,
     hardware: Hardware | str | Path | None = None,
@@ -78,6 +79,8 @@ def make_key(
         wire: "e4m3" or "e5m2": k and v, and q and the gradient of out where they move, travel as
             8-bit floats with a scale for each row and head; half the bytes of bf16, and its error
             (docs/te_ops.md has figures; prefer e4m3). None: as they are.
+        latent_dim: for `cpattn.fetch`: elements of the row that you will fetch in the place of a row of k and v (MLA's
+            latent); the plan then counts its bytes. None: k and v travel.
         keep_kv: keep the keys and values that forward fetched until backward, which then fetches none: fewer
             exchanges for the memory of `key.memory().kept`. Gradients are the same bits. Queries that move
             (schedule "tiles") travel again, with the gradient of out.
@@ -102,7 +105,7 @@ def make_key(
         ValueError: a value is out of range, this rank is not in the group, or ranks differ.
     """
     check_spec("spec", spec)
-    heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire)
+    heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
     running = RunOptions(backend, wire, bool(keep_kv), transport)
     ranks = find_ranks(cp_group)
     degree = _read_degree(head_degree, plan, ranks.size, heads)

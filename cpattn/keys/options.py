@@ -85,6 +85,7 @@ class PlannedKey(NamedTuple):
         return {
             "mask": self.spec,
             "heads and head dims": self.heads.numbers,
+            "latent_dim": self.heads.latent_dim,
             **self.options.named(),
             "layers": [(kind.num_layers, kind.window, kind.mask) for kind, _ in self.layer_plans],
             "plan": (self.plan.fingerprint, *(other.fingerprint for _, other in self.layer_plans)),

@@ -99,17 +99,23 @@ def window_on_mask(window: int | Sequence[int | None] | None, spec: AttnMaskSpec
 
 
 def read_heads(
-    num_heads_q: Any, num_heads_kv: Any, head_dim: Any, head_dim_v: Any = None, wire: Any = None
+    num_heads_q: Any,
+    num_heads_kv: Any,
+    head_dim: Any,
+    head_dim_v: Any = None,
+    wire: Any = None,
+    latent_dim: Any = None,
 ) -> Heads:
     """Heads and head dims of a call.
 
     Args:
         head_dim_v: None is head_dim.
         wire: the 8-bit format in which rows travel; None: as they are.
+        latent_dim: elements of what is fetched in the place of a row of k and v; None: these.
 
     Raises:
-        ValueError: one is not an int of at least 1, query heads are no multiple of key heads, or the format is
-            unknown.
+        ValueError: one is not an int of at least 1, query heads are no multiple of key heads, the format is
+            unknown, or is one for latents.
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     named = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
@@ -122,7 +128,12 @@ def read_heads(
         )
     if wire not in (None, "e4m3", "e5m2"):
         raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
-    return Heads(*map(int, named.values()), wire_8bit=wire is not None)
+    if latent_dim is None:
+        return Heads(*map(int, named.values()), wire_8bit=wire is not None)
+    check_int("latent_dim", latent_dim)
+    if wire is not None:
+        raise ValueError(f"latent_dim is {latent_dim} and wire is {wire!r}: latents travel as they are; pass wire=None")
+    return Heads(*map(int, named.values()), latent_dim=int(latent_dim))
 
 
 def check_spec(name: str, spec: Any) -> None:

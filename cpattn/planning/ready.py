@@ -82,6 +82,7 @@ class ReadyPlan:
             )
         for name, planned, asked in (
             ("heads and head dims", self.heads.numbers, heads.numbers),
+            ("latent_dim", self.heads.latent_dim or None, heads.latent_dim or None),
             ("window", planned_masks[0].window, masks[0].window),
             ("wire", self.wire, wire),
         ):
@@ -184,6 +185,7 @@ def make_plan(
     window: int | Sequence[int | None] | None = None,
     search_effort: int = 0,
     wire: str | None = None,
+    latent_dim: int | None = None,
     num_layers: float = 1.0,
     also: Sequence[LayerKind] = (),
     hardware: Hardware | str | Path | None = None,
@@ -202,7 +204,7 @@ def make_plan(
         raise ValueError(f"ranks_per_node is {ranks_per_node!r}: a plan is made without a launcher; give an int")
     check_spec("spec", spec)
     check_int("cp_size", cp_size)
-    heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire)
+    heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
     machine = DEFAULT_HARDWARE if hardware is None else find_hardware(hardware)
     options = PlanOptions(chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine)
     masks = with_layers(spec, window_on_mask(window, spec), num_layers, also)

@@ -75,12 +75,12 @@ def bind_plan(
         return backend.prepare(slices, num_queries, num_keys, device)
 
     num_guests = rank_plan.queries[-1].num_received
-    queries = Trip("queries", "results", None, _bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport))
+    queries = Trip("queries", "results", None, bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport))
     stages = tuple(
         BoundStage(
             Trip(
                 f"keys {number}", f"gradients {number}", number,
-                _bind_hops(stage.kv, rank_plan.num_keys, device, transport),
+                bind_hops(stage.kv, rank_plan.num_keys, device, transport),
             ),
             prepare(stage.host, rank_plan.num_queries, stage.num_keys),
             prepare(stage.guest, num_guests, stage.num_keys),
@@ -91,9 +91,10 @@ def bind_plan(
     return BoundPlan(backend, exchanges, queries, queries.active, stages, keep_kv, *rows)
 
 
-def _bind_hops(
+def bind_hops(
     hops: tuple[Exchange, ...], num_local: int, device: torch.device, transport: Transport
 ) -> tuple[RowRoutes, ...]:
+    """The hops of an exchange over that many local rows, with their row indices on a device."""
     bound = tuple(bind_exchange(hop, device, transport) for hop in hops)
     return (*bound[:1], *(later.relaying(num_local) for later in bound[1:]))
 
