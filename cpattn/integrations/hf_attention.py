@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpattn.ops.attention import attention
+from cpattn.ops.fetch import local_attention
 
+from .hf_latents import sends_latents
 from .hf_masks import terms_of
 from .shard import LayerMask, active_shard
 
@@ -104,16 +106,21 @@ def _sharded_attention(
     softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
     refuse_what_would_be_ignored(module, dropout, softcap, sink, extra)
     _refuse_other_window(module, mask, extra)
-    tokens = mask.shard.num_tokens
-    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
+    tokens, fetched = mask.shard.num_tokens, sends_latents(module)
+    if query.shape[0] != 1 or query.shape[2] != tokens or (key.shape[2] != tokens and not fetched):
         raise ValueError(
             f"{_name(module)}: query {tuple(query.shape)} and key {tuple(key.shape)} do not have this rank's "
             f"{tokens} tokens; a key-value cache or cross-attention is not supported"
         )
-    q, k, v = (t[0].transpose(0, 1)[: mask.key.num_tokens] for t in (query, key, value))
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    q = q[: mask.key.num_tokens]
     bound = mask.key.with_heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2])
     mask.shard.num_layers_run += 1
-    out = attention(q, k, v, bound, softmax_scale=scaling, softcap=softcap, sink=sink)
+    numbers: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sink": sink}
+    if fetched:
+        out = local_attention(q, k, v, bound, **numbers)
+    else:
+        out = attention(q, k[: len(q)], v[: len(q)], bound, **numbers)
     assert isinstance(out, Tensor)
     stand_in = tokens - mask.key.num_tokens
     return F.pad(out, (0, 0, 0, 0, 0, stand_in)).unsqueeze(0) if stand_in else out.unsqueeze(0)

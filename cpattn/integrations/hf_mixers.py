@@ -5,15 +5,14 @@ family. Under a shard these are answered by `cpattn.mixers`, over the tokens of 
 they were. How the shard gets there, also when activation checkpointing runs a layer again:
 
 1. The modeling module's `create_recurrent_attention_mask` gives a `LayerMask` for a sharded batch.
-2. A hook before the layer's forward takes the `LayerMask` out of its arguments and makes its key the current one.
-3. The functions look for a current key.
+2. A hook before the layer's forward takes the `LayerMask` out of its arguments and makes it the current one.
+3. The functions look for a current mask (`current.answering`).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from cpattn.keys.key import AttnKey
 from cpattn.mixers import causal_conv1d, linear_attention
 
+from .current import answering, watch_layer
 from .shard import LayerMask
 
 # Classes of layers whose forward is written around the functions below. By name, not by shape: what another class does
@@ -57,10 +57,8 @@ def serve_mixers(decoder: nn.Module) -> list[str]:
     served = [(name, layer) for name, layer in decoder.named_modules() if _is_served(layer)]
     for _, layer in served:
         _serve_module(importlib.import_module(type(layer).__module__))
-        if not getattr(layer, "_cpattn_served", False):
-            layer.register_forward_pre_hook(_enter, with_kwargs=True)
-            layer.register_forward_hook(_leave, always_call=True)
-            layer._cpattn_served = True  # type: ignore[assignment]
+        watch_layer(layer, hands_on_mask=False)
+        layer._cpattn_served = True  # type: ignore[assignment]
     return [name for name, _ in served]
 
 
@@ -73,61 +71,17 @@ def _is_served(layer: nn.Module) -> bool:
     return all(hasattr(module, name) for name in (*wanted, "create_recurrent_attention_mask"))
 
 
-class _Current(threading.local):
-    """The keys of the layers that this thread is in, innermost last; None for one that has no shard."""
-
-    def __init__(self) -> None:
-        self.keys: list[LayerMask | None] = []
-
-    @property
-    def key(self) -> AttnKey | None:
-        mask = self.keys[-1] if self.keys else None
-        return None if mask is None else mask.key
-
-
-_current = _Current()
-
-
-def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mask = kwargs.get("attention_mask")
-    sharded = mask if isinstance(mask, LayerMask) else None
-    _current.keys.append(sharded)
-    if sharded is None:
-        return None
-    if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
-        raise ValueError(f"{type(layer).__name__}: a cache is not supported under context parallelism")
-    sharded.shard.num_layers_run += 1
-    return args, {**kwargs, "attention_mask": None}
-
-
-def _leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    _current.keys.pop()
-
-
 def _serve_module(module: ModuleType) -> None:
     """Put a function that knows of shards in the place of each that a modeling module's layers call."""
     for name, sharded in _SHARDED.items():
-        original = getattr(module, name, None)
-        if original is not None and not hasattr(original, "_cpattn_original"):
-            setattr(module, name, _answering(original, sharded))
+        if hasattr(module, name):
+            setattr(module, name, answering(getattr(module, name), sharded))
     mask = module.create_recurrent_attention_mask
     if not hasattr(mask, "_cpattn_original"):
         module.create_recurrent_attention_mask = _recurrent_mask(mask)  # type: ignore[attr-defined]
     lightning = getattr(module, "MiniMaxLightningAttention", None)
-    if lightning is not None and not hasattr(lightning.forward, "_cpattn_original"):
-        lightning.forward = _answering(lightning.forward, _lightning_attention)
-
-
-def _answering(original: Callable[..., Any], sharded: Callable[..., Any]) -> Callable[..., Any]:
-    """The original, or under a shard the function that takes a key before its arguments."""
-
-    @functools.wraps(original)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        key = _current.key
-        return original(*args, **kwargs) if key is None else sharded(key, *args, **kwargs)
-
-    answer._cpattn_original = original  # type: ignore[attr-defined]
-    return answer
+    if lightning is not None:
+        lightning.forward = answering(lightning.forward, _lightning_attention)
 
 
 def _recurrent_mask(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +107,7 @@ def _layers_view(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _causal_conv1d(
-    key: AttnKey,
+    mask: LayerMask,
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -161,14 +115,14 @@ def _causal_conv1d(
     **kwargs: Any,
 ) -> Tensor:
     """hidden_states [1, C, L], weight [C, W]; by the layers' own reckoning the result has hidden_states' dtype."""
-    by_row = hidden_states.transpose(1, 2)
+    key, by_row = mask.key, hidden_states.transpose(1, 2)
     x = _rows(by_row, key).to(weight.dtype)
     out = causal_conv1d(x, weight, key, bias_C=bias, activation=activation)  # type: ignore[arg-type]
     return _layers_view(out.to(hidden_states.dtype), by_row).transpose(1, 2)
 
 
 def _gated_delta_rule(
-    key: AttnKey,
+    mask: LayerMask,
     query: Tensor,
     keys: Tensor,
     value: Tensor,
@@ -182,6 +136,7 @@ def _gated_delta_rule(
 ) -> tuple[Tensor, None]:
     """query, keys [1, L, G, K], value [1, L, H, V], g [1, L, H] or [1, L, H, K], beta [1, L, H]."""
     _refuse_state(initial_state, output_final_state)
+    key = mask.key
     q, k = (_rows(x, key).to(torch.promote_types(x.dtype, torch.float32)) for x in (query, keys))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
@@ -192,7 +147,7 @@ def _gated_delta_rule(
 
 
 def _mamba2_scan(
-    key: AttnKey,
+    mask: LayerMask,
     hidden_states: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -216,6 +171,7 @@ def _mamba2_scan(
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
         dt = F.softplus(dt)
+    key = mask.key
     step = _rows(dt.clamp(*dt_limit), key).float()
     x = _rows(hidden_states, key).float()
     keys, queries = (_rows(t, key).float() for t in (B, C))
@@ -226,7 +182,7 @@ def _mamba2_scan(
 
 
 def _lightning_attention(
-    key: AttnKey,
+    mask: LayerMask,
     layer: Any,
     hidden_states: Tensor,
     position_embeddings: Any = None,
@@ -234,6 +190,7 @@ def _lightning_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The whole layer of MiniMax, which is written in one piece: q, k and v by head, one constant decay a head."""
+    key = mask.key
     qkv = layer.act_fn(layer.qkv_proj(hidden_states)).unflatten(-1, (layer.num_attention_heads, -1))
     q, k, v = (_rows(x, key) for x in qkv.split(layer.head_dim, dim=-1))
     decay = -layer.slope_rate.flatten().expand(len(q), -1)
@@ -246,7 +203,7 @@ def _refuse_state(initial: Tensor | None, wants_final: bool) -> None:
         raise ValueError("a recurrent state from before the batch, or after it, is not supported under a shard")
 
 
-def _no_fused_layer(key: AttnKey, *args: Any, **kwargs: Any) -> None:
+def _no_fused_layer(mask: LayerMask, *args: Any, **kwargs: Any) -> None:
     """None, which tells a layer to go through convolution and scan one by one."""
 
 

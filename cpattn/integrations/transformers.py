@@ -44,6 +44,7 @@ from .hf_attention import (
     refuse_what_would_be_ignored,
     register_attention,
 )
+from .hf_latents import serve_latents
 from .hf_mixers import serve_mixers
 from .hf_model import language_model, layer_kinds, refuse_other_mixers, refuse_router_loss, unwrapped
 from .shard import LayerMask, Shard, ShardedMask, local_tokens, split_at_decoder
@@ -123,6 +124,7 @@ class ContextParallel:
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.has_other_modalities = self.text_config is not config
         refuse_other_mixers(self.decoder, self.text_config, serve_mixers(self.decoder))
+        self.latents = serve_latents(self.decoder)
         refuse_router_loss(self.text_config)
         if self.has_other_modalities:
             split_at_decoder(self.decoder)
@@ -312,11 +314,14 @@ class ContextParallel:
         first, *others = layer_kinds(config, layout)
         heads = int(getattr(config, "num_attention_heads", 1))
         assert first.spec is not None
+        dims = {
+            "num_heads_kv": int(getattr(config, "num_key_value_heads", None) or heads),
+            "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        }
         return make_key(
             first.spec,
             num_heads_q=heads,
-            num_heads_kv=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            **dims | self.latents,
             cp_group=self.cp_group,
             chunk_size=max(1, min(self.max_chunk_size, layout.num_tokens // (16 * cp_size))),
             window=first.window,
