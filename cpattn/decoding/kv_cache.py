@@ -7,33 +7,27 @@ few kilobytes move, whatever the length of the context. New keys go to the ranks
 The device side of a decoding step (`PagedKVCache.decode`) reads nothing back to the host and has fixed shapes, so it
 can be captured in a CUDA graph; the host side (`advance`) knows lengths and pages without asking the device.
 
-Shape legend: B sequences, T rows of this rank in prefill, P pages of a sequence, S slots of its pages, N query heads,
-G key heads, R = N / G, D and E head dims of q/k and of v.
+Shape legend: B sequences, T rows of this rank in prefill, P pages of a sequence, N query heads, G key heads, D and E
+head dims of q/k and of v.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cpattn.collectives import all_gather, merge_partials
 from cpattn.keys.key import AttnKey
 from cpattn.masks.reading import check_int
 from cpattn.masks.spec import AttnMaskSpec, Document, lower_mask
 from cpattn.ops.attention import check_numbers
 from cpattn.runtime.execute import accumulator_dtype
-from cpattn.runtime.sinks import fold_sink
 
-from .pages import count_rows, page_rows, write_rows
-
-MergeMethod = Literal["auto", "gather", "scatter"]
+from .merge import MergeMethod, broadcast, check_merge, choose_merge, merge_costs, merge_over_ranks
+from .pages import count_rows, page_rows, paged_partial, write_rows
 
 # Page 0 takes the writes of tokens that belong to other ranks; no sequence's table reaches its slots as visible.
 _SCRATCH = 0
@@ -241,11 +235,11 @@ class PagedKVCache:
             _check_shape(name, tensor, (self.batch_size, *shape))
         scale = self.key.head_dim**-0.5 if softmax_scale is None else softmax_scale
         check_numbers(self.key, scale, softcap, sink)
-        _check_merge(merge)
+        check_merge(merge)
         if source is not None and source not in range(self.cp_size):
             raise ValueError(f"source is {source}: the group has ranks 0 to {self.cp_size - 1}")
         if source is not None and self.group is not None:
-            q_BND, k_BGD, v_BGE = _broadcast((q_BND, k_BGD, v_BGE), source, self.group)
+            q_BND, k_BGD, v_BGE = broadcast((q_BND, k_BGD, v_BGE), source, self.group)
         pool = self._pool_of[layer]
         for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
             write_rows(cache, pool.rows, new.to(self.dtype))
@@ -271,12 +265,12 @@ class PagedKVCache:
 
         itemsize: of the model's activations; None is that of the cache.
         """
-        _check_merge(merge)
+        check_merge(merge)
         rows = self.batch_size * self.key.num_heads_q
         itemsize = self.dtype.itemsize if itemsize is None else itemsize
         accumulator = accumulator_dtype(self.dtype).itemsize
-        costs = _merge_costs(rows, self.key.head_dim_v, self.cp_size, accumulator, itemsize)
-        return costs[_choose_merge(costs, merge)] * len(self.windows)
+        costs = merge_costs(rows, self.key.head_dim_v, self.cp_size, accumulator, itemsize)
+        return costs[choose_merge(costs, merge)] * len(self.windows)
 
     def bytes_to_gather_cache(self) -> int:
         """Bytes that one rank would receive if the others sent it the keys and values that it lacks, at this length."""
@@ -391,89 +385,6 @@ class PagedKVCache:
                 self._forget(pool, b, len(pool.host_pages[b]))
 
 
-def paged_partial(
-    q_BND: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table_BP: Tensor,
-    positions: Tensor,
-    queries_B: Tensor,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one query per sequence over the pages of this rank.
-
-    Args:
-        k_pages, v_pages: [num_pages, page_size, G, D] and [..., E].
-        table_BP: int32 [B, P].
-        positions: int64 [num_pages, page_size]; a slot is visible iff its position is at most the query's and, with a
-            window W, within W of it.
-        queries_B: int64 [B], positions of the queries.
-
-    Returns:
-        out [B, N, E] and lse [B, N], natural log, in fp32 (fp64 for fp64); 0 and -inf where nothing is visible.
-    """
-    dtype = accumulator_dtype(q_BND.dtype)
-    index = table_BP.long()
-    k, v = (pages[index].flatten(1, 2).to(dtype) for pages in (k_pages, v_pages))
-    position_BS = positions[index].flatten(1)
-    visible = position_BS <= queries_B[:, None]
-    if window is not None:
-        visible &= position_BS > queries_B[:, None] - window
-    num_heads_kv = k.shape[2]
-    q = q_BND.to(dtype).unflatten(1, (num_heads_kv, -1))
-    scores = torch.einsum("bgrd,bsgd->bgrs", q, k) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
-    return torch.einsum("bgrs,bsge->bgre", p, v).flatten(1, 2), lse.flatten(1)
-
-
-def merge_over_ranks(
-    out_BNE: Tensor,
-    lse_BN: Tensor,
-    group: dist.ProcessGroup | None,
-    *,
-    dtype: torch.dtype,
-    sink: Tensor | None = None,
-    method: MergeMethod = "auto",
-) -> Tensor:
-    """The attention over the keys of all ranks, from each rank's part; the same bits on every rank.
-
-    Args:
-        out_BNE, lse_BN: this rank's part, fp32 or fp64.
-        sink: [N], a further logit of each head.
-        method: see `PagedKVCache.decode`. Per rank and direction, with X the bytes of a part: gather (cp - 1) X in one
-            collective; scatter about 2 (cp - 1) / cp X in two, of which the second is in `dtype`. A tree (recursive
-            doubling) would move log2(cp) X.
-
-    Returns:
-        out [B, N, E] in `dtype`.
-    """
-    batch, num_heads, head_dim = out_BNE.shape
-    packed = torch.cat([out_BNE, lse_BN.unsqueeze(-1)], dim=-1).flatten(0, 1)
-    cp_size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    costs = _merge_costs(len(packed), head_dim, cp_size, packed.element_size(), dtype.itemsize)
-    if _choose_merge(costs, method) == "gather" or cp_size == 1:
-        parts = packed if group is None else all_gather(packed, group)
-        rows = torch.arange(len(packed), device=packed.device)
-        merged = _fold(parts.view(cp_size, *packed.shape), rows, sink, num_heads)
-        return merged.view(batch, num_heads, head_dim).to(dtype)
-    share = -(-len(packed) // cp_size)
-    padded = packed.new_zeros(share * cp_size, head_dim + 1)
-    padded[: len(packed)] = packed
-    parts = torch.empty_like(padded)
-    dist.all_to_all_single(parts, padded, group=group)
-    rows = torch.arange(rank * share, (rank + 1) * share, device=packed.device)
-    merged = _fold(parts.view(cp_size, share, head_dim + 1), rows, sink, num_heads).to(dtype)
-    assert group is not None
-    return all_gather(merged, group)[: len(packed)].view(batch, num_heads, head_dim)
-
-
 def _documents_of(spec: AttnMaskSpec) -> list[Document]:
     """The sequences; checks that new tokens may see all of theirs and nothing else, at the positions that follow."""
     rule = "a cache needs a self-attention mask of separate documents, AttnMaskSpec.varlen(lengths)"
@@ -495,47 +406,6 @@ def _documents_of(spec: AttnMaskSpec) -> list[Document]:
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the cache expects {shape}")
-
-
-def _check_merge(merge: str) -> None:
-    if merge not in get_args(MergeMethod):
-        raise ValueError(f"merge is {merge!r}: use {', '.join(get_args(MergeMethod))}")
-
-
-def _fold(parts: Tensor, rows: Tensor, sink: Tensor | None, num_heads: int) -> Tensor:
-    """Parts [ranks, rows, E + 1] merged in rank order, and the sink of each row's head."""
-    out, lse = parts[0, :, :-1].clone(), parts[0, :, -1].clone()
-    for part in parts[1:]:
-        merge_partials(out, lse, part[:, :-1], part[:, -1])
-    if sink is not None:
-        fold_sink(out, lse, sink[rows % num_heads])
-    return out
-
-
-def _merge_costs(rows: int, head_dim: int, cp_size: int, accumulator: int, itemsize: int) -> dict[str, int]:
-    """Bytes that a rank sends to merge `rows` partial rows, by method."""
-    if cp_size == 1:
-        return {"gather": 0, "scatter": 0}
-    share = -(-rows // cp_size)
-    return {
-        "gather": (cp_size - 1) * rows * (head_dim + 1) * accumulator,
-        "scatter": (cp_size - 1) * share * ((head_dim + 1) * accumulator + head_dim * itemsize),
-    }
-
-
-def _choose_merge(costs: dict[str, int], method: MergeMethod) -> str:
-    if method != "auto":
-        return method
-    # The second collective of "scatter" has to save something for its latency.
-    return "scatter" if costs["scatter"] < 0.9 * costs["gather"] else "gather"
-
-
-def _broadcast(tensors: Sequence[Tensor], source: int, group: dist.ProcessGroup) -> list[Tensor]:
-    """Tensors of one rank of the group, on all of them, in one message."""
-    packed = torch.cat([t.flatten() for t in tensors])
-    dist.broadcast(packed, dist.get_global_rank(group, source), group=group)
-    parts = packed.split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 __all__ = ["PagedKVCache", "merge_over_ranks", "paged_partial"]

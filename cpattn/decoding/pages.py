@@ -1,14 +1,21 @@
 """Pages of a cache: where a token of a sequence lies, and how rows are written there.
 
 A cache is [num_pages, page_size, heads, dim]; its rows are the slots of all pages, one page after the other.
+
+Shape legend: B sequences, P pages of a sequence, S slots of its pages, N query heads, G key heads, R = N / G, D and E
+head dims of q/k and of v.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from cpattn.runtime.execute import accumulator_dtype
 
 Ints = NDArray[np.int64]
 
@@ -34,3 +41,45 @@ def page_rows(table_BP: Ints, sequence: Ints, position: Ints, page_size: int) ->
 def write_rows(cache: Tensor, rows: Tensor, fresh: Tensor) -> None:
     """Put [n, heads, dim] into those rows of a cache, in place."""
     cache.view(-1, *cache.shape[2:]).index_copy_(0, rows, fresh)
+
+
+def paged_partial(
+    q_BND: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BP: Tensor,
+    positions: Tensor,
+    queries_B: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per sequence over the pages of this rank.
+
+    Args:
+        k_pages, v_pages: [num_pages, page_size, G, D] and [..., E].
+        table_BP: int32 [B, P].
+        positions: int64 [num_pages, page_size]; a slot is visible iff its position is at most the query's and, with a
+            window W, within W of it.
+        queries_B: int64 [B], positions of the queries.
+
+    Returns:
+        out [B, N, E] and lse [B, N], natural log, in fp32 (fp64 for fp64); 0 and -inf where nothing is visible.
+    """
+    dtype = accumulator_dtype(q_BND.dtype)
+    index = table_BP.long()
+    k, v = (pages[index].flatten(1, 2).to(dtype) for pages in (k_pages, v_pages))
+    position_BS = positions[index].flatten(1)
+    visible = position_BS <= queries_B[:, None]
+    if window is not None:
+        visible &= position_BS > queries_B[:, None] - window
+    num_heads_kv = k.shape[2]
+    q = q_BND.to(dtype).unflatten(1, (num_heads_kv, -1))
+    scores = torch.einsum("bgrd,bsgd->bgrs", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
+    return torch.einsum("bgrs,bsge->bgre", p, v).flatten(1, 2), lse.flatten(1)
