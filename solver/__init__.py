@@ -1,7 +1,7 @@
 """Pure planning on ints and numpy arrays: no torch, no process group, no device."""
 
 from .bounds import BytesBound, Limits, RowsBound, bytes_bound, kv_rows_bound, step_time_bound
-from .clock import PassTimeline, Span
+from .clock import PassSpan, PassTimeline
 from .cost import (
     DEFAULT_HARDWARE,
     HARDWARE,
@@ -87,6 +87,7 @@ __all__ = [
     "Limits",
     "Link",
     "MaskSlice",
+    "PassSpan",
     "PassTimeline",
     "Placement",
     "Plan",
@@ -102,7 +103,6 @@ __all__ = [
     "Schedule",
     "ScheduleKind",
     "SliceTable",
-    "Span",
     "StepTimeline",
     "TokenRange",
     "TransportName",

@@ -18,7 +18,7 @@ import numpy as np
 from .cost import FloatArray
 
 
-class Span(NamedTuple):
+class PassSpan(NamedTuple):
     """One thing that every rank does: seconds [cp_size] from the start of the pass; where both are equal, not."""
 
     name: str
@@ -35,9 +35,9 @@ class PassTimeline(NamedTuple):
     rank is done, [cp_size].
     """
 
-    compute: tuple[Span, ...]
-    copies: tuple[Span, ...]
-    transfers: tuple[Span, ...]
+    compute: tuple[PassSpan, ...]
+    copies: tuple[PassSpan, ...]
+    transfers: tuple[PassSpan, ...]
     seconds: FloatArray
 
     @property
@@ -94,9 +94,9 @@ class Clock:
         self.now = np.zeros(shape)
         self.link_free = np.zeros(shape)
         self.owed = np.zeros(shape)
-        self.compute: list[Span] = []
-        self.copies: list[Span] = []
-        self.transfers: list[Span] = []
+        self.compute: list[PassSpan] = []
+        self.copies: list[PassSpan] = []
+        self.transfers: list[PassSpan] = []
 
     def timeline(self) -> PassTimeline:
         return PassTimeline(tuple(self.compute), tuple(self.copies), tuple(self.transfers), self.now)
@@ -146,9 +146,9 @@ class Clock:
         self._spend(self.compute, name, seconds + np.where(working, self.owed, 0.0))
         self.owed = np.where(working, 0.0, self.owed)
 
-    def _spend(self, spans: list[Span], name: str, seconds: FloatArray) -> None:
+    def _spend(self, spans: list[PassSpan], name: str, seconds: FloatArray) -> None:
         """Every rank is busy for so long."""
-        spans.append(Span(name, self.now, self.now + seconds))
+        spans.append(PassSpan(name, self.now, self.now + seconds))
         self.now = self.now + seconds
 
     def _take(self, arrival: Arrival | None) -> None:
@@ -175,6 +175,6 @@ class Clock:
         idle = ends == starts
         starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)
         self.link_free = ends
-        self.transfers.append(Span(name, begin, ends))
+        self.transfers.append(PassSpan(name, begin, ends))
         # Received rows are used where they lie; only what comes home is reduced.
         return Arrival(np.where(idle, self.now, ends), unpack if home else np.zeros_like(unpack))

@@ -127,7 +127,7 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
     queries = _EstimatedWire(load.queries, np.ones((1, 1)), hardware, load.two_level)
     stages = [_EstimatedWire(load.keys, share, hardware, load.two_level) for share in shares]
     own = np.broadcast_to(load.own_share, shape)
-    sides = {"host": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
+    sides = {"own": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
 
     def kernel(part: FloatArray, *, backward: bool) -> FloatArray:
         """Seconds on a part of the pairs."""

@@ -64,15 +64,15 @@ class Exchange:
 class RankStage:
     """One step of a rank's attention: keys that arrive together, and the work on them.
 
-    kv: the hops of the exchange that brings the keys (none in the host stage, whose keys are local
+    kv: the hops of the exchange that brings the keys (none in the first stage, whose keys are local
         rows); see `RankPlan.queries`.
-    host, guest: slices over (local query rows, key rows of this stage) and over (received query
+    own, guest: slices over (local query rows, key rows of this stage) and over (received query
     rows, key rows of this stage), in buffer row numbers.
     """
 
     kv: tuple[Exchange, ...]
     num_keys: int
-    host: SliceTable
+    own: SliceTable
     guest: SliceTable
 
 
@@ -84,7 +84,7 @@ class RankPlan:
     queries: the hops of the exchange that brings the queries of other ranks; partial results go back
         along it. One hop, or two on a two-level network; a hop sends rows of
         [local rows, rows received in the hop before], and the last one delivers.
-    stages: the host stage, then the remote ones in order.
+    stages: that of own keys, then the remote ones in order.
     """
 
     rank: int
@@ -143,9 +143,9 @@ class Plan:
         for stage in range(-1, self.num_stages):
             kv, key_runs = ((), k_runs) if stage < 0 else self._hops(self.kv_routes, stage, self.k_placement, rank)
             num_keys = int((key_runs.ends - key_runs.starts).sum())
-            host = _to_buffers(mine, q_runs, key_runs)
+            own = _to_buffers(mine, q_runs, key_runs)
             guest = _to_buffers(mine, guest_runs, key_runs)
-            stages.append(RankStage(kv, num_keys, host, guest))
+            stages.append(RankStage(kv, num_keys, own, guest))
         return RankPlan(
             rank=rank,
             cp_size=self.cp_size,

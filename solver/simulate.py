@@ -82,18 +82,18 @@ class StageWork(NamedTuple):
 
 
 def _stage_works(plan: Plan) -> list[dict[str, StageWork]]:
-    """The host stage's work, then each remote stage's: on own queries, and on received ones where any are."""
+    """The first stage's work, then each remote stage's: on own queries, and on received ones where any are."""
     placement = plan.k_placement
     fetched = [Intervals(placement.owners, placement.starts, placement.ends)]
     for stage in range(plan.num_stages):
         routes = plan.kv_routes.of_stage(stage)
         fetched.append(merge_intervals(routes.dsts, routes.starts, routes.ends))
-    rows = {"host": (plan.tasks.data, plan.task_ranks)}
+    rows = {"own": (plan.tasks.data, plan.task_ranks)}
     if len(plan.q_routes):
         own = Intervals(plan.q_placement.owners, plan.q_placement.starts, plan.q_placement.ends)
         guests = merge_intervals(plan.q_routes.dsts, plan.q_routes.starts, plan.q_routes.ends)
         stride = plan.q_placement.total_seqlen + 1
-        rows = {side: _cut(*rows["host"], held, 0, stride) for side, held in (("host", own), ("guest", guests))}
+        rows = {side: _cut(*rows["own"], held, 0, stride) for side, held in (("own", own), ("guest", guests))}
     return [{side: _work_on(plan, *tasks, keys) for side, tasks in rows.items()} for keys in fetched]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpattn.keys.key import AttnKey
+from cpattn.masks.reading import Sides
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 
@@ -33,7 +34,6 @@ from .local_masks import (
     NO_WINDOW,
     Segment,
     TensorMemo,
-    Window,
     attend,
     band_matrix,
     batch_segments,
@@ -443,7 +443,7 @@ def _local_spec(
     shape: tuple[int, int, int],
     *,
     causal: bool,
-    window: Window,
+    window: Sides,
     attention_mask: Tensor | None,
     documents: dict[str, Any],
 ) -> AttnMaskSpec:
@@ -486,7 +486,7 @@ class _Packed(NamedTuple):
     """Packed documents for `_SdpaFunc`."""
 
     segments: tuple[Segment, ...]
-    window: Window
+    window: Sides
 
 
 _built_masks: Any = WeakTensorKeyDictionary()
@@ -524,7 +524,7 @@ def _sdpa_arguments(
     return arguments if mask is None else {**arguments, "attn_mask": mask, "is_causal": False}
 
 
-def _window_mask(num_q: int, num_k: int, causal: bool, window: Window, device: torch.device) -> Tensor:
+def _window_mask(num_q: int, num_k: int, causal: bool, window: Sides, device: torch.device) -> Tensor:
     """The window as bool [num_q, num_k]; layers of one shape share it."""
     if torch.compiler.is_compiling():
         mask = band_matrix(num_q, num_k, causal, window, device)
@@ -534,7 +534,7 @@ def _window_mask(num_q: int, num_k: int, causal: bool, window: Window, device: t
 
 
 @lru_cache(maxsize=8)
-def _kept_window_mask(num_q: int, num_k: int, causal: bool, window: Window, device: torch.device) -> Tensor:
+def _kept_window_mask(num_q: int, num_k: int, causal: bool, window: Sides, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it is kept, and may meet autograd later
         mask = band_matrix(num_q, num_k, causal, window, device)
     assert mask is not None
@@ -543,7 +543,7 @@ def _kept_window_mask(num_q: int, num_k: int, causal: bool, window: Window, devi
 
 
 def _padding_mask(
-    attention_mask: Tensor, num_q: int, num_k: int, causal: bool, window: Window, device: torch.device
+    attention_mask: Tensor, num_q: int, num_k: int, causal: bool, window: Sides, device: torch.device
 ) -> Tensor | None:
     """Padding (or documents), causality and window as bool [B, 1, S_q, S_k]; None if none is needed."""
     compiling = torch.compiler.is_compiling()
@@ -560,7 +560,7 @@ def _padding_mask(
     return mask if compiling else _remember(mask, causal, not bool(mask.any(-1).all()))
 
 
-def _limited(mask: Tensor, num_q: int, num_k: int, window: Window) -> Tensor:
+def _limited(mask: Tensor, num_q: int, num_k: int, window: Sides) -> Tensor:
     """A matrix mask with a window on top."""
     near = band_matrix(num_q, num_k, False, window, mask.device)
     if near is None:
@@ -574,7 +574,7 @@ def _remember(mask: Tensor, causal: bool, blind: bool) -> Tensor:
     return mask
 
 
-def _tell_of_window(window_size: Any, window: Window) -> None:
+def _tell_of_window(window_size: Any, window: Sides) -> None:
     global _warned_of_windows
     if isinstance(window_size, (tuple, list)) and window[0] is not None and not _warned_of_windows:
         _warned_of_windows = True
@@ -674,7 +674,7 @@ def _packed_sdpa(q: Tensor, k: Tensor, v: Tensor, documents: _Packed, options: d
     return torch.cat([*parts, _zeros(q, v, q.shape[1] - at)], dim=1)
 
 
-def _window_spares(window: Window, num_q: int, num_k: int) -> bool:
+def _window_spares(window: Sides, num_q: int, num_k: int) -> bool:
     """Whether a document is too short for the window to hide anything."""
     return all(side is None or side >= max(num_q, num_k) - 1 for side in window)
 
@@ -817,7 +817,7 @@ class _CpattnFunc:
 
 
 @torch.compiler.disable
-def _limited_key(key: AttnKey, window: Window) -> AttnKey:
+def _limited_key(key: AttnKey, window: Sides) -> AttnKey:
     """A key with a window on top, over the same placement."""
     limited: AttnKey = key.with_mask(key.spec, window=window)
     return limited

@@ -23,10 +23,10 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from cpattn.masks.reading import Sides
 from cpattn.masks.spec import AttnMaskSpec
 
 from .local_masks import (
-    Window,
     attend,
     batch_segments,
     causal_shift,
@@ -175,7 +175,7 @@ class FlexAttention(nn.Module):
         if q.shape[1] != k.shape[1] and not enable_gqa:
             raise ValueError(f"{shapes}: {q.shape[1]} query heads share {k.shape[1]} key heads: pass enable_gqa=True")
 
-    def _spec(self, q_shape: torch.Size, k_shape: torch.Size, window: Window) -> AttnMaskSpec:
+    def _spec(self, q_shape: torch.Size, k_shape: torch.Size, window: Sides) -> AttnMaskSpec:
         """The module's mask for a batch; kept in `block_masks`."""
         batch_size, num_q, num_k = q_shape[0], q_shape[2], k_shape[2]
         documents = self._documents_of(batch_size, num_q, num_k)
@@ -225,7 +225,7 @@ class FlexAttention(nn.Module):
         v: Tensor,
         scale: float | None,
         sink_weights: Tensor | None,
-        window: Window,
+        window: Sides,
         enable_gqa: bool,
     ) -> Tensor:
         """Through a `flex_attn` that someone has put in, with a BlockMask that no head or row repeats."""
@@ -242,7 +242,7 @@ class FlexAttention(nn.Module):
         kept = torch.sigmoid(lse - sink_weights.to(lse.dtype)[:, None])
         return (out * kept.unsqueeze(-1)).to(q.dtype)
 
-    def _block_mask(self, q: Tensor, k: Tensor, window: Window) -> BlockMask:
+    def _block_mask(self, q: Tensor, k: Tensor, window: Sides) -> BlockMask:
         num_q, num_k = q.shape[2], k.shape[2]
         documents = self._documents_of(q.shape[0], num_q, num_k)
         key = ("block_mask", self.mask_key, documents, window, num_q, num_k, q.device)

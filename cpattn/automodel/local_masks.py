@@ -12,7 +12,7 @@ W is W keys, the query's own included (`sliding_window` of Hugging Face), that i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpattn.keys.make import make_key
+from cpattn.masks.reading import Sides, brief
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 
-Window = tuple[int | None, int | None]
-NO_WINDOW: Window = (None, None)
+NO_WINDOW: Sides = (None, None)
 
 # Additive masks count as "masked" below this: exp of it is 0 beside any score a model produces.
 MASKED_BELOW = -1e4
@@ -57,7 +57,7 @@ class PaddingFacts(NamedTuple):
     has_documents: bool
 
 
-def normal_window(window: Any) -> Window:
+def normal_window(window: Any) -> Sides:
     """A window in any accepted form as (left, right), None for no limit.
 
     Args:
@@ -80,7 +80,7 @@ def normal_window(window: Any) -> Window:
     )
 
 
-def join_windows(window_size: Any, sliding_window: Any) -> Window:
+def join_windows(window_size: Any, sliding_window: Any) -> Sides:
     """The window of a call that may say it as `window_size`, as `sliding_window`, or both alike.
 
     Raises:
@@ -272,7 +272,7 @@ def _document_spans(
     starts = sums if starts is None else _without_fill(starts)
     lengths = [b - a for a, b in itertools.pairwise(sums)]
     if not sums or sums[0] != 0 or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens_{name} is {_brief(sums)}: expected sums that start at 0 and never fall")
+        raise ValueError(f"cu_seqlens_{name} is {brief(sums)}: expected sums that start at 0 and never fall")
     if len(starts) != len(sums):
         raise ValueError(
             f"cu_seqlens_{name}_padded has {len(starts)} entries and cu_seqlens_{name} {len(sums)}: "
@@ -340,10 +340,6 @@ def _without_fill(values: tuple[int, ...]) -> tuple[int, ...]:
     return values[:end]
 
 
-def _brief(values: Sequence[int]) -> str:
-    return repr(list(values[:6]))[:-1] + (", ...]" if len(values) > 6 else "]")
-
-
 # ----------------------------------------------------------------------------------------------------
 # From segments and matrices to specs.
 
@@ -351,7 +347,7 @@ def _brief(values: Sequence[int]) -> str:
 @_plan_eagerly
 @lru_cache(maxsize=64)
 def spec_of_segments(
-    segments: tuple[Segment, ...], num_tokens_q: int, num_tokens_kv: int, causal: bool, window: Window
+    segments: tuple[Segment, ...], num_tokens_q: int, num_tokens_kv: int, causal: bool, window: Sides
 ) -> AttnMaskSpec:
     """The mask in which each query sees the keys of its segments, up to its own if causal, in the window."""
     spec = AttnMaskSpec(
@@ -395,7 +391,7 @@ def _band_rects(
 
 @_plan_eagerly
 def spec_of_matrix(
-    attention_mask: Tensor, batch_size: int, seqlen_q: int, seqlen_k: int, window: Window = NO_WINDOW
+    attention_mask: Tensor, batch_size: int, seqlen_q: int, seqlen_k: int, window: Sides = NO_WINDOW
 ) -> AttnMaskSpec:
     """The mask that a 4-D matrix draws; read once per tensor, at a cost that grows with S_q * S_k.
 
@@ -512,7 +508,7 @@ def _causal_left(mask: Tensor) -> int | None:
 
 
 def band_matrix(
-    seqlen_q: int, seqlen_k: int, causal: bool, window: Window, device: torch.device
+    seqlen_q: int, seqlen_k: int, causal: bool, window: Sides, device: torch.device
 ) -> Tensor | None:
     """The causal and windowed pairs as bool [seqlen_q, seqlen_k], True for visible; None for all of them."""
     left, right = window
@@ -532,7 +528,7 @@ def attend(
     v_TGE: Tensor,
     spec: AttnMaskSpec,
     *,
-    window: Window | None = None,
+    window: Sides | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,

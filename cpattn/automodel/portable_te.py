@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpattn import te_ops
 from cpattn.masks.spec import AttnMaskSpec
 
 from .local_masks import (
@@ -24,16 +25,8 @@ from .local_masks import (
     spec_of_segments,
 )
 
-MASK_TYPES = (
-    "no_mask",
-    "padding",
-    "causal",
-    "padding_causal",
-    "causal_bottom_right",
-    "padding_causal_bottom_right",
-    "arbitrary",
-)
-SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
+MASK_TYPES = (*te_ops.MASK_TYPES, "arbitrary")
+SOFTMAX_TYPES = te_ops.SOFTMAX_TYPES
 
 _inverted = TensorMemo()
 

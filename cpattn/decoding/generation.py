@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpattn.keys.key import AttnKey
 from cpattn.keys.make import make_key
-from cpattn.masks.reading import check_int
+from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 from cpattn.ops.layout import dispatch, position_ids
@@ -91,8 +91,8 @@ def generate(
     """
     device, dtype = _device_and_dtype(model)
     ids = _checked_prompts(prompts)
-    check_int("max_new_tokens", max_new_tokens, least=0)
-    check_int("check_eos_every", check_eos_every)
+    max_new_tokens = read_int("max_new_tokens", max_new_tokens, least=0)
+    check_eos_every = read_int("check_eos_every", check_eos_every)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: it must be a finite number of at least 0")
     reserved = sorted({"window", "also", "num_layers"} & set(key_options or {}))

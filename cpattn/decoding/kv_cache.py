@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cpattn.keys.key import AttnKey
-from cpattn.masks.reading import check_int
+from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec, Document, lower_mask
 from cpattn.ops.attention import check_numbers
 from cpattn.runtime.execute import accumulator_dtype
@@ -91,18 +91,16 @@ class PagedKVCache:
         static_shapes: bool = False,
     ) -> None:
         documents = _documents_of(key.spec)
-        check_int("page_size", page_size)
-        check_int("max_new_tokens", max_new_tokens, least=0)
+        page_size = read_int("page_size", page_size)
+        max_new_tokens = read_int("max_new_tokens", max_new_tokens, least=0)
         if not windows:
             raise ValueError("windows is empty: give one entry for each layer, a window or None")
-        for window in windows:
-            if window is not None:
-                check_int("a layer's window", window)
+        windows = tuple(None if window is None else read_int("a layer's window", window) for window in windows)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}: keys and values are floating-point numbers")
         self.key, self.page_size, self.static_shapes = key, page_size, static_shapes
         self.group, self.cp_size, self.cp_rank = key.cp_group, key.cp_size, key.cp_rank
-        self.windows, self.max_new_tokens = tuple(windows), max_new_tokens
+        self.windows, self.max_new_tokens = windows, max_new_tokens
         self.dtype, self.device = dtype, torch.device(device)
         self._lengths = np.array([d.end - d.start for d in documents], dtype=np.int64)
         self._limits = self._lengths + max_new_tokens
@@ -163,9 +161,9 @@ class PagedKVCache:
         pool = self._pool_of[layer]
         sequence, position = count_rows(pool.kept)
         table = pool.table.cpu().numpy()
-        rows = page_rows(table, sequence, position, self.page_size).to(self.device)
+        slots = page_rows(table, sequence, position, self.page_size).to(self.device)
         for cache, fresh in ((self._keys[layer], k_TGD), (self._values[layer], v_TGE)):
-            write_rows(cache, rows, fresh.detach().to(self.dtype).index_select(0, pool.index))
+            write_rows(cache, slots, fresh.detach().to(self.dtype).index_select(0, pool.index))
 
     def advance(self) -> Tensor:
         """Begin a step in which every sequence grows by one token; returns `positions`.

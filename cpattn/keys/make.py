@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cpattn.masks.reading import check_int
+from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.planning.head_degree import choose_head_degree, most_heads
 from cpattn.planning.options import LayerKind, PlanOptions, check_spec, read_heads, window_on_mask
@@ -152,7 +152,8 @@ class _Order(NamedTuple):
 
     def planned(self) -> PlannedKey:
         """The plan of the order; nothing is communicated."""
-        options, seconds = self.options, ()
+        options = self.options
+        seconds: tuple[tuple[int, float], ...] = ()
         if self.ready is not None:
             plans = self.ready.layer_plans
         elif self.auto_degree:
@@ -186,9 +187,9 @@ def _read_degree(
         degree = 1 if plan is None else max(cp_size // plan.plan.cp_size, 1)
     else:
         degree = asked
-    check_int("head_degree", degree)
+    degree = read_int("head_degree", degree)
     if cp_size % degree:
         raise ValueError(f"head_degree is {degree} and the group has {cp_size} ranks: it must divide them")
     if degree > 1:
         split_heads(heads.num_q, heads.num_kv, degree)  # or it says why not
-    return int(degree)
+    return degree

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-# Limits in positions on (keys before, keys after) a query's own; None on a side, or for both: no limit.
-Window: TypeAlias = tuple[int | None, int | None] | None
+# Limits in positions on keys before and after a query's own; None on a side: no limit there.
+Sides: TypeAlias = tuple[int | None, int | None]
+Window: TypeAlias = Sides | None
 
 
 class Document(NamedTuple):
@@ -21,34 +22,42 @@ class Document(NamedTuple):
     first_position: int = 0
 
 
-def read_window(window: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(window, Sequence):
-        if len(window) != 2:
-            raise ValueError(f"window is {window!r}: give an int, or a pair (left, right)")
-        return read_count(window[0], "window[0]"), read_count(window[1], "window[1]")
-    return read_count(window, "window", least=1) - 1, 0
-
-
-def read_count(value: Any, name: str, least: int = 0) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}: expected an int of at least {least}") from None
-    if number < least:
-        raise ValueError(f"{name} is {number}: it must be at least {least}")
-    return number
-
-
-def check_int(name: str, value: Any, *, least: int = 1) -> None:
-    """Check a number of things.
+def read_int(name: str, value: Any, *, least: int = 1) -> int:
+    """A number of things: an int of Python or numpy, or a tensor of one; not a bool.
 
     Raises:
         ValueError: it is not an int of at least `least`.
     """
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         raise ValueError(f"{name} is {value!r}: it must be an int of at least {least}")
+    return number
+
+
+def read_window(window: Any, *, ahead: int | None) -> Sides:
+    """A window as limits on both sides.
+
+    Args:
+        window: an int W: W keys, the query's own included, and those `ahead`; or a pair (left, right) of keys beside
+            the query's own, where None is no limit, if it may be `ahead`.
+        ahead: keys after the query's own that an int leaves visible; None: no limit.
+
+    Raises:
+        ValueError: it is neither, or a number is out of range.
+    """
+    try:
+        if not isinstance(window, Sequence) or isinstance(window, str):
+            return read_int("window", window) - 1, ahead
+        sides = [None if side is None and ahead is None else read_int("side", side, least=0) for side in window]
+        left, right = sides
+    except ValueError:
+        raise ValueError(
+            f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
+        ) from None
+    return left, right
 
 
 def one_or_more(lengths: Any) -> Any:
@@ -117,5 +126,6 @@ def read_documents(documents: Iterable[Any], total: int) -> list[Document]:
     return checked
 
 
-def brief(values: list[int]) -> str:
-    return repr(values) if len(values) <= 6 else f"[{', '.join(map(str, values[:6]))}, ...]"
+def brief(values: Sequence[int]) -> str:
+    """The first of many numbers, for a message."""
+    return repr(list(values)) if len(values) <= 6 else f"[{', '.join(map(str, values[:6]))}, ...]"

@@ -67,7 +67,7 @@ def rects_of_dense(dense: NDArray[np.bool_]) -> list[Rect]:
     return sorted(rects)
 
 
-Span = tuple[int, int]
+TokenSpan = tuple[int, int]
 Parents = dict[int, int | None]
 
 # Rectangles up to which a tree is drawn node by node; and the most that a larger tree may take.
@@ -97,7 +97,7 @@ def tree_parents(sample_paths: Sequence[Sequence[int]], num_nodes: int) -> Paren
 
 
 
-def tree_depths(spans: Sequence[Span], parents: Parents) -> dict[int, int]:
+def tree_depths(spans: Sequence[TokenSpan], parents: Parents) -> dict[int, int]:
     """Tokens of the ancestors of every node."""
     depths: dict[int, int] = {}
     for node, parent in parents.items():
@@ -105,7 +105,7 @@ def tree_depths(spans: Sequence[Span], parents: Parents) -> dict[int, int]:
     return depths
 
 
-def tree_rects(spans: Sequence[Span], parents: Parents) -> list[Rect]:
+def tree_rects(spans: Sequence[TokenSpan], parents: Parents) -> list[Rect]:
     """What the nodes of a tree see: themselves causally, their ancestors fully."""
     levels: dict[int, int] = {}
     for node, parent in parents.items():
@@ -123,13 +123,13 @@ def tree_rects(spans: Sequence[Span], parents: Parents) -> list[Rect]:
     return rects
 
 
-def _joined_chains(spans: Sequence[Span], parents: Parents) -> tuple[list[Span], list[int]]:
+def _joined_chains(spans: Sequence[TokenSpan], parents: Parents) -> tuple[list[TokenSpan], list[int]]:
     """Nodes in the order of the sequence, only children right after their parents joined to these; parents, or -1."""
     num_children = [0] * len(spans)
     for parent in parents.values():
         if parent is not None:
             num_children[parent] += 1
-    joined: list[Span] = []
+    joined: list[TokenSpan] = []
     name: dict[int, int] = {}
     for node in sorted(parents):
         parent = parents[node]
@@ -147,7 +147,7 @@ def _joined_chains(spans: Sequence[Span], parents: Parents) -> tuple[list[Span],
     return joined, parent_of
 
 
-def _rects_by_ancestor(spans: Sequence[Span], parents: Sequence[int]) -> list[Rect]:
+def _rects_by_ancestor(spans: Sequence[TokenSpan], parents: Sequence[int]) -> list[Rect]:
     """One rectangle for each node itself, and one for each run of nodes that see it: one if its subtree is one run."""
     level = _levels(parents)
     rects: list[Rect] = [(start, end, start, end, "causal") for start, end in spans]

@@ -24,15 +24,15 @@ from .reading import (
     int_array,
     int_list,
     one_or_more,
-    read_count,
     read_documents,
+    read_int,
     read_ranges,
     read_spans,
     read_window,
 )
 from .rectangles import Rect, rects_of_dense, tree_depths, tree_parents, tree_rects, window_rects
 
-MASK_TYPES = ("full", "causal", "inv_causal", "bi_causal")
+RECT_TYPES = ("full", "causal", "inv_causal", "bi_causal")
 
 
 @dataclass
@@ -68,9 +68,9 @@ class AttnMaskSpec:
     documents: list[Document] | None = None
 
     def __post_init__(self) -> None:
-        self.total_seqlen = read_count(self.total_seqlen, "total_seqlen")
+        self.total_seqlen = read_int("total_seqlen", self.total_seqlen, least=0)
         if self.total_seqlen_k is not None:
-            self.total_seqlen_k = read_count(self.total_seqlen_k, "total_seqlen_k")
+            self.total_seqlen_k = read_int("total_seqlen_k", self.total_seqlen_k, least=0)
         self.q_ranges = read_ranges(self.q_ranges, self.total_seqlen, "q_ranges")
         self.k_ranges = read_ranges(self.k_ranges, self.seqlen_k, "k_ranges")
         self.mask_types = list(self.mask_types)
@@ -80,8 +80,8 @@ class AttnMaskSpec:
                 f"{len(self.mask_types)} mask_types: each rectangle needs one of each"
             )
         for kind in self.mask_types:
-            if kind not in MASK_TYPES:
-                raise ValueError(f"mask type {kind!r} is unknown: use one of {', '.join(MASK_TYPES)}")
+            if kind not in RECT_TYPES:
+                raise ValueError(f"mask type {kind!r} is unknown: use one of {', '.join(RECT_TYPES)}")
         if self.documents is not None:
             self.documents = read_documents(self.documents, self.total_seqlen)
         self._fingerprint: tuple[Any, ...] | None = None  # (the fields it was taken of, the fingerprint)
@@ -185,7 +185,9 @@ class AttnMaskSpec:
                 each token sees `left` keys before it, itself, and `right` keys after it.
         """
         spans = read_spans(one_or_more(seqlens), "seqlens")
-        left, right = read_window(window)
+        left, right = read_window(window, ahead=0)
+        assert left is not None
+        assert right is not None
         rects = [rect for start, end in spans for rect in window_rects(start, end, left, right)]
         return cls._of_rects(rects, spans[-1][1] if spans else 0, [Document(*s) for s in spans])
 
@@ -197,7 +199,7 @@ class AttnMaskSpec:
             seqlens: tokens of each document, or one int for a single sequence.
             block_size: tokens of a block (the last of a document may be shorter); blocks of one token are causal.
         """
-        block_size = read_count(block_size, "block_size", least=1)
+        block_size = read_int("block_size", block_size)
         if block_size == 1:
             return cls.varlen(one_or_more(seqlens))
         spans = read_spans(one_or_more(seqlens), "seqlens")

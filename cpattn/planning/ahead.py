@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from cpattn.masks.reading import check_int
+from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec
 
 from .ready import ReadyPlan, make_plan
@@ -51,8 +51,7 @@ def plan_ahead(
         ValueError: depth or num_workers is below 1, workers is unknown, or processes cannot be started from here (in
             a DataLoader's worker); at once.
     """
-    check_int("depth", depth)
-    check_int("num_workers", num_workers)
+    depth, num_workers = read_int("depth", depth), read_int("num_workers", num_workers)
     if workers not in ("process", "thread"):
         raise ValueError(f"workers is {workers!r}: use 'process' or 'thread'")
     if workers == "process" and multiprocessing.current_process().daemon:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from cpattn.masks.reading import Window, check_int
+from cpattn.masks.reading import Window, read_int, read_window
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.solver import DEFAULT_HARDWARE, Hardware, Heads, Layout, ScheduleKind, context_ranks_per_node
 
@@ -37,13 +36,10 @@ class PlanOptions:
     hardware: Hardware = DEFAULT_HARDWARE
 
     def __post_init__(self) -> None:
-        check_int("chunk_size", self.chunk_size)
-        if self.num_stages is not None:
-            check_int("num_stages", self.num_stages)
-        check_int("search_effort", self.search_effort, least=0)
-        for name in ("chunk_size", "num_stages", "search_effort"):
+        for name, least in (("chunk_size", 1), ("num_stages", 1), ("search_effort", 0)):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else int(value))  # numpy's too: ranks compare by repr
+            if name != "num_stages" or value is not None:  # as Python's int: ranks compare by repr
+                object.__setattr__(self, name, read_int(name, value, least=least))
 
     def for_contexts(self, head_degree: int) -> PlanOptions:
         """The options for a plan of context ranks, of which each is so many ranks."""
@@ -80,22 +76,7 @@ def window_on_mask(window: int | Sequence[int | None] | None, spec: AttnMaskSpec
             f"window is {window!r} and the mask is cross-attention: queries and keys share no positions; "
             f"pass window=None"
         )
-    left: int | None
-    right: int | None
-    try:
-        if isinstance(window, bool):
-            raise TypeError
-        if isinstance(window, Sequence):
-            left, right = (None if side is None else operator.index(side) for side in window)
-        else:
-            left, right = operator.index(window) - 1, None
-    except (TypeError, ValueError):
-        left = right = -1
-    if any(side is not None and side < 0 for side in (left, right)):
-        raise ValueError(
-            f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"
-        )
-    return (left, right)
+    return read_window(window, ahead=None)
 
 
 def read_heads(
@@ -119,8 +100,7 @@ def read_heads(
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     named = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
-    for name, value in named.items():
-        check_int(name, value)
+    num_q, num_kv, dim, dim_v = (read_int(name, value) for name, value in named.items())
     if num_heads_q % num_heads_kv:
         raise ValueError(
             f"num_heads_q is {num_heads_q} and num_heads_kv is {num_heads_kv}: query heads must be a "
@@ -128,12 +108,12 @@ def read_heads(
         )
     if wire not in (None, "e4m3", "e5m2"):
         raise ValueError(f"wire is {wire!r}: use 'e4m3', 'e5m2' or None")
+    heads = Heads(num_q, num_kv, dim, dim_v, wire_8bit=wire is not None)
     if latent_dim is None:
-        return Heads(*map(int, named.values()), wire_8bit=wire is not None)
-    check_int("latent_dim", latent_dim)
+        return heads
     if wire is not None:
         raise ValueError(f"latent_dim is {latent_dim} and wire is {wire!r}: latents travel as they are; pass wire=None")
-    return Heads(*map(int, named.values()), latent_dim=int(latent_dim))
+    return replace(heads, latent_dim=read_int("latent_dim", latent_dim))
 
 
 def check_spec(name: str, spec: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpattn.masks.reading import Window, check_int
+from cpattn.masks.reading import Window, read_int
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import (
     DEFAULT_HARDWARE,
@@ -203,7 +203,7 @@ def make_plan(
     if isinstance(ranks_per_node, str):
         raise ValueError(f"ranks_per_node is {ranks_per_node!r}: a plan is made without a launcher; give an int")
     check_spec("spec", spec)
-    check_int("cp_size", cp_size)
+    cp_size = read_int("cp_size", cp_size)
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
     machine = DEFAULT_HARDWARE if hardware is None else find_hardware(hardware)
     options = PlanOptions(chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine)

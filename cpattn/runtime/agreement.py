@@ -35,7 +35,7 @@ def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessG
         if ranks:
             raise ValueError(
                 f"{what}: {name} differs between ranks: ranks {ranks} of the group do not have what "
-                f"rank 0 has; rank {dist.get_rank(group)} has {_brief(value)}. All ranks of a "
+                f"rank 0 has; rank {dist.get_rank(group)} has {_shortened(value)}. All ranks of a "
                 f"context-parallel group must pass the same {name}"
             )
 
@@ -56,6 +56,6 @@ def _device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
 
 
-def _brief(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else text[:197] + "..."

@@ -82,7 +82,7 @@ def bind_plan(
                 f"keys {number}", f"gradients {number}", number,
                 bind_hops(stage.kv, rank_plan.num_keys, device, transport),
             ),
-            prepare(stage.host, rank_plan.num_queries, stage.num_keys),
+            prepare(stage.own, rank_plan.num_queries, stage.num_keys),
             prepare(stage.guest, num_guests, stage.num_keys),
         )
         for number, stage in enumerate(rank_plan.stages)

@@ -135,7 +135,15 @@ def _attend(
 ) -> None:
     """Let queries see the keys of some slices. fresh: none has seen a key yet."""
     plan.backend.forward(
-        rows.q, *keys, work, **scoring._asdict(), out_QNE=rows.out, lse_QN=rows.lse, fresh=fresh
+        rows.q,
+        keys.k,
+        keys.v,
+        work,
+        scale=scoring.scale,
+        softcap=scoring.softcap,
+        out_QNE=rows.out,
+        lse_QN=rows.lse,
+        fresh=fresh,
     )
 
 
@@ -143,9 +151,19 @@ def _differentiate(
     plan: BoundPlan, scoring: Scoring, rows: Returning, keys: KeyRows, work: Any, dkeys: KeyRows
 ) -> None:
     """Add the gradients of some slices."""
-    accumulators = {"dq_QND": rows.dq, "dk_KGD": dkeys.k, "dv_KGE": dkeys.v}
     plan.backend.backward(
-        rows.dout, rows.q, *keys, rows.out, rows.lse, work, **scoring._asdict(), **accumulators
+        rows.dout,
+        rows.q,
+        keys.k,
+        keys.v,
+        rows.out,
+        rows.lse,
+        work,
+        scale=scoring.scale,
+        softcap=scoring.softcap,
+        dq_QND=rows.dq,
+        dk_KGD=dkeys.k,
+        dv_KGE=dkeys.v,
     )
 
 
@@ -195,8 +213,10 @@ class _Guests(Generic[Queries]):
         compute: Callable[..., None],
         send_home: Callable[[Queries], None],
     ) -> None:
-        self._plan, self._arriving, self._receive = plan, arriving, receive
-        self._compute, self._send_home = compute, send_home
+        self._plan, self._arriving = plan, arriving
+        self._receive: Callable[[Rows], Queries] = receive
+        self._compute = compute
+        self._send_home: Callable[[Queries], None] = send_home
         self._rows: Queries | None = None
 
     def work(self, stage: BoundStage, keys: KeyRows, *gradients: KeyRows) -> None:
@@ -235,7 +255,8 @@ def _guests_of_backward(plan: BoundPlan, own: Returning, returns: _Returns, scor
         return dout, q, _out_of_delta(dout, delta), lse
 
     def receive(came: Rows) -> Returning:
-        return Returning(*came, torch.zeros(came[1].shape, dtype=dtype, device=came[1].device))
+        dout, q, out, lse = came
+        return Returning(dout, q, out, lse, torch.zeros(q.shape, dtype=dtype, device=q.device))
 
     def send_home(rows: Returning) -> None:
         returns.add(plan.exchanges.reduce(plan.queries, (rows.dq,), (own.dq,)))

@@ -115,8 +115,7 @@ class Profile:
     def record(self, of: Pass, bound: _Bound, device: torch.device) -> Iterator[_Bound]:
         """Record what runs inside the block with the plan or the trades that it gives."""
         call = _OpenCall(of, self._clock(device, bound.exchanges.group))
-        watched = _watched_plan(bound, call) if isinstance(bound, BoundPlan) else _watched_trades(bound, call)
-        yield cast(_Bound, watched)
+        yield _watched_plan(bound, call) if isinstance(bound, BoundPlan) else _watched_trades(bound, call)
         call.end = call.mark()
         if self._calls and of.continues(self._calls[-1][-1].of):
             self._calls[-1].append(call)

@@ -12,29 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cpattn.backends import Problem, choose_backend
 from cpattn.runtime.sinks import fold_sink, row_delta, sink_gradient
-from cpattn.solver import UNBOUNDED, SliceTable
 
 from . import dense
+from .call import FusedCall, RowTensors, common_arguments
 from .layouts import (
-    QKVLayout,
-    Rows,
-    batch_and_length,
     check_disjoint,
     from_rows,
-    locate,
     packed_like,
-    page_rows,
     parse_layout,
-    sequence_lengths,
     to_rows,
 )
 from .quantizers import Fp8Tensor, Quantizer, dequantized
@@ -136,9 +128,9 @@ def fused_attn_fwd(
         return call_te(fused_attn_fwd, arguments)
     out_dtype = fake_dtype or q.dtype if isinstance(q, Fp8Tensor) else q.dtype
     q, k, v = (dequantized(t) for t in (q, k, v))
-    common = _common({**arguments, "q": q, "k": k, "v": v})
+    common = common_arguments({**arguments, "q": q, "k": k, "v": v})
     refuse_call(is_training=is_training, **common)
-    call = _Call.make(q, k, v, common)
+    call = FusedCall.make(q, k, v, common)
     extras = dense.Extras(
         bias=attn_bias, dropout=dropout, rng_state=_new_rng_state(rng_gen, dropout), s_quantizer=s_quantizer
     )
@@ -230,9 +222,10 @@ def fused_attn_bwd(
     stats, rng_state, bias, softmax_offset = _unpack_aux(aux_ctx_tensors, attn_bias_type, softmax_type)
     dtype = fake_dtype or q.dtype if isinstance(q, Fp8Tensor) else q.dtype
     q, k, v, o, d_o = (dequantized(t) for t in (q, k, v, o, d_o))
-    common = _common({**arguments, "q": q, "k": k, "v": v, "attn_bias": bias, "softmax_offset": softmax_offset})
+    read = {"q": q, "k": k, "v": v, "attn_bias": bias, "softmax_offset": softmax_offset}
+    common = common_arguments({**arguments, **read})
     refuse_call(is_training=True, **common)
-    call = _Call.make(q, k, v, common)
+    call = FusedCall.make(q, k, v, common)
     check_disjoint(call.k_rows, "dk and dv")
     extras = dense.Extras(bias, dropout, rng_state, s_quantizer, dp_quantizer)
     rows = call.rows(q, k, v, None, None)
@@ -359,175 +352,8 @@ def fused_attn(
     return FusedAttention.apply(q, k, v, attn_bias, softmax_offset, call)  # type: ignore[no-any-return]
 
 
-class _RowTensors(NamedTuple):
-    """q, k, v as rows, and the dtype that they accumulate in."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    accumulator: torch.dtype
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    """A checked call: where its sequences lie and what they see."""
-
-    layout: QKVLayout
-    batch: int
-    scale: float
-    q_rows: Rows
-    k_rows: Rows
-    table: SliceTable
-    parent: np.ndarray  # the sequence of each slice
-
-    @classmethod
-    def make(cls, q: Tensor, k: Tensor, v: Tensor, a: dict[str, Any]) -> _Call:
-        """
-        Raises:
-            ValueError: shapes, lengths or offsets do not fit.
-        """
-        layout = parse_layout(a["qkv_layout"])
-        mask = a["attn_mask_type"]
-        padding = "padding" in mask
-        q_rows = locate(
-            q,
-            layout.q_format,
-            a["cu_seqlens_q"],
-            a["cu_seqlens_q_padded"],
-            padding=padding,
-            max_seqlen=a["max_seqlen_q"],
-            side="q",
-        )
-        check_disjoint(q_rows, "out")
-        if layout.paged:
-            k_rows = _paged_rows(k, layout, a)
-        else:
-            k_rows = locate(
-                k,
-                layout.kv_format,
-                a["cu_seqlens_kv"],
-                a["cu_seqlens_kv_padded"],
-                padding=padding,
-                max_seqlen=a["max_seqlen_kv"],
-                side="kv",
-            )
-        if len(q_rows.length) != len(k_rows.length):
-            raise ValueError(f"cu_seqlens_q has {len(q_rows.length)} sequences and cu_seqlens_kv {len(k_rows.length)}")
-        table, parent = _slices(q_rows, k_rows, mask, a["window_size"], a["bottom_right_diagonal"])
-        scale = a["attn_scale"]
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return cls(layout, len(q_rows.length), scale, q_rows, k_rows, table, parent)
-
-    @property
-    def num_rows(self) -> int:
-        return self.q_rows.num_rows
-
-    def rows(self, q: Tensor, k: Tensor, v: Tensor, table_k: Tensor | None, table_v: Tensor | None) -> _RowTensors:
-        """The operands as rows; paged ones are gathered."""
-        layout = self.layout
-        if layout.paged:
-            assert table_k is not None
-            lengths = self.k_rows.length
-            k, _ = page_rows(table_k, lengths, k, layout.kv_format)
-            v, _ = page_rows(table_k if table_v is None else table_v, lengths, v, layout.kv_format)
-        else:
-            k, v = to_rows(k, layout.kv_format), to_rows(v, layout.kv_format)
-        q = to_rows(q, layout.q_format)
-        q, k, v = (t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous() for t in (q, k, v))
-        return _RowTensors(q, k, v, torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-    def sequences(self) -> list[dense.SequenceSlices]:
-        return dense.split_by_sequence(self.table, self.parent, self.q_rows.start, self.k_rows.start)
-
-    def valid_rows(self, device: torch.device) -> Tensor:
-        """[R, 1], True in rows that belong to a sequence."""
-        valid = np.zeros((self.num_rows, 1), dtype=bool)
-        for start, length in zip(self.q_rows.start.tolist(), self.q_rows.length.tolist(), strict=True):
-            valid[start : start + length] = True
-        return torch.from_numpy(valid).to(device)
-
-    def stats(self, lse_RN: Tensor) -> Tensor:
-        """The log-sum-exp in TransformerEngine's shape."""
-        if self.layout.q_format == "thd":
-            return lse_RN.unsqueeze(-1)
-        return lse_RN.unflatten(0, (self.batch, -1)).transpose(1, 2).unsqueeze(-1).contiguous()
-
-    def stats_to_rows(self, stats: Tensor) -> Tensor:
-        """The inverse of `stats`."""
-        if self.layout.q_format == "thd":
-            return stats.squeeze(-1)
-        return stats.squeeze(-1).transpose(1, 2).flatten(0, 1)
-
-
-def _common(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that describe the attention itself, of either direction."""
-    names = [
-        "max_seqlen_q",
-        "max_seqlen_kv",
-        "cu_seqlens_q",
-        "cu_seqlens_kv",
-        "q",
-        "k",
-        "v",
-        "attn_bias",
-        "cu_seqlens_q_padded",
-        "cu_seqlens_kv_padded",
-        "page_table_k",
-        "page_table_v",
-        "attn_scale",
-        "dropout",
-        "qkv_layout",
-        "attn_bias_type",
-        "attn_mask_type",
-        "softmax_type",
-        "window_size",
-        "bottom_right_diagonal",
-        "softmax_offset",
-        "cuda_graph",
-    ]
-    return {name: arguments.get(name) for name in names}
-
-
-def _paged_rows(k: Tensor, layout: QKVLayout, a: dict[str, Any]) -> Rows:
-    _, page_size = batch_and_length(k, layout.kv_format)
-    lengths = sequence_lengths(a["cu_seqlens_kv"], "cu_seqlens_kv")
-    num_pages = a["page_table_k"].shape[1]
-    room = num_pages * page_size
-    if a["max_seqlen_kv"] != room:
-        raise ValueError(
-            f"max_seqlen_kv is {a['max_seqlen_kv']}: the page table's {num_pages} pages of {page_size} hold {room}"
-        )
-    start = np.cumsum(lengths) - lengths
-    return Rows(start, lengths, int(lengths.sum()))
-
-
-def _slices(
-    q: Rows, k: Rows, mask: str, window: tuple[int, int], bottom_right: bool | None
-) -> tuple[SliceTable, np.ndarray]:
-    """What each sequence sees, in rows, and the sequence of each slice."""
-    if bottom_right is None:
-        bottom_right = mask.endswith("bottom_right")
-    left, right = window
-    if "causal" in mask:
-        right = 0
-    diagonal = k.start - q.start + ((k.length - q.length) if bottom_right else 0)
-    columns = np.stack(
-        [
-            q.start,
-            q.start + q.length,
-            k.start,
-            k.start + k.length,
-            np.full_like(diagonal, -UNBOUNDED) if left < 0 else diagonal - left,
-            np.full_like(diagonal, UNBOUNDED) if right < 0 else diagonal + right,
-        ],
-        axis=-1,
-    ).astype(np.int64)
-    table, parent = SliceTable(columns.reshape(-1, 6)).canonical()
-    return table, parent
-
-
 def _forward(
-    call: _Call, rows: _RowTensors, extras: dense.Extras, backend: str, out_RNE: Tensor, lse_RN: Tensor
+    call: FusedCall, rows: RowTensors, extras: dense.Extras, backend: str, out_RNE: Tensor, lse_RN: Tensor
 ) -> None:
     if not len(call.table):
         return
@@ -541,8 +367,8 @@ def _forward(
 
 
 def _backward(
-    call: _Call,
-    rows: _RowTensors,
+    call: FusedCall,
+    rows: RowTensors,
     extras: dense.Extras,
     backend: str,
     results: tuple[Tensor, Tensor, Tensor],
@@ -590,15 +416,15 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
     return (-q, -scale, -1) if scale < 0 else (torch.zeros_like(q), 1.0, 0)
 
 
-def _max_logit(call: _Call, rows: _RowTensors, extras: dense.Extras) -> Tensor:
+def _max_logit(call: FusedCall, rows: RowTensors, extras: dense.Extras) -> Tensor:
     return dense.max_logit(rows.q, rows.k, call.sequences(), extras, scale=call.scale, dtype=rows.accumulator)
 
 
-def _problem(rows: _RowTensors) -> Problem:
+def _problem(rows: RowTensors) -> Problem:
     return Problem(rows.q.device.type, rows.q.dtype, rows.q.shape[1], rows.k.shape[1], rows.k.shape[2], rows.v.shape[2])
 
 
-def _accumulators(rows: _RowTensors, num_rows: int) -> tuple[Tensor, Tensor]:
+def _accumulators(rows: RowTensors, num_rows: int) -> tuple[Tensor, Tensor]:
     num_heads, device = rows.q.shape[1], rows.q.device
     out = torch.zeros(num_rows, num_heads, rows.v.shape[2], dtype=rows.accumulator, device=device)
     return out, torch.full((num_rows, num_heads), -math.inf, dtype=rows.accumulator, device=device)

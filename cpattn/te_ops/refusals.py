@@ -34,7 +34,7 @@ def refuse_call(**a: Any) -> None:
     """Raise ValueError for a call that neither TransformerEngine nor this package can serve.
 
     Args:
-        a: the arguments of `fused_attn_fwd` (those of `fused._common`, and is_training).
+        a: the arguments of `fused_attn_fwd` (those of `call.common_arguments`, and is_training).
     """
     layout = parse_layout(a["qkv_layout"])
     for check in (_types, _shapes, _bias, _softmax, _numbers):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
 from cpattn.masks import rectangles
-from cpattn.masks.spec import MASK_TYPES, Document, lower_mask
+from cpattn.masks.spec import RECT_TYPES, Document, lower_mask
 from tests_dist.support.masks import MASKS
 from tests_dist.support.strategies import specs
 
@@ -327,17 +327,17 @@ BAD = {
     ),
     "unknown type": (
         lambda: AttnMaskSpec(**{**RAW, "mask_types": ["diagonal"]}),
-        f"mask type 'diagonal' is unknown: use one of {', '.join(MASK_TYPES)}",
+        f"mask type 'diagonal' is unknown: use one of {', '.join(RECT_TYPES)}",
     ),
-    "negative total": (lambda: AttnMaskSpec([], [], [], -1), "total_seqlen is -1: it must be at least 0"),
+    "negative total": (lambda: AttnMaskSpec([], [], [], -1), "total_seqlen is -1: it must be an int of at least 0"),
     "float total": (
         lambda: AttnMaskSpec([], [], [], 2.0),
-        "total_seqlen is 2.0: expected an int of at least 0",
+        "total_seqlen is 2.0: it must be an int of at least 0",
     ),
-    "bool total": (lambda: AttnMaskSpec([], [], [], True), "total_seqlen is True: expected an int"),
+    "bool total": (lambda: AttnMaskSpec([], [], [], True), "total_seqlen is True: it must be an int"),
     "negative key total": (
         lambda: AttnMaskSpec([], [], [], 1, -2),
-        "total_seqlen_k is -2: it must be at least 0",
+        "total_seqlen_k is -2: it must be an int of at least 0",
     ),
     "document gap": (
         lambda: AttnMaskSpec(**RAW, documents=[(0, 1), (2, 4)]),
@@ -375,16 +375,16 @@ BAD = {
     ),
     "position_ids dtype": (lambda: AttnMaskSpec.from_position_ids([0.5]), "position_ids has dtype float64"),
     "position_ids negative": (lambda: AttnMaskSpec.from_position_ids([-3, -2, 0]), "position_ids has -3"),
-    "window of nothing": (lambda: AttnMaskSpec.sliding_window(4, 0), "window is 0: it must be at least 1"),
+    "window of nothing": (lambda: AttnMaskSpec.sliding_window(4, 0), "window is 0: give an int of at least 1"),
     "window negative": (
         lambda: AttnMaskSpec.sliding_window(4, (1, -1)),
-        "window[1] is -1: it must be at least 0",
+        "window is (1, -1): give an int of at least 1, or (left, right) of at least 0 each",
     ),
     "window of three": (
         lambda: AttnMaskSpec.sliding_window(4, (1, 1, 1)),
-        "give an int, or a pair (left, right)",
+        "window is (1, 1, 1): give an int of at least 1, or (left, right)",
     ),
-    "block of nothing": (lambda: AttnMaskSpec.block_causal(4, 0), "block_size is 0: it must be at least 1"),
+    "block of nothing": (lambda: AttnMaskSpec.block_causal(4, 0), "block_size is 0: it must be an int of at least 1"),
     "prefix too long": (
         lambda: AttnMaskSpec.prefix_lm([5], [4]),
         "prefix length 5 of a document of 4 tokens: a prefix has 0 to 4 tokens",

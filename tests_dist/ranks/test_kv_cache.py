@@ -556,3 +556,10 @@ def test_256_tokens_after_8k_prompt_at_cp_4_equal_one_rank():
     one = run_on_ranks(1, generate_on_rank, (8192,), 256, {}, timeout=600)[0]
     for tokens in run_on_ranks(4, generate_on_rank, (8192,), 256, {}, timeout=600):
         assert torch.equal(tokens[0], one[0])
+
+
+def test_a_row_without_keys_and_a_sink_of_minus_infinity_is_zero():
+    """Nothing to share out, and no NaN: alone, and where another head of the row has a sink."""
+    out, lse = torch.zeros(2, 3, 8), torch.full((2, 3), -torch.inf)
+    sink = torch.tensor([-torch.inf, 0.5, -torch.inf])
+    assert torch.equal(merge_over_ranks(out, lse, None, dtype=torch.float32, sink=sink), out)

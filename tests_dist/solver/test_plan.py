@@ -117,12 +117,12 @@ def replay(plan: Plan, shape: tuple[int, int]) -> np.ndarray:
             assert stage.num_keys == len(buffer)
             assert number == 0 or not arrived[rank] & set(buffer.tolist()), "a key arrives twice"
             arrived[rank] |= set(buffer.tolist())
-            computed(stage.host, queries[rank], buffer, count)
+            computed(stage.own, queries[rank], buffer, count)
             computed(stage.guest, guests[rank], buffer, count)
             if number:
-                of_hosts = used(0, [stage.host], (len(queries[rank]), len(buffer)))
+                of_own = used(0, [stage.own], (len(queries[rank]), len(buffer)))
                 of_guests = used(0, [stage.guest], (len(guests[rank]), len(buffer)))
-                assert (of_hosts | of_guests).all(), "a key travels for nothing"
+                assert (of_own | of_guests).all(), "a key travels for nothing"
             guest_used[rank] |= used(1, [stage.guest], (len(guests[rank]), len(buffer)))
     assert all(seen.all() for seen in guest_used), "a query travels for nothing"
     return count

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
-from cpattn.masks.spec import MASK_TYPES
+from cpattn.masks.spec import RECT_TYPES
 from cpattn.solver import UNBOUNDED, MaskSlice, SliceTable, TokenRange
 
 
@@ -40,7 +40,7 @@ def slice_tables(length: int = 12, max_size: int = 5) -> st.SearchStrategy[Slice
 def specs(draw: st.DrawFn, length: int = 12, max_size: int = 6) -> AttnMaskSpec:
     """Self-attention specs of overlapping rectangles, empty ones and all types."""
     total = draw(st.integers(0, length))
-    rect = st.tuples(spans(total), spans(total), st.sampled_from(MASK_TYPES))
+    rect = st.tuples(spans(total), spans(total), st.sampled_from(RECT_TYPES))
     rects = draw(st.lists(rect, max_size=max_size))
     return _spec_of(rects, total)
 
@@ -53,7 +53,7 @@ def random_spec(
     rects = []
     for _ in range(rng.integers(0, max_size + 1)):
         q, k = (sorted(rng.integers(0, total + 1, 2).tolist()) for _ in range(2))
-        rects.append((q, k, str(rng.choice(MASK_TYPES))))
+        rects.append((q, k, str(rng.choice(RECT_TYPES))))
     return _spec_of(rects, total)
 
 
