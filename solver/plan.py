@@ -263,7 +263,7 @@ def fetched_at_once(rank_plan: RankPlan) -> RankPlan:
     assert not any(hop.active for hop in rank_plan.queries), "queries of other ranks would be left out"
     ends = np.cumsum([stage.num_keys for stage in rank_plan.stages])
     shifted = [
-        stage.host.shift(0, int(end) - stage.num_keys) for stage, end in zip(rank_plan.stages, ends, strict=True)
+        stage.own.shift(0, int(end) - stage.num_keys) for stage, end in zip(rank_plan.stages, ends, strict=True)
     ]
     slices = merge_neighbours(SliceTable.concat(shifted))
     whole = RankStage((), int(ends[-1]), slices, SliceTable.empty())

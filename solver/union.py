@@ -43,7 +43,7 @@ def disjoint_union(table: SliceTable) -> SliceTable:
         ValueError: more than 2**21 pairs of rows may overlap.
     """
     table = table.canonical().table
-    if _reach(table).count.sum() > _LARGEST * len(table):
+    if _reach(table).overlaps.sum() > _LARGEST * len(table):
         table = _uncovered(table)
     meetings = _meetings(table)
     if not len(meetings.row):
@@ -101,7 +101,7 @@ class _Reach(NamedTuple):
     """Rows in the order in which they begin along an axis, and how many after each begin before it ends."""
 
     order: IntArray
-    count: IntArray
+    overlaps: IntArray
 
 
 def _reach(table: SliceTable) -> _Reach:
@@ -111,7 +111,7 @@ def _reach(table: SliceTable) -> _Reach:
         order = np.argsort(table.data[:, low], kind="stable")
         begins, ends = table.data[order, low], table.data[order, high] + plus
         found.append(_Reach(order, np.searchsorted(begins, ends, side="left") - np.arange(1, len(table) + 1)))
-    return min(found, key=lambda reach: int(reach.count.sum()))
+    return min(found, key=lambda reach: int(reach.overlaps.sum()))
 
 
 def _uncovered(table: SliceTable) -> SliceTable:

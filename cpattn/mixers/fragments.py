@@ -80,7 +80,7 @@ class FragmentTable:
         number of such rows before it.
         """
         passes_on = ~self.is_last()
-        before = np.cumsum(passes_on) - passes_on
+        before: np.ndarray = np.cumsum(passes_on) - passes_on
         placement = Placement.from_runs(
             np.arange(1, passes_on.sum() + 1), self.ranks[passes_on], cp_size=self.cp_size
         )
