@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,15 @@ def test_rooms_import_downward_only() -> None:
         if room_of(other) not in (room_of(module), *ROOMS[room_of(module)])
     ]
     assert wrong == []
+
+
+def test_the_page_on_the_inside_shows_these_rooms() -> None:
+    """docs/inside.md has a row for each room, in this order, with what it may import."""
+    text = (ROOT / "docs" / "inside.md").read_text()
+    rows = [line.split("|")[1:4] for line in text[text.index("## Rooms") :].splitlines() if line.startswith("| `")]
+    shown = {room.strip(" `"): tuple(re.findall(r"`(\w+)`", imports)) for room, _, imports in rows}
+    assert list(shown) == list(ROOMS)
+    assert shown == ROOMS
 
 
 def test_no_circle_of_files() -> None:

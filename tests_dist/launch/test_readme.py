@@ -16,7 +16,7 @@ from tests_dist.support.harness import run_on_ranks
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages whose code is one script that needs nothing but this package and ranks.
-SCRIPTS = [ROOT / "docs" / "masks.md", ROOT / "docs" / "gradients.md"]
+SCRIPTS = [ROOT / "docs" / name for name in ("masks.md", "gradients.md", "inside.md")]
 QUICKSTART = ROOT / "launch" / "examples" / "quickstart.py"
 
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
