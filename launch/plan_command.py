@@ -13,6 +13,8 @@ from rich.table import Table
 
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.hardware import find_hardware
+from cpattn.planning.options import PlanOptions
+from cpattn.planning.ready import plan_layers, with_layers
 from cpattn.solver import (
     HARDWARE,
     Hardware,
@@ -20,10 +22,7 @@ from cpattn.solver import (
     Plan,
     PlanReport,
     Rival,
-    SliceTable,
-    make_dispatch_plan,
     plan_report,
-    row_costs,
 )
 
 from .options import (
@@ -82,18 +81,16 @@ def plan_command(
         spec = spec_of_options(mask, seqlen, lengths, file, window, block)
         require_folder("--plot", plot)
         machine = find_hardware(hardware)
-        answer = _answer(
-            spec,
-            ranks=ranks,
-            ranks_per_node=_nodes(ranks_per_node, ranks, machine),
-            heads=heads_of_option(heads, head_dim),
-            chunk_size=chunk_size,
-            layout=layout.value,
-            schedule=schedule.value,
-            num_stages=num_stages,
-            search_effort=search_effort,
-            hardware=machine,
+        options = PlanOptions(
+            _chunk_size(chunk_size, spec, ranks),
+            layout.value,
+            schedule.value,
+            num_stages,
+            _nodes(ranks_per_node, ranks, machine),
+            search_effort,
+            machine,
         )
+        answer = _answer(spec, ranks, heads_of_option(heads, head_dim), options)
         _check_balance(answer.report, imbalance)
     except ValueError as error:
         raise refused(error) from None
@@ -116,41 +113,22 @@ class Answer(NamedTuple):
     cpu_seconds: float
 
 
-def _answer(
-    spec: AttnMaskSpec,
-    *,
-    ranks: int,
-    ranks_per_node: int | None,
-    heads: Heads,
-    chunk_size: int | None,
-    layout: Any,
-    schedule: Any,
-    num_stages: int | None,
-    search_effort: int,
-    hardware: Hardware,
-) -> Answer:
+def _answer(spec: AttnMaskSpec, ranks: int, heads: Heads, options: PlanOptions) -> Answer:
+    started = time.process_time()
+    (planned,) = plan_layers(with_layers(spec, None, 1, ()), heads, options, cp_size=ranks)
+    seconds = time.process_time() - started
+    hardware, chunk_size = options.hardware, options.chunk_size
+    report = plan_report(
+        planned.plan, mask=lower_mask(spec), heads=heads, hardware=hardware, chunk_size=chunk_size
+    )
+    return Answer(planned.plan, report, heads, hardware, seconds)
+
+
+def _chunk_size(asked: int | None, spec: AttnMaskSpec, ranks: int) -> int:
+    """What is asked for, or a sixteenth of a rank's tokens."""
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}: it must be at least 1")
-    chunk = max(1, spec.total_seqlen // (16 * ranks)) if chunk_size is None else chunk_size
-    started = time.process_time()
-    table: SliceTable = lower_mask(spec)
-    plan = make_dispatch_plan(
-        table,
-        total_seqlen=spec.total_seqlen,
-        total_seqlen_k=spec.total_seqlen_k,
-        cp_size=ranks,
-        chunk_size=chunk,
-        layout=layout,
-        schedule=schedule,
-        num_stages=num_stages,
-        costs=row_costs(heads.num_q, heads.num_kv, heads.head_dim, heads.head_dim_v),
-        ranks_per_node=ranks_per_node,
-        search_effort=search_effort,
-        hardware=hardware,
-    )
-    seconds = time.process_time() - started
-    report = plan_report(plan, mask=table, heads=heads, hardware=hardware, chunk_size=chunk)
-    return Answer(plan, report, heads, hardware, seconds)
+    return max(1, spec.total_seqlen // (16 * ranks)) if asked is None else asked
 
 
 def _check_balance(report: PlanReport, limit: float | None) -> None:

@@ -127,7 +127,6 @@ def plan_report(
         rivals: leave the comparisons out if False (cross-attention has none).
     """
     heads = Heads() if heads is None else heads
-    costs = heads.row_costs()
     table = merge_neighbours(plan.tasks) if mask is None else mask
     size, seqlen_q, seqlen_k = plan.cp_size, plan.q_placement.total_seqlen, plan.k_placement.total_seqlen
     kv, q = plan.kv_routes.rows_received(size), plan.q_routes.rows_received(size)
@@ -135,25 +134,13 @@ def plan_report(
     moved = received_bytes(q, plan.q_routes.rows_sent(size), kv, sent, heads)
     tokens = plan.q_placement.num_tokens
     self_attention = plan.q_placement is plan.k_placement
-    rows_bound, any_bound = (0, 0), (0.0, 0.0)
-    if self_attention:
-        limits = Limits.of_plan(plan)
-        rows_bound = kv_rows_bound(table, total_seqlen=seqlen_q, cp_size=size, limits=limits)
-        any_bound = bytes_bound(table, total_seqlen=seqlen_q, cp_size=size, limits=limits, costs=costs)
-    area = plan.tasks.area()
-    pass_bounds = [
-        step_time_bound(area=area, cp_size=size, worst_bytes=0.0, heads=heads, hardware=hardware, backward=backward)
-        for backward in (False, True)
-    ]
-    wire_bound = step_time_bound(
-        area=0, cp_size=size, worst_bytes=any_bound[1], heads=heads, hardware=hardware, backward=False
-    )
+    bounds = _bounds_of(plan, table, heads, hardware)
     few = len(plan.kv_routes) + len(plan.q_routes) <= _MOST_ROUTES
     return PlanReport(
         cp_size=size,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
-        area=area,
+        area=plan.tasks.area(),
         num_tasks=len(plan.tasks),
         num_stages=plan.num_stages,
         ranks_per_node=plan.ranks_per_node,
@@ -169,14 +156,42 @@ def plan_report(
         bytes_total=float(moved.sum()),
         bytes_worst=float(moved.max()),
         bytes_mean=float(moved.mean()),
-        kv_rows_bound=rows_bound[0],
-        kv_rows_worst_bound=rows_bound[1],
-        bytes_bound=any_bound[0],
-        bytes_worst_bound=any_bound[1],
+        kv_rows_bound=bounds.kv_rows,
+        kv_rows_worst_bound=bounds.kv_rows_worst,
+        bytes_bound=bounds.bytes_total,
+        bytes_worst_bound=bounds.bytes_worst,
         seconds=simulate(plan, hardware, heads).seconds if few else math.nan,
-        seconds_bound=max(sum(pass_bounds), wire_bound),
+        seconds_bound=bounds.seconds,
         rivals=tuple(compare(table, seqlen_q, size, heads, hardware, chunk_size)) if rivals and self_attention else (),
     )
+
+
+class _Bounds(NamedTuple):
+    """What no plan goes below; rows and bytes are 0 in cross-attention, for which none are known."""
+
+    kv_rows: int
+    kv_rows_worst: int
+    bytes_total: float
+    bytes_worst: float
+    seconds: float
+
+
+def _bounds_of(plan: Plan, table: SliceTable, heads: Heads, hardware: Hardware) -> _Bounds:
+    size = plan.cp_size
+    rows, total = (0, 0), (0.0, 0.0)
+    if plan.q_placement is plan.k_placement:
+        limits, seqlen = Limits.of_plan(plan), plan.q_placement.total_seqlen
+        rows = kv_rows_bound(table, total_seqlen=seqlen, cp_size=size, limits=limits)
+        total = bytes_bound(table, total_seqlen=seqlen, cp_size=size, limits=limits, costs=heads.row_costs())
+
+    def seconds(area: int, worst_bytes: float, backward: bool) -> float:
+        return step_time_bound(
+            area=area, cp_size=size, worst_bytes=worst_bytes, heads=heads, hardware=hardware, backward=backward
+        )
+
+    area = plan.tasks.area()
+    work = seconds(area, 0.0, False) + seconds(area, 0.0, True)
+    return _Bounds(*rows, *total, max(work, seconds(0, total[1], False)))
 
 
 def received_bytes(

@@ -95,24 +95,12 @@ def generate(
     check_eos_every = read_int("check_eos_every", check_eos_every)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: it must be a finite number of at least 0")
-    reserved = sorted({"window", "also", "num_layers"} & set(key_options or {}))
-    if reserved:
-        raise ValueError(f"key_options has {', '.join(reserved)}: windows of layers go into shape=ModelShape(...)")
     eos = _eos_ids(eos_token_id, device)
     rows = _as_row_model(model)
     if isinstance(rows, _HuggingFaceRows):
         rows.check(ids, max_new_tokens)
     shape = shape or model_shape(model)
-    spec = AttnMaskSpec.varlen([len(p) for p in ids])
-    options = {"chunk_size": max(1, min(512, spec.total_seqlen // 64)), **(key_options or {})}
-    key = make_key(
-        spec,
-        num_heads_q=shape.num_heads_q,
-        num_heads_kv=shape.num_heads_kv,
-        head_dim=shape.head_dim,
-        cp_group=cp_group,
-        **options,
-    )
+    key = _prompt_key(ids, shape, cp_group, key_options or {})
     fields = {
         "prompts": [tensor_digest(p) for p in ids],
         "max_new_tokens": max_new_tokens,
@@ -141,6 +129,26 @@ def generate(
         tokens = sampler.next(logits)
         steps.append(tokens)
     return _trim(torch.stack(steps, dim=1).cpu(), sampler.eos)
+
+
+def _prompt_key(ids: Sequence[Tensor], shape: ModelShape, cp_group: Any, options: dict[str, Any]) -> AttnKey:
+    """The key of the prompts as documents.
+
+    Raises:
+        ValueError: options say what the shape says, or are none of `make_key`.
+    """
+    reserved = sorted({"window", "also", "num_layers"} & set(options))
+    if reserved:
+        raise ValueError(f"key_options has {', '.join(reserved)}: windows of layers go into shape=ModelShape(...)")
+    spec = AttnMaskSpec.varlen([len(p) for p in ids])
+    return make_key(
+        spec,
+        num_heads_q=shape.num_heads_q,
+        num_heads_kv=shape.num_heads_kv,
+        head_dim=shape.head_dim,
+        cp_group=cp_group,
+        **{"chunk_size": max(1, min(512, spec.total_seqlen // 64)), **options},
+    )
 
 
 def model_shape(model: Any) -> ModelShape:

@@ -116,7 +116,7 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "1K", "--imbalance", "0.5"), "at least 1"),
         (("--seqlen", "1K", "--hardware", "no_such_file.json"), "a file that `cpattn calibrate"),
         (("--seqlen", "1K", "--hardware", "[/x]"), "hardware is '[/x]'"),
-        (("--seqlen", "1K", "--search-effort", "-1"), "search_effort is -1: it must be at least 0"),
+        (("--seqlen", "1K", "--search-effort", "-1"), "search_effort is -1: it must be an int of at least 0"),
         (("--seqlen", "1K", "--mask", "full", "--window", "9"), "they do not go together"),
         (("--file", "mask.json", "--window", "9"), "leave --mask, --window and --block away"),
         (("--file", "mask.json", "--block", "9"), "leave --mask, --window and --block away"),
