@@ -1,11 +1,12 @@
 """Fine-tune a Hugging Face model with each batch spread over all ranks.
 
     torchrun --nproc-per-node 4 -m cpattn.launch.examples.hf_finetune
+    torchrun --nproc-per-node 4 -m cpattn.launch.examples.hf_finetune --tiny hybrid
     torchrun --nproc-per-node 4 -m cpattn.launch.examples.hf_finetune --model Qwen/Qwen2.5-0.5B --tokens 8192
 
-Without --model a tiny Gemma 3 (sliding-window and full layers) is trained from scratch on CPU: packed
-documents in one row, two micro-batches a step, some of them with few labels. What differs from training
-on one device is marked with "cp:".
+Without --model a tiny one is trained from scratch on CPU, a Gemma 3 (sliding-window and full layers) or a hybrid,
+Qwen3.5 (gated delta rule and full layers): packed documents in one row, two micro-batches a step, some of them with few
+labels. What differs from training on one device is marked with "cp:".
 """
 
 from __future__ import annotations
@@ -21,16 +22,23 @@ from torch import Tensor
 from cpattn.integrations.transformers import ContextParallel, register_attention
 
 
-def load_model(name: str | None) -> Any:
+def load_model(name: str | None, tiny: str) -> Any:
     """A pretrained model, or a tiny one that is the same on all ranks."""
     import transformers
 
     if name:
         return transformers.AutoModelForCausalLM.from_pretrained(name, attn_implementation="cpattn")  # cp: the name
-    config = transformers.Gemma3TextConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, sliding_window=64, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    if tiny == "hybrid":
+        kinds = {"layer_types": ["linear_attention", "full_attention"]}
+        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+        config = transformers.Qwen3_5TextConfig(**sizes, **kinds, **heads, linear_value_head_dim=16)
+    else:
+        kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3TextConfig(**sizes, **kinds, sliding_window=64)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="cpattn")
 
@@ -49,6 +57,7 @@ def packed_batch(tokens: int, seed: int) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name or folder of a pretrained causal language model")
+    parser.add_argument("--tiny", choices=("gemma3", "hybrid"), default="gemma3", help="trained without --model")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a micro-batch")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
@@ -57,7 +66,7 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     register_attention()  # cp: before the model is loaded
-    model = load_model(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(options.model, options.tiny).to("cuda" if torch.cuda.is_available() else "cpu")
     parallel = ContextParallel(model, dist.group.WORLD)  # cp: all ranks share each batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4 if options.model else 3e-3)
     for step in range(options.steps):
