@@ -49,7 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "automodel": (*_CORE, "integrations", "te_ops"),
     "magi_api": _CORE,
     "cpattn": (*_CORE, "integrations", "decoding"),
-    "launch": (*_CORE, "integrations", "decoding", "generation", "cpattn"),
+    "launch": (*_CORE, "mixers", "integrations", "decoding", "generation", "cpattn"),
 }
 
 
