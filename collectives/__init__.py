@@ -3,6 +3,7 @@
 Knows routes and tensors, not masks.
 """
 
+from .devices import backend_of, control_device
 from .exchange import (
     PendingRows,
     RowRoutes,
@@ -25,7 +26,9 @@ __all__ = [
     "RowRoutes",
     "Transport",
     "all_gather",
+    "backend_of",
     "cast_encoded",
+    "control_device",
     "group_cast",
     "group_reduce",
     "heads_to_rows",

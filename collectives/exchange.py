@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import backend_of
 from .merge import merge_partials
 
 # all_to_all: one collective of all ranks. p2p: sends and receives between those that have rows for each other.
@@ -28,6 +30,8 @@ Transport = Literal["all_to_all", "p2p"]
 _ALIGN = 8
 # Of point-to-point messages, so that a caller's own on the same group are not taken for them (NCCL has no tags).
 _TAG = 0x6370
+# Devices on which a group's ranks have met in a collective before the first point-to-point message.
+_met: WeakKeyDictionary[dist.ProcessGroup, set[torch.device]] = WeakKeyDictionary()
 
 
 class Relay(NamedTuple):
@@ -331,9 +335,13 @@ def exchange_rows(
 def _point_to_point(incoming: Sequence[Tensor], outgoing: Sequence[Tensor], group: dist.ProcessGroup) -> dist.Work:
     """Send and receive the parts that have rows. Messages of one pair of ranks match in the order of their start.
 
-    NCCL wants a collective to have run on the group before ranks may stay out of this.
+    NCCL wants a collective to have run on the group before ranks may stay out of this
+    (`torch.distributed.batch_isend_irecv`: undefined else), so the first exchange of a group begins with one.
     """
-    rank = dist.get_rank(group)
+    rank, device = dist.get_rank(group), incoming[0].device
+    if backend_of(group, device.type) == "nccl" and device not in _met.setdefault(group, set()):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _met[group].add(device)
     incoming[rank].copy_(outgoing[rank])
     peers = [peer for peer in range(len(incoming)) if peer != rank]
     messages = [dist.P2POp(dist.irecv, incoming[p], None, group, _TAG, p) for p in peers if len(incoming[p])]

@@ -11,6 +11,7 @@ from .installed import device_capability
 from .reference import ReferenceBackend
 from .sdpa_cpu import SCRATCH as CPU_SCRATCH
 from .sdpa_cpu import CpuSdpaBackend
+from .sdpa_cuda import SCRATCH as CUDA_SCRATCH
 from .sdpa_cuda import CudaSdpaBackend
 from .te import TeBackend
 
@@ -43,7 +44,7 @@ _backends: list[Backend] = [
 
 # Bytes that an operator allocates inside, beyond its results, from its arguments. An operator that is not listed is
 # taken to need none.
-KERNEL_SCRATCH = CPU_SCRATCH
+KERNEL_SCRATCH = CPU_SCRATCH | CUDA_SCRATCH
 
 # What backend="auto" tries, by kind of device. Order by speed where launch/benchmarks/kernels.py has
 # measured it on such a device; until then torch's own kernels come first, and then the published order.
@@ -87,16 +88,23 @@ def explain_backends(problem: Problem, name: str = "auto") -> list[tuple[Backend
     Raises:
         ValueError: the name is unknown.
     """
-    if name != "auto":
-        if name not in backend_names():
-            raise ValueError(f"backend {name!r} is unknown: use auto, {', '.join(backend_names())}")
-        return [(b, b.refusal(problem)) for b in _backends if b.name == name]
-    kind = device_kind(problem.device_type)
-    order = _PREFERENCE.get(kind, _PREFERENCE_ELSEWHERE)
-    listed = sorted((b for b in _backends if b.name in order), key=lambda b: order.index(b.name))
-    others = [b for b in _backends if b.name not in order]
+    listed = _in_order(problem, name)
     explained = [(b, b.refusal(problem)) for b in listed]
-    return explained + [(b, b.refusal(problem) or f"auto does not use it on {kind}: name it") for b in others]
+    if name != "auto":
+        return explained
+    others = [b for b in _backends if b not in listed]
+    unlisted = f"auto does not use it on {device_kind(problem.device_type)}: name it"
+    return explained + [(b, b.refusal(problem) or unlisted) for b in others]
+
+
+def _in_order(problem: Problem, name: str) -> list[Backend]:
+    """Backends of that name, or those that "auto" may take, most preferred first."""
+    if name == "auto":
+        order = _PREFERENCE.get(device_kind(problem.device_type), _PREFERENCE_ELSEWHERE)
+        return sorted((b for b in _backends if b.name in order), key=lambda b: order.index(b.name))
+    if name not in backend_names():
+        raise ValueError(f"backend {name!r} is unknown: use auto, {', '.join(backend_names())}")
+    return [b for b in _backends if b.name == name]
 
 
 def choose_backend(problem: Problem, name: str = "auto") -> Backend:
@@ -105,11 +113,10 @@ def choose_backend(problem: Problem, name: str = "auto") -> Backend:
     Raises:
         ValueError: the name is unknown, or none that it stands for accepts; says why each refused.
     """
-    explained = explain_backends(problem, name)
-    for backend, refusal in explained:
-        if refusal is None:
+    for backend in _in_order(problem, name):
+        if backend.refusal(problem) is None:
             return backend
-    reasons = "; ".join(f"{b.name} ({b.kernel}): {refusal}" for b, refusal in explained)
+    reasons = "; ".join(f"{b.name} ({b.kernel}): {refusal}" for b, refusal in explain_backends(problem, name))
     raise ValueError(f"no backend {name!r} serves {problem}: {reasons}")
 
 

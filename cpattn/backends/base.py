@@ -121,6 +121,12 @@ def pad_head_dim(x: Tensor, head_dim: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x
 
 
-def kernel_head_dim(k: Tensor, v: Tensor) -> int:
-    """The head dim that q, k and v are padded to: one for all, a multiple of 8."""
-    return -(-max(k.shape[-1], v.shape[-1]) // 8) * 8
+def kernel_head_dim(k: Tensor, v: Tensor, multiple: int = 8) -> int:
+    """The head dim that q, k and v are padded to: one for all."""
+    return -(-max(k.shape[-1], v.shape[-1]) // multiple) * multiple
+
+
+def bucket(rows: int, least: int = 128) -> int:
+    """Rows rounded up to one of four sizes an octave, multiples of `least`: what is compiled for a size is few."""
+    grain = max(least, 1 << max(0, (rows - 1).bit_length() - 3))
+    return max(least, -(-rows // grain) * grain)

@@ -14,6 +14,7 @@ Shape legend as in `base.py`; B sequences.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,28 +25,37 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
-from .base import Problem, kernel_head_dim, pad_head_dim
-from .installed import missing_package
+from .base import Problem, bucket, kernel_head_dim, pad_head_dim
+from .installed import device_capability, failing_import, missing_package
 from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, refuse_cudnn, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
 
 _MIN_BATCH, _MIN_SEQLEN = 8, 128
+# With another head dim the front end drops the total lengths and sizes backward's workspace by the padded batch.
+_ALIGN_DIM = 16
 
 
 class _GraphKey(NamedTuple):
-    """Everything that a graph is built for."""
+    """Everything that a graph is built for.
+
+    total_q, total_k: rows of the buffers that the ragged offsets may point to, which size what backward
+        accumulates in; 0 in forward, which asks for nothing of the kind.
+    """
 
     backward: bool
     dtype: torch.dtype
     batch: int
     max_seqlen_q: int
     max_seqlen_k: int
+    total_q: int
+    total_k: int
     num_heads_q: int
     num_heads_kv: int
     head_dim: int
     mask: Mask
     scale: float
     device: int
+    deterministic: bool
 
 
 class _Graph(NamedTuple):
@@ -54,6 +64,28 @@ class _Graph(NamedTuple):
     graph: Any
     tensors: dict[str, Any]
     workspace_bytes: int
+
+
+# It tells the front end to take the linear one of Hopper's two deterministic backwards.
+_LINEAR_SWITCH = "CUDNN_FRONTEND_ATTN_DP_WORKSPACE_LIMIT"
+
+
+def _refuse_determinism() -> str | None:
+    """Why backward cannot repeat bit for bit with memory linear in tokens.
+
+    Source: nvidia-cudnn-frontend 1.32.0, scaled_dot_product_flash_attention.h (NVIDIA/cudnn-frontend#398): on Blackwell
+    from cuDNN 9.18 on, on Hopper from 9.25 on and by an environment variable of the front end's, read when
+    a graph is built; else it takes a workspace of padded queries by padded keys.
+    """
+    cudnn = importlib.import_module("cudnn")
+    version, capability = cudnn.backend_version(), device_capability("cuda")
+    if capability is not None and capability[0] >= 10:
+        return None if version >= 91800 else f"its deterministic backward needs cuDNN 9.18, here is {version}"
+    if version < 92500:
+        return f"its deterministic backward takes memory quadratic in tokens before cuDNN 9.25, here is {version}"
+    if os.environ.get(_LINEAR_SWITCH) != "0":
+        return f"its deterministic backward takes memory quadratic in tokens unless {_LINEAR_SWITCH}=0 is set"
+    return None
 
 
 @dataclass(slots=True)
@@ -72,7 +104,11 @@ class CudnnBackend:
             return missing
         if problem.device_type != self.device_type:
             return f"this kernel runs on {self.device_type}, the tensors are on {problem.device_type}"
-        return refuse_cudnn(problem, self.device_type)
+        if refusal := refuse_cudnn(problem, self.device_type):
+            return refusal
+        if broken := failing_import("cudnn", "nvidia-cudnn-frontend"):
+            return broken
+        return _refuse_determinism() if torch.are_deterministic_algorithms_enabled() else None
 
     def prepare(
         self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
@@ -95,7 +131,7 @@ class CudnnBackend:
         lse_QN: Tensor,
         fresh: bool = False,
     ) -> None:
-        head_dim, head_dim_v = kernel_head_dim(k_KGD, v_KGE), v_KGE.shape[-1]
+        head_dim, head_dim_v = kernel_head_dim(k_KGD, v_KGE, _ALIGN_DIM), v_KGE.shape[-1]
         q, k, v = (pad_head_dim(t, head_dim).contiguous() for t in (q_QND, k_KGD, v_KGE))
         for call in work.forward:
             q_, k_, v_ = q[call.q_span], k[call.k_span], v[call.k_span]
@@ -126,7 +162,7 @@ class CudnnBackend:
         dk_KGD: Tensor,
         dv_KGE: Tensor,
     ) -> None:
-        head_dim, d, e = kernel_head_dim(k_KGD, v_KGE), k_KGD.shape[-1], v_KGE.shape[-1]
+        head_dim, d, e = kernel_head_dim(k_KGD, v_KGE, _ALIGN_DIM), k_KGD.shape[-1], v_KGE.shape[-1]
         q, k, v, dout, out = (
             pad_head_dim(t.to(q_QND.dtype), head_dim).contiguous()
             for t in (q_QND, k_KGD, v_KGE, dout_QNE, out_QNE)
@@ -180,12 +216,15 @@ def _graph_key(call: OffsetCall, q: Tensor, k: Tensor, scale: float, *, backward
         _power_of_two(len(call.lengths_q), _MIN_BATCH),
         _power_of_two(call.max_seqlen_q, _MIN_SEQLEN),
         _power_of_two(max(call.max_seqlen_k, call.max_seqlen_q), _MIN_SEQLEN),
+        bucket(len(q)) if backward else 0,
+        bucket(len(k)) if backward else 0,
         q.shape[1],
         k.shape[1],
         q.shape[2],
         call.mask,
         scale,
         q.device.index or 0,
+        backward and torch.are_deterministic_algorithms_enabled(),
     )
 
 
@@ -275,9 +314,9 @@ def _build(cudnn: Any, handle: Any, key: _GraphKey) -> _Graph:
             o=given("out", _PER_QUERY, io),
             dO=given("dout", _PER_QUERY, io),
             stats=given("stats", _PER_STATISTIC, kind.FLOAT),
-            max_total_seq_len_q=key.batch * key.max_seqlen_q,
-            max_total_seq_len_kv=key.batch * key.max_seqlen_k,
-            use_deterministic_algorithm=False,
+            max_total_seq_len_q=key.total_q,
+            max_total_seq_len_kv=key.total_k,
+            use_deterministic_algorithm=key.deterministic,
             **options,
         )
         for name, grad, role in zip(("dq", "dk", "dv"), grads, (_PER_QUERY, _PER_KEY, _PER_KEY), strict=True):

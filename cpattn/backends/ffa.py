@@ -3,8 +3,10 @@
 One call takes any number of (query range, key range, kind) triples, also with shared rows, and sums
 up what they see; it accumulates in fp32. Its kinds are full, causal from the bottom right, inverse
 causal from the top left, and both, so slices go through `corner_pieces` (a cropped band is aligned
-with no corner). Its lse is [N, T] in releases without sinks and [T, N] in those with.
-Source: github.com/SandAI-org/MagiAttention, magi_attention/functional/flex_flash_attn.py.
+with no corner). Its lse is [N, T] in releases without sinks and [T, N] in those with; from 1.1.0 on it comes in
+an `AttnForwardMeta`.
+Source: github.com/SandAI-org/MagiAttention, magi_attention/functional/flex_flash_attn.py and
+magi_attention/common/forward_meta.py, 1.0.5 to 1.1.1.
 
 Shape legend as in `base.py`.
 """
@@ -22,7 +24,7 @@ from cpattn.solver import SliceTable
 from cpattn.solver.rounds import corner_pieces
 
 from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
-from .installed import call_known, device_capability, known_parameters, missing_package
+from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
 from .rows import merge_rows
 
 _MODULE = "magi_attention.functional.flex_flash_attn"
@@ -59,7 +61,7 @@ class FfaBackend:
         widest = max(problem.head_dim, problem.head_dim_v)
         if widest > _HEAD_DIMS[-1]:
             return f"head_dim {widest} is more than it takes ({_HEAD_DIMS[-1]})"
-        return refuse_dtype(problem, HALF_DTYPES)
+        return refuse_dtype(problem, HALF_DTYPES) or failing_import(_MODULE, "magi_attention")
 
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
         pieces, kinds = corner_pieces(slices)
@@ -106,8 +108,9 @@ class FfaBackend:
                 "disable_fwd_atomic_reduction": False,
             },
             {"sink": None, "sink_layout": "sh", "qk_map": None, "fwd_unique_count": None, "ref_block_size": None}
-            | {"merge_q_ranges": None, **_lengths(work)},
+            | {"merge_q_ranges": None, "fwd_qk_map": None, **_lengths(work)},
         )
+        lse = getattr(lse, "lse", lse)
         if "sink" not in (known_parameters(function) or ()):
             lse = lse.T
         merge_rows(

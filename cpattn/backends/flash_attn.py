@@ -25,7 +25,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 
 from .base import HALF_DTYPES, Problem, kernel_head_dim, refuse_dtype
-from .installed import call_known, device_capability, known_parameters, missing_package
+from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
 from .varlen import VarlenCall, VarlenKernel, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward
 from .varlen import writes_once as varlen_writes_once
 
@@ -39,6 +39,10 @@ def _packed(call: VarlenCall) -> dict[str, Any]:
     }
 
 
+def _packed2(call: VarlenCall) -> dict[str, Any]:
+    return {**_packed(call), "max_seqlen_k": call.max_seqlen_k_for_fa2}
+
+
 @dataclass(frozen=True, slots=True)
 class FlashAttn2Kernel:
     """FlashAttention 2; see `VarlenKernel`."""
@@ -50,7 +54,7 @@ class FlashAttn2Kernel:
     ) -> tuple[Tensor, Tensor]:
         result = call_known(
             self.module._flash_attn_varlen_forward,
-            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_packed(call), **_numbers2(call, scale, softcap)},
+            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_packed2(call), **_numbers2(call, scale, softcap)},
             {"return_softmax": False},
         )
         # Releases before 2.7 return the padded inputs too, with lse in sixth place.
@@ -81,7 +85,7 @@ class FlashAttn2Kernel:
                 "dq": dq,
                 "dk": dk,
                 "dv": dv,
-                **_packed(call),
+                **_packed2(call),
                 **_numbers2(call, scale, softcap),
                 "deterministic": torch.are_deterministic_algorithms_enabled(),
             },
@@ -296,10 +300,14 @@ class FlashAttnBackend:
             )
         if problem.softcap and not what.softcap:
             return "softcap is not tried with this generation"
-        widest = max(problem.head_dim, problem.head_dim_v)
-        if widest > (128 if self.generation == 4 else 256):
-            return f"head_dim {widest} is more than it takes here ({128 if self.generation == 4 else 256})"
-        return refuse_dtype(problem, HALF_DTYPES)
+        # FlashAttention 4 takes 256 on Hopper; on Blackwell that is a kernel of its own, which is not tried.
+        # Source: flash_attn/cute/interface.py, _validate_head_dims.
+        widest, limit = max(problem.head_dim, problem.head_dim_v), 256
+        if self.generation == 4 and capability is not None and capability[0] != 9:
+            limit = 128
+        if widest > limit:
+            return f"head_dim {widest} is more than it takes here ({limit})"
+        return refuse_dtype(problem, HALF_DTYPES) or failing_import(what.module, what.package)
 
     def prepare(
         self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device

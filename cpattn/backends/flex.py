@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cpattn.solver import SliceTable
 
-from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, bucket, pad_head_dim, refuse_dtype
 from .nonfinite import (
     Sight,
     contained_backward,
@@ -194,12 +194,6 @@ def make_passes(slices: SliceTable, num_queries: int, num_keys: int, device: tor
         intervals = (rows[mine], first[mine], end[mine], nth[mine] % MAX_INTERVALS)
         passes.append(_make_pass(*intervals, bucket(num_queries), bucket(num_keys), device))
     return passes
-
-
-def bucket(rows: int) -> int:
-    """Rows that a buffer is padded to: multiples of BLOCK, four sizes an octave."""
-    grain = max(BLOCK, 1 << max(0, (rows - 1).bit_length() - 3))
-    return max(BLOCK, -(-rows // grain) * grain)
 
 
 def _make_pass(

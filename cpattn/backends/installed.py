@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -41,6 +42,17 @@ def _spec_exists(module: str) -> bool:
         if spec is None:
             return False
     return True
+
+
+@lru_cache(maxsize=64)
+def failing_import(module: str, package: str) -> str | None:
+    """Words for a package that is there and cannot be imported. It is imported for it, so ask this last."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # of any kind: a shared library that does not fit raises OSError, and others
+        said = (str(error).splitlines() or [""])[0]
+        return f"the package {package} is installed and cannot be imported ({type(error).__name__}: {said[:160]})"
+    return None
 
 
 def device_capability(device_type: str) -> tuple[int, int] | None:

@@ -167,12 +167,10 @@ def within(rows: Rows, span: slice) -> Rows:
 def refuse_cudnn(problem: Problem, device_type: str) -> str | None:
     """What cuDNN's packed attention does not serve."""
     capability = device_capability(device_type)
-    if capability is not None and capability < (9, 0):
-        return f"the GPU is sm{capability[0]}{capability[1]}: packed sequences need sm90"
+    if capability is not None and capability[0] not in (9, 10):
+        return f"the GPU is sm{capability[0]}{capability[1]}: backward of packed sequences needs sm90 or sm100"
     if problem.softcap:
         return "cuDNN's packed kernels have no softcap"
-    if torch.are_deterministic_algorithms_enabled():
-        return "its deterministic backward of packed sequences takes memory quadratic in tokens"
     widest = max(problem.head_dim, problem.head_dim_v)
     if widest > 256:
         return f"head_dim {widest} is more than cuDNN takes (256)"

@@ -90,9 +90,9 @@ class ReferenceBackend:
             ds = p * (dp - delta.T[..., None]) * scale
             if slope is not None:
                 ds = ds * slope
-            dq_QND[rows] += torch.einsum("nqk,knd->qnd", ds, k)
-            dk_KGD[keys] += per_key_head(torch.einsum("nqk,qnd->knd", ds, q), groups)
-            dv_KGE[keys] += per_key_head(torch.einsum("nqk,qne->kne", p, dout), groups)
+            dq_QND[rows].add_(torch.einsum("nqk,knd->qnd", ds, k))
+            dk_KGD[keys].add_(per_key_head(torch.einsum("nqk,qnd->knd", ds, q), groups))
+            dv_KGE[keys].add_(per_key_head(torch.einsum("nqk,qne->kne", p, dout), groups))
 
 
 def row_blocks(work: tuple[MaskSlice, ...], q_QND: Tensor):  # type: ignore[no-untyped-def]

@@ -62,7 +62,7 @@ def add_rows(x: Tensor, rows: Rows, values: Tensor) -> None:
     `torch.use_deterministic_algorithms(True)`.
     """
     if isinstance(rows, slice):
-        x[rows] += values
+        x[rows].add_(values)  # += would store the view into itself once more
     else:
         x.index_add_(0, rows, values.to(x.dtype))
 

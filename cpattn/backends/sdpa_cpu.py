@@ -217,7 +217,7 @@ def _add_backward(
     for b in range(call.num_tiles):
         for grad, part, (start, step) in zip(grads, parts, starts, strict=True):
             rows = slice(start + b * step, start + b * step + part.shape[2])
-            grad[rows] += part[b, ..., : grad.shape[-1]].transpose(0, 1)
+            grad[rows].add_(part[b, ..., : grad.shape[-1]].transpose(0, 1))
 
 
 def _forward_scratch(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:

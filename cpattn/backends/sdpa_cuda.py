@@ -11,17 +11,20 @@ Shape legend as in `base.py`; T, S packed rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE, square_pieces
 
 from .base import HALF_DTYPES, Problem, kernel_head_dim, pad_head_dim, refuse_dtype
-from .rows import merge_rows
+from .rows import add_rows, first_writers, merge_rows
 from .varlen import VarlenCall, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
 
 # custom_mask_type of the efficient kernels.
@@ -75,7 +78,7 @@ class AtenFlashKernel:
 
 
 def _lengths(call: VarlenCall) -> tuple[Tensor, Tensor, int, int]:
-    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
+    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k_for_fa2
 
 
 def _window(call: VarlenCall) -> dict[str, int]:
@@ -83,14 +86,30 @@ def _window(call: VarlenCall) -> dict[str, int]:
 
 
 class _Piece(NamedTuple):
+    """A call of the efficient kernels. first: no earlier one writes these query rows."""
+
     kind: int
     rows: slice
     keys: slice
+    first: bool
 
 
-class _Work(NamedTuple):
+@dataclass(slots=True)
+class _Work:
+    """flash: the calls in fp16 and bf16. pieces: those in fp32, made at first use."""
+
+    slices: SliceTable
     flash: VarlenWork
-    pieces: tuple[_Piece, ...]  # for fp32
+    cached: tuple[_Piece, ...] | None = field(default=None, repr=False)
+
+    @property
+    def pieces(self) -> tuple[_Piece, ...]:
+        if self.cached is None:
+            table, kinds = square_pieces(self.slices)
+            first = first_writers([table.take(np.array([n])) for n in range(len(table))])
+            rows = zip(table.data.tolist(), kinds.tolist(), first, strict=True)
+            self.cached = tuple(_Piece(kind, slice(r[0], r[1]), slice(r[2], r[3]), f) for r, kind, f in rows)
+        return self.cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +132,12 @@ class CudaSdpaBackend:
         return refuse_dtype(problem, (*HALF_DTYPES, torch.float32))
 
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
-        pieces, kinds = square_pieces(slices)
-        rows = zip(pieces.data.tolist(), kinds.tolist(), strict=True)
-        listed = tuple(_Piece(kind, slice(r[0], r[1]), slice(r[2], r[3])) for r, kind in rows)
-        return _Work(plan_varlen(slices, device), listed)
+        return _Work(slices, plan_varlen(slices, device))
 
     def writes_once(self, work: _Work) -> bool:
-        return writes_once(work.flash) and len(work.pieces) <= 1
+        # What it is for is an out in the dtype of q: in fp32 that is the accumulator's own, so only the calls of
+        # fp16 and bf16 count.
+        return writes_once(work.flash)
 
     def forward(
         self,
@@ -159,7 +177,9 @@ class CudaSdpaBackend:
             lse = lse[0, :, : q_.shape[1]].T
             if piece.kind == INV_PIECE:
                 out, lse = out.flip(1), lse.flip(0)
-            merge_rows(out_QNE, lse_QN, piece.rows, out[0, ..., :head_dim_v], lse, first=False)
+            merge_rows(
+                out_QNE, lse_QN, piece.rows, out[0, ..., :head_dim_v], lse, first=fresh and piece.first
+            )
 
     def backward(
         self,
@@ -205,7 +225,8 @@ class CudaSdpaBackend:
             k_, v_ = _turned(k[piece.keys], piece), _turned(v[piece.keys], piece)
             lse = _turned(lse_QN[piece.rows], piece).transpose(1, 2)
             lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGN), value=torch.inf)
-            dq, dk, dv, _ = self.ops._efficient_attention_backward(
+            dq, dk, dv, _ = _efficient_backward(
+                self.ops,
                 dout_,
                 q_,
                 k_,
@@ -226,9 +247,9 @@ class CudaSdpaBackend:
             )
             if piece.kind == INV_PIECE:
                 dq, dk, dv = (t.flip(1) for t in (dq, dk, dv))
-            dq_QND[piece.rows] += dq[0, ..., :d]
-            dk_KGD[piece.keys] += dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d]
-            dv_KGE[piece.keys] += dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e]
+            add_rows(dq_QND, piece.rows, dq[0, ..., :d])
+            add_rows(dk_KGD, piece.keys, dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d])
+            add_rows(dv_KGE, piece.keys, dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e])
 
 
 def _ungrouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,3 +266,45 @@ def _turned(x: Tensor, piece: _Piece) -> Tensor:
 
 def _mask_type(piece: _Piece) -> int:
     return _CAUSAL_BOTTOM_RIGHT if piece.kind in (CAUSAL_PIECE, INV_PIECE) else _NO_MASK
+
+
+def _efficient_backward(ops: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Any:
+    """`_efficient_attention_backward`, also on tensors without data.
+
+    torch's meta kernel of it (2.11 to 2.13, torch/_meta_registrations.py) lacks the argument `out` and fails, so
+    there the results are made here, beside the operator's own buffer, one number for each row and head.
+    Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu (`delta`).
+    """
+    if not isinstance(q, FakeTensor):
+        return ops._efficient_attention_backward(dout, q, k, v, *rest, scale=scale)
+    delta = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return *(torch.empty_like(t) for t in (q, k, v)), delta
+
+
+def _flash_backward_scratch(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, *_: Any
+) -> int:
+    """Bytes that FlashAttention 2's backward takes beyond its results.
+
+    dq in fp32 (one for each of its splits under torch's deterministic flag) and a number for each row and head,
+    both with 128 rows more for each sequence; for grouped heads dk and dv of every query head.
+    Source: csrc/flash_attn/flash_api.cpp (v2.8.3) and torch's copy of it, mha_varlen_bwd.
+    """
+    tokens, heads, head_dim = q.shape
+    sequences = cu_seqlens_q.numel() - 1
+    rows = tokens + 128 * sequences
+    rounded = -(-head_dim // (32 if head_dim <= 128 else 64)) * (32 if head_dim <= 128 else 64)
+    splits = 1
+    if torch.are_deterministic_algorithms_enabled():
+        splits = -(-_multiprocessors() // (sequences * heads))
+    expanded = 2 * k.shape[0] * heads * head_dim * q.itemsize if k.shape[1] != heads else 0
+    return 4 * rows * heads * (splits * rounded + 1) + expanded
+
+
+def _multiprocessors() -> int:
+    """Of the current GPU; without one those of an H100."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
+# Bytes that the kernels allocate inside, from the arguments of the operator.
+SCRATCH: dict[Any, Callable[..., int]] = {torch.ops.aten._flash_attention_backward.default: _flash_backward_scratch}

@@ -26,7 +26,7 @@ from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
 from .base import Problem, kernel_head_dim, pad_head_dim
-from .installed import known_parameters, missing_package
+from .installed import failing_import, known_parameters, missing_package
 from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, refuse_cudnn, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
 
@@ -46,7 +46,9 @@ class TeBackend:
             return missing
         if problem.device_type != self.device_type:
             return f"this kernel runs on {self.device_type}, the tensors are on {problem.device_type}"
-        return refuse_cudnn(problem, self.device_type)
+        if torch.are_deterministic_algorithms_enabled():
+            return "its deterministic backward of packed sequences takes memory quadratic in tokens"
+        return refuse_cudnn(problem, self.device_type) or failing_import(_MODULE, "transformer-engine")
 
     def prepare(
         self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device

@@ -53,6 +53,18 @@ class VarlenCall:
     max_seqlen_k: int
     first: bool
 
+    @property
+    def max_seqlen_k_for_fa2(self) -> int:
+        """A max_seqlen_k with which FlashAttention 2 keeps the window as it is.
+
+        It takes an extent of max_seqlen_k or more for an open side, and puts max_seqlen_k in the place of an open
+        side beside a bounded one. A sequence with more queries than keys can have a right edge that far out
+        which still cuts; none reaches max_seqlen_q. What is larger than need be costs empty blocks only.
+        Source: csrc/flash_attn/flash_api.cpp (v2.8.3), mha_varlen_fwd, mha_varlen_bwd and set_params_fprop; the
+        copy in torch, aten/src/ATen/native/transformers/cuda/flash_attn, does the same.
+        """
+        return max(self.max_seqlen_q, self.max_seqlen_k)
+
 
 class VarlenWork(NamedTuple):
     """The calls of forward and those of backward."""

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from cpattn.keys.key import AttnKey
 from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec
-from cpattn.runtime.agreement import require_agreement, tensor_digest
+from cpattn.runtime.agreement import control_device, require_agreement, tensor_digest
 
 from .batch_layout import IGNORE_INDEX, BatchLayout, layout_of_batch, layout_of_spec, shifted_labels
 from .hf_attention import (
@@ -428,6 +428,4 @@ def _sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _device(group: dist.ProcessGroup | None, model: nn.Module) -> torch.device:
-    if group is not None and "nccl" in dist.get_backend(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if group is not None else next(model.parameters()).device
+    return control_device(group) if group is not None else next(model.parameters()).device

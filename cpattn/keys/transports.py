@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
-from cpattn.collectives import Transport
+from cpattn.collectives import Transport, backend_of
 from cpattn.planning.hardware import find_hardware
 from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable, two_level_routes
 
@@ -22,7 +22,7 @@ def read_hardware(hardware: Hardware | str | Path | None, group: dist.ProcessGro
         ValueError: as `find_hardware` does.
     """
     if hardware is None:
-        on_cpu = group is not None and dist.get_backend(group) == "gloo"
+        on_cpu = group is not None and backend_of(group, "cuda") in ("", "gloo")
         return HARDWARE["cpu"] if on_cpu else DEFAULT_HARDWARE
     return find_hardware(hardware)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.collectives import all_gather
+from cpattn.collectives import control_device as control_device
 
 
 def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -27,7 +28,7 @@ def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessG
     """
     if group is None or dist.get_world_size(group) == 1:
         return
-    mine = torch.tensor([_digest(value) for value in fields.values()], dtype=torch.int64, device=_device(group))
+    mine = torch.tensor([_digest(value) for value in fields.values()], dtype=torch.int64, device=control_device(group))
     everyone = all_gather(mine, group)
     differs = (everyone.view(-1, len(fields)) != everyone[: len(fields)]).cpu()
     for column, (name, value) in enumerate(fields.items()):
@@ -49,11 +50,6 @@ def tensor_digest(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 def _digest(value: Any) -> int:
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _device(group: dist.ProcessGroup) -> torch.device:
-    backend = dist.get_backend(group)
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
 
 
 def _shortened(value: Any) -> str:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from cpattn.backends import Backend
-from cpattn.collectives import HeadExchange, PendingRows
+from cpattn.collectives import HeadExchange, PendingRows, backend_of
 
 from .bound import BoundPlan
 from .exchanges import Exchanges, Rows, Trip
@@ -126,7 +126,7 @@ class Profile:
         if device.type != "cuda":
             return _CpuClock(self._zero_ns)
         if device not in self._clocks:
-            on_streams = group is not None and dist.get_backend(group) == "nccl"
+            on_streams = group is not None and backend_of(group, device.type) == "nccl"
             self._clocks[device] = _CudaClock(device, self._zero_ns, on_streams)
         return self._clocks[device]
 

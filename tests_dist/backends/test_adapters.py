@@ -52,9 +52,9 @@ def _cudnn(broken: str | None, install: Install) -> Backend:
     return CudnnBackend("cpu")
 
 
-def _ffa(token_major: bool) -> Callable[[str | None, Install], Backend]:
+def _ffa(token_major: bool, meta: bool) -> Callable[[str | None, Install], Backend]:
     def build(broken: str | None, install: Install) -> Backend:
-        module = ragged.ffa(broken, token_major=token_major)
+        module = ragged.ffa(broken, token_major=token_major, meta=meta)
         install(module.__name__, module)
         return FfaBackend("cpu")
 
@@ -69,8 +69,9 @@ ADAPTERS: dict[str, tuple[Callable[[str | None, Install], Backend], tuple[str, .
     "te_2.12": (_te("2.12"), ragged.BREAKABLE),
     "te_2.20": (_te("2.20"), ragged.BREAKABLE),
     "cudnn": (_cudnn, ragged.BREAKABLE),
-    "ffa": (_ffa(True), flash.BREAKABLE),
-    "ffa_before_sinks": (_ffa(False), flash.BREAKABLE),
+    "ffa_1.1": (_ffa(True, True), flash.BREAKABLE),
+    "ffa_1.0.5": (_ffa(True, False), flash.BREAKABLE),
+    "ffa_before_sinks": (_ffa(False, False), flash.BREAKABLE),
 }
 
 

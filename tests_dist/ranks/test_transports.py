@@ -15,6 +15,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import CpuSdpaBackend
+from cpattn.collectives import RowRoutes, backend_of, control_device, exchange, group_cast
 from cpattn.launch.calibrate import _transfer_load, measure_transports
 from cpattn.solver import DEFAULT_HARDWARE, Hardware, Link, TransportTimes
 from tests_dist.support.harness import run_on_ranks
@@ -264,3 +265,50 @@ def keys_of_hardware(folder: str) -> None:
 
 def test_hardware_steers_a_key(tmp_path):
     run_on_ranks(4, keys_of_hardware, str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------
+# NCCL's first operation on a group, and what a group says of itself.
+
+
+def first_messages() -> str:
+    """The calls of two exchanges in which rank 2 takes no part, as on a group of NCCL's: a collective, messages."""
+    group, happened = dist.group.WORLD, []
+    rank, size = dist.get_rank(), dist.get_world_size()
+    real = dist.all_reduce, dist.batch_isend_irecv
+
+    def noted(sign: str, call: Any) -> Any:
+        return lambda *args, **kwargs: (happened.append(sign), call(*args, **kwargs))[1]
+
+    splits = [int(rank < 2 and peer == 1 - rank) for peer in range(size)]
+    routes = RowRoutes(torch.zeros(sum(splits), dtype=torch.int64), tuple(splits), tuple(splits), True, "p2p")
+    with (
+        mock.patch.object(exchange, "backend_of", return_value="nccl"),
+        mock.patch.object(dist, "all_reduce", noted("A", real[0])),
+        mock.patch.object(dist, "batch_isend_irecv", noted("M", real[1])),
+    ):
+        for _ in range(2):
+            (rows,) = group_cast([torch.full((1, 2), float(rank))], routes, group).wait()
+            assert rows.flatten().tolist() == [1.0 - rank] * 2 * sum(splits)
+    return "".join(happened)
+
+
+def test_ranks_of_nccl_meet_before_their_first_message():
+    """`batch_isend_irecv` is undefined as a group's first operation unless all ranks take part in it."""
+    assert run_on_ranks(3, first_messages) == ["AMM", "AMM", "A"]
+
+
+@pytest.mark.parametrize(
+    ("config", "on_cuda", "control"),
+    [
+        ("cpu:gloo,cuda:gloo", "gloo", "cpu"),
+        ("cpu:gloo,cuda:nccl", "nccl", "cpu"),  # also of a group whose backend is "undefined"
+        ("cuda:nccl", "nccl", "cuda:1"),
+        ("cpu:gloo", "", "cpu"),
+    ],
+)
+def test_a_group_is_asked_by_device(config, on_cuda, control, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert backend_of(None, "cuda") == on_cuda
+    assert control_device(None) == torch.device(control)

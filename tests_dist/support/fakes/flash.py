@@ -102,6 +102,34 @@ def varlen_backward(
     return dq, dk, dv
 
 
+def fa2_window(left: int, right: int, max_k: int) -> tuple[int, int]:
+    """The window that FlashAttention 2 makes of the one that it is given.
+
+    Source: flash-attention v2.8.3, csrc/flash_attn/flash_api.cpp: mha_varlen_fwd and mha_varlen_bwd compare with
+    max_seqlen_k, then set_params_fprop fills the open side; in torch, the same lines of
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    left = -1 if left >= max_k else left
+    right = -1 if right >= max_k else right
+    if left < 0 <= right:
+        left = max_k
+    if right < 0 <= left:
+        right = max_k
+    return left, right
+
+
+def fa3_window(left: int, right: int, max_q: int, max_k: int) -> tuple[int, int]:
+    """FlashAttention 3's: an extent that hides nothing is dropped, and an open side is as wide as can be.
+
+    Source: flash-attention v2.8.3, hopper/flash_api.cpp: mha_fwd and mha_bwd, then set_params_fprop.
+    """
+    left = -1 if left >= max_k - 1 else left
+    right = -1 if right >= max_q - 1 else right
+    if left < 0 and right < 0:
+        return left, right
+    return max_k - 1 if left < 0 else left, max_q - 1 if right < 0 else right
+
+
 class FakeAten:
     """The four CUDA attention ops of torch, bound by their own schemas."""
 
@@ -189,7 +217,7 @@ class FakeAten:
 def _aten_window(a: SimpleNamespace) -> tuple[int, int]:
     left = -1 if a.window_size_left is None else a.window_size_left
     right = -1 if a.window_size_right is None else a.window_size_right
-    return left, 0 if a.is_causal else right
+    return fa2_window(left, 0 if a.is_causal else right, a.max_k)
 
 
 def _check_efficient(a: SimpleNamespace) -> None:
@@ -236,8 +264,7 @@ def flash_attn_2(broken: str | None = None) -> ModuleType:
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
-            window_size_left,
-            0 if causal else window_size_right,
+            *fa2_window(window_size_left, 0 if causal else window_size_right, max_seqlen_k),
             softmax_scale,
             softcap,
             broken=broken,
@@ -280,8 +307,7 @@ def flash_attn_2(broken: str | None = None) -> ModuleType:
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
-            window_size_left,
-            0 if causal else window_size_right,
+            *fa2_window(window_size_left, 0 if causal else window_size_right, max_seqlen_k),
             softmax_scale,
             softcap,
             broken=broken,
@@ -344,8 +370,7 @@ def flash_attn_3(broken: str | None = None) -> ModuleType:
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
-            window_size_left,
-            0 if causal else window_size_right,
+            *fa3_window(window_size_left, 0 if causal else window_size_right, max_seqlen_q, max_seqlen_k),
             softmax_scale,
             softcap,
             broken=broken,
@@ -390,8 +415,7 @@ def flash_attn_3(broken: str | None = None) -> ModuleType:
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
-            window_size_left,
-            0 if is_causal else window_size_right,
+            *fa3_window(window_size_left, 0 if is_causal else window_size_right, max_seqlen_q, max_seqlen_k),
             softmax_scale,
             softcap,
             broken=broken,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -288,8 +289,26 @@ class _GraphTensor:
         return self
 
 
-def cudnn(broken: str | None = None) -> ModuleType:
-    """`cudnn` 1.18: graphs that must be built step by step before they execute."""
+def _backward_workspace(node: SimpleNamespace) -> int:
+    """Bytes that the front end asks for: dq in fp32, a sum for each row, for grouped heads dk and dv of all heads.
+
+    Sized by the total lengths where they are given and every head dim is a multiple of 16, else by the padded batch.
+    Source: nvidia-cudnn-frontend 1.32.0, scaled_dot_product_flash_attention.h, SDPA backward node:
+    infer_properties_node and expand_node (softmax_sum_size, dQ_accum_size, dK_fullhead_size, dV_fullhead_size).
+    """
+    (batch, heads, padded_q, dim), (_, heads_kv, padded_k, _) = node.q.dim, node.k.dim
+    rows_q, rows_k = batch * padded_q, batch * padded_k
+    if dim % 16 == 0 and node.max_total_seq_len_q is not None:
+        rows_q, rows_k = node.max_total_seq_len_q, node.max_total_seq_len_kv
+    expanded = 2 * rows_k * heads * dim if heads != heads_kv else 0
+    return 4 * (rows_q * heads * (dim + 1) + expanded)
+
+
+def cudnn(broken: str | None = None, *, version: int = 91900) -> ModuleType:
+    """`cudnn` 1.18 on a cuDNN of that version: graphs that must be built step by step before they execute.
+
+    Source: nvidia-cudnn-frontend 1.18.0, python/pygraph; the order of steps and what `validate` refuses are its own.
+    """
     module = ModuleType("cudnn")
     engine = _Engine(broken)
     data_type = Enum("data_type", "NOT_SET FLOAT HALF BFLOAT16 INT32 INT64")
@@ -379,7 +398,7 @@ def cudnn(broken: str | None = None) -> ModuleType:
             self._step("build_plans")
 
         def get_workspace_size(self) -> int:
-            return 0
+            return _backward_workspace(self.node) if self.node is not None and self.node.backward else 0
 
         def execute(self, buffers: dict[Any, Tensor], workspace: Tensor, handle: Any) -> None:
             require(tuple(self.done) == steps, "the graph is not built")
@@ -401,6 +420,10 @@ def cudnn(broken: str | None = None) -> ModuleType:
                 starts.append((offsets.flatten()[:-1] // row).tolist())
             stats_offsets = buffers[a.stats.ragged].flatten()[:-1]
             require((stats_offsets // heads).tolist() == starts[0], "offsets of the statistics")
+            require(workspace.numel() >= self.get_workspace_size(), "the workspace is too small")
+            if a.backward:
+                for t, total, held in ((a.q, a.max_total_seq_len_q, 0), (a.k, a.max_total_seq_len_kv, 1)):
+                    require(total is None or total >= len(buffers[t]), f"rows {held} leave the workspace")
             left = -1 if a.diagonal_band_left_bound is None else a.diagonal_band_left_bound - 1
             right = -1 if a.diagonal_band_right_bound is None else a.diagonal_band_right_bound
             q, k, v = buffers[a.q], buffers[a.k], buffers[a.v]
@@ -425,11 +448,24 @@ def cudnn(broken: str | None = None) -> ModuleType:
     module.diagonal_alignment = alignment  # type: ignore[attr-defined]
     module.heur_mode = Enum("heur_mode", "A FALLBACK")  # type: ignore[attr-defined]
     module.create_handle = object  # type: ignore[attr-defined]
+    module.backend_version = lambda: version  # type: ignore[attr-defined]
     return module
 
 
-def ffa(broken: str | None = None, *, token_major: bool = True) -> ModuleType:
-    """`magi_attention.functional.flex_flash_attn`; lse [T, N] with sinks (token_major), [N, T] before."""
+@dataclass
+class AttnForwardMeta:
+    """What FFA's forward returns beside out. Source: MagiAttention v1.1.0, magi_attention/common/forward_meta.py."""
+
+    lse: Tensor
+    max_logits: Tensor | None
+
+
+def ffa(broken: str | None = None, *, token_major: bool = True, meta: bool = True) -> ModuleType:
+    """`magi_attention.functional.flex_flash_attn`; lse [T, N] with sinks (token_major), [N, T] before.
+
+    meta: lse comes in an `AttnForwardMeta`, as from 1.1.0 on; 1.0.5 returned the tensor.
+    Source: MagiAttention v1.0.5 and v1.1.0, magi_attention/functional/flex_flash_attn.py, _flex_flash_attn_forward.
+    """
     module = ModuleType("magi_attention.functional.flex_flash_attn")
 
     def parts(a: SimpleNamespace) -> list[tuple[slice, slice, Tensor]]:
@@ -456,14 +492,15 @@ def ffa(broken: str | None = None, *, token_major: bool = True) -> ModuleType:
             visible[rows, keys] |= part
         return visible
 
-    def forward(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    def forward(a: SimpleNamespace) -> tuple[Tensor, Tensor | AttnForwardMeta]:
         require(a.out_type == torch.float32 and not a.disable_fwd_atomic_reduction, "shared rows need fp32 sums")
         visible = whole(a)
         out, lse = attend(a.q, a.k, a.v, visible, 1.0 if broken == "no_scale" else a.softmax_scale, a.softcap)
         lse = lse * (1.4426950408889634 if broken == "lse_base_2" else 1.0)
         seen = visible.any(1)
         a.out[seen] = out[seen]
-        return a.out, lse if token_major else lse.T.contiguous()
+        lse = lse if token_major else lse.T.contiguous()
+        return a.out, AttnForwardMeta(lse, None) if meta else lse
 
     def backward(a: SimpleNamespace) -> tuple[Any, ...]:
         visible = whole(a)
