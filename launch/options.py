@@ -194,6 +194,10 @@ def _spec_of_fields(kind: str, data: dict[str, Any]) -> AttnMaskSpec:
         return AttnMaskSpec(
             data["q_ranges"], data["k_ranges"], data["mask_types"], data["total_seqlen"], data.get("total_seqlen_k")
         )
+    return _spec_of_lengths(data)
+
+
+def _spec_of_lengths(data: dict[str, Any]) -> AttnMaskSpec:
     extra = [name for name in ("causal", "window", "block_size", "prefix_lengths") if name in data]
     if len(extra) > 1:
         raise ValueError(f"{' and '.join(extra)} do not go together")

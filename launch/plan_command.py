@@ -198,20 +198,17 @@ def _rivals(report: PlanReport) -> Table:
     ours = report.bytes_total
     mine = Rival("this plan", report.imbalance, ours, report.bytes_worst, report.seconds)
     for rival in (mine, *report.rivals):
-        if rival.bytes_total != rival.bytes_total:
-            table.add_row(rival.name, "-", "-", "-", "-", "-", rival.note)
-            continue
-        ratio = f"{rival.bytes_total / ours:.2f}" if ours else "-"
-        table.add_row(
-            rival.name,
-            f"{rival.imbalance:.3f}",
-            _bytes(rival.bytes_total),
-            ratio,
-            _bytes(rival.bytes_worst),
-            _seconds(rival.seconds),
-            rival.note,
-        )
+        table.add_row(rival.name, *_rival_cells(rival, ours), rival.note)
     return table
+
+
+def _rival_cells(rival: Rival, ours: float) -> tuple[str, str, str, str, str]:
+    """ours: bytes of this plan."""
+    if rival.bytes_total != rival.bytes_total:  # it does not serve
+        return ("-",) * 5
+    ratio = f"{rival.bytes_total / ours:.2f}" if ours else "-"
+    total, worst = _bytes(rival.bytes_total), _bytes(rival.bytes_worst)
+    return f"{rival.imbalance:.3f}", total, ratio, worst, _seconds(rival.seconds)
 
 
 def _count(value: float) -> str:

@@ -139,13 +139,8 @@ class Plan:
         mine = self.tasks.take(self.task_ranks == rank)
         q_runs, k_runs = _own_runs(self.q_placement, rank), _own_runs(self.k_placement, rank)
         queries, guest_runs = self._hops(self.q_routes, 0, self.q_placement, rank)
-        stages = []
-        for stage in range(-1, self.num_stages):
-            kv, key_runs = ((), k_runs) if stage < 0 else self._hops(self.kv_routes, stage, self.k_placement, rank)
-            num_keys = int((key_runs.ends - key_runs.starts).sum())
-            own = _to_buffers(mine, q_runs, key_runs)
-            guest = _to_buffers(mine, guest_runs, key_runs)
-            stages.append(RankStage(kv, num_keys, own, guest))
+        fetched = [self._hops(self.kv_routes, stage, self.k_placement, rank) for stage in range(self.num_stages)]
+        stages = [_rank_stage(kv, key_runs, mine, q_runs, guest_runs) for kv, key_runs in [((), k_runs), *fetched]]
         return RankPlan(
             rank=rank,
             cp_size=self.cp_size,
@@ -203,10 +198,19 @@ class Draft:
         Raises:
             ValueError: cp_size is no multiple of ranks_per_node.
         """
+        load = self._load(hardware, ranks_per_node)
+        if not load.keys.within.any() and not load.keys.across.any():
+            counts: Iterable[int] = (0,)
+        else:
+            counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
+        return choose_stages(load, costs.heads, hardware, counts)
+
+    def _load(self, hardware: Hardware, ranks_per_node: int | None) -> Load:
+        """What each rank computes and moves."""
         cp_size = self.q_placement.cp_size
         per_node = _ranks_per_node(ranks_per_node, cp_size)
         two_level = 1 < per_node < cp_size
-        load = Load.of(
+        return Load.of(
             self.tasks,
             self.task_ranks,
             self.queries,
@@ -217,11 +221,6 @@ class Draft:
             ranks_per_node=per_node if two_level else hardware.ranks_per_node,
             two_level=two_level,
         )
-        if not load.keys.within.any() and not load.keys.across.any():
-            counts: Iterable[int] = (0,)
-        else:
-            counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
-        return choose_stages(load, costs.heads, hardware, counts)
 
     def num_runs(self) -> int:
         """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""
@@ -349,6 +348,14 @@ def exchange_of(
 
 def _splits(ranks: IntArray, lengths: IntArray, cp_size: int) -> tuple[int, ...]:
     return tuple(np.bincount(ranks, lengths, cp_size).astype(np.int64).tolist())
+
+
+def _rank_stage(
+    kv: tuple[Exchange, ...], key_runs: Runs, tasks: SliceTable, q_runs: Runs, guest_runs: Runs
+) -> RankStage:
+    """The work of a rank's tasks with the keys that an exchange delivers."""
+    num_keys = int((key_runs.ends - key_runs.starts).sum())
+    return RankStage(kv, num_keys, _to_buffers(tasks, q_runs, key_runs), _to_buffers(tasks, guest_runs, key_runs))
 
 
 def _to_buffers(table: SliceTable, q_runs: Runs, k_runs: Runs) -> SliceTable:

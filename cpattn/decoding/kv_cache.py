@@ -27,7 +27,7 @@ from cpattn.ops.attention import check_numbers
 from cpattn.runtime.execute import accumulator_dtype
 
 from .merge import MergeMethod, broadcast, check_merge, choose_merge, merge_costs, merge_over_ranks
-from .pages import count_rows, page_rows, paged_partial, write_rows
+from .pages import PagedKeys, count_rows, page_rows, paged_partial, write_rows
 
 # Page 0 takes the writes of tokens that belong to other ranks; no sequence's table reaches its slots as visible.
 _SCRATCH = 0
@@ -222,40 +222,17 @@ class PagedKVCache:
             ValueError: a layer, shape, number or name does not fit; before any collective.
             RuntimeError: `advance` has not been called.
         """
-        self._check_layer(layer)
-        if not self._advanced:
-            raise RuntimeError("decode before advance: the step of the new tokens begins with advance()")
-        for name, tensor, shape in (
-            ("q", q_BND, (self.key.num_heads_q, self.key.head_dim)),
-            ("k", k_BGD, (self.key.num_heads_kv, self.key.head_dim)),
-            ("v", v_BGE, (self.key.num_heads_kv, self.key.head_dim_v)),
-        ):
-            _check_shape(name, tensor, (self.batch_size, *shape))
+        self._check_step(layer, q_BND, k_BGD, v_BGE, source)
         scale = self.key.head_dim**-0.5 if softmax_scale is None else softmax_scale
         check_numbers(self.key, scale, softcap, sink)
         check_merge(merge)
-        if source is not None and source not in range(self.cp_size):
-            raise ValueError(f"source is {source}: the group has ranks 0 to {self.cp_size - 1}")
         if source is not None and self.group is not None:
             q_BND, k_BGD, v_BGE = broadcast((q_BND, k_BGD, v_BGE), source, self.group)
         pool = self._pool_of[layer]
         for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
             write_rows(cache, pool.rows, new.to(self.dtype))
-        reach = pool.table.shape[1]
-        if not self.static_shapes:
-            used = max((len(p) for p in pool.host_pages), default=0)
-            reach = min(reach, -(-used // _PAGE_STEP) * _PAGE_STEP)
-        out, lse = paged_partial(
-            q_BND,
-            self._keys[layer],
-            self._values[layer],
-            pool.table[:, :reach],
-            pool.positions,
-            self._queries,
-            window=pool.window,
-            scale=scale,
-            softcap=softcap,
-        )
+        keys = PagedKeys(self._keys[layer], self._values[layer], self._table_in_reach(pool), pool.positions)
+        out, lse = paged_partial(q_BND, keys, self._queries, window=pool.window, scale=scale, softcap=softcap)
         return merge_over_ranks(out, lse, self.group, dtype=q_BND.dtype, sink=sink, method=merge)
 
     def bytes_per_step(self, *, merge: MergeMethod = "auto", itemsize: int | None = None) -> int:
@@ -278,6 +255,26 @@ class PagedKVCache:
             seen = self._lengths if window is None else np.minimum(self._lengths, window)
             total += int(seen.sum()) * (self.cp_size - 1) // self.cp_size * row
         return total
+
+    def _check_step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, source: int | None) -> None:
+        self._check_layer(layer)
+        if not self._advanced:
+            raise RuntimeError("decode before advance: the step of the new tokens begins with advance()")
+        for name, tensor, shape in (
+            ("q", q, (self.key.num_heads_q, self.key.head_dim)),
+            ("k", k, (self.key.num_heads_kv, self.key.head_dim)),
+            ("v", v, (self.key.num_heads_kv, self.key.head_dim_v)),
+        ):
+            _check_shape(name, tensor, (self.batch_size, *shape))
+        if source is not None and source not in range(self.cp_size):
+            raise ValueError(f"source is {source}: the group has ranks 0 to {self.cp_size - 1}")
+
+    def _table_in_reach(self, pool: _Pool) -> Tensor:
+        """Pages that there may ever be, or those in use, in steps."""
+        if self.static_shapes:
+            return pool.table
+        used = max((len(p) for p in pool.host_pages), default=0)
+        return pool.table[:, : -(-used // _PAGE_STEP) * _PAGE_STEP]
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self._pool_of:

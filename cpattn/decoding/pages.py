@@ -9,6 +9,7 @@ head dims of q/k and of v.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +44,22 @@ def write_rows(cache: Tensor, rows: Tensor, fresh: Tensor) -> None:
     cache.view(-1, *cache.shape[2:]).index_copy_(0, rows, fresh)
 
 
+class PagedKeys(NamedTuple):
+    """Keys and values of sequences in pages.
+
+    k, v: [num_pages, page_size, G, D] and [..., E]. table_BP: int32, the pages of each sequence in order.
+    positions: int64 [num_pages, page_size] of the slots.
+    """
+
+    k: Tensor
+    v: Tensor
+    table_BP: Tensor
+    positions: Tensor
+
+
 def paged_partial(
     q_BND: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table_BP: Tensor,
-    positions: Tensor,
+    keys: PagedKeys,
     queries_B: Tensor,
     *,
     window: int | None,
@@ -58,19 +69,16 @@ def paged_partial(
     """Attention of one query per sequence over the pages of this rank.
 
     Args:
-        k_pages, v_pages: [num_pages, page_size, G, D] and [..., E].
-        table_BP: int32 [B, P].
-        positions: int64 [num_pages, page_size]; a slot is visible iff its position is at most the query's and, with a
-            window W, within W of it.
+        keys: a slot is visible iff its position is at most the query's and, with a window W, within W of it.
         queries_B: int64 [B], positions of the queries.
 
     Returns:
         out [B, N, E] and lse [B, N], natural log, in fp32 (fp64 for fp64); 0 and -inf where nothing is visible.
     """
     dtype = accumulator_dtype(q_BND.dtype)
-    index = table_BP.long()
-    k, v = (pages[index].flatten(1, 2).to(dtype) for pages in (k_pages, v_pages))
-    position_BS = positions[index].flatten(1)
+    index = keys.table_BP.long()
+    k, v = (pages[index].flatten(1, 2).to(dtype) for pages in (keys.k, keys.v))
+    position_BS = keys.positions[index].flatten(1)
     visible = position_BS <= queries_B[:, None]
     if window is not None:
         visible &= position_BS > queries_B[:, None] - window

@@ -28,19 +28,23 @@ def find_ranks(cp_group: Any) -> CpRanks:
     return CpRanks(None, 1, 0) if group is None else CpRanks(group, dist.get_world_size(group), dist.get_rank(group))
 
 
+def _context_axis(mesh: Any) -> Any:
+    names = mesh.mesh_dim_names or ()
+    if "cp" in names:
+        return mesh["cp"]
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"cp_group is a mesh with axes {names}: pass a 1-D mesh, or name the context-parallel axis 'cp'"
+        )
+    return mesh
+
+
 def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
     """A process group of two ranks or more, or None."""
     if cp_group is None:
         return None
     if hasattr(cp_group, "mesh_dim_names"):  # DeviceMesh
-        names = cp_group.mesh_dim_names or ()
-        if "cp" in names:
-            cp_group = cp_group["cp"]
-        elif cp_group.ndim != 1:
-            raise ValueError(
-                f"cp_group is a mesh with axes {names}: pass a 1-D mesh, or name the context-parallel "
-                f"axis 'cp'"
-            )
+        cp_group = _context_axis(cp_group)
         # A mesh without this rank is refused below, as it is.
         cp_group = cp_group if cp_group.get_coordinate() is None else cp_group.get_group()
     if not isinstance(cp_group, dist.ProcessGroup) or dist.get_rank(cp_group) < 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpattn.backends import Problem, choose_backend, explain_choice
-from cpattn.collectives import HeadExchange
+from cpattn.collectives import HeadExchange, Transport
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.head_degree import most_heads
 from cpattn.planning.options import check_spec, read_heads, window_on_mask
@@ -80,13 +80,7 @@ class AttnKey:
         self.q_placement = split_rows(self.plan.q_placement, degree)
         shared = self.plan.k_placement is self.plan.q_placement
         self.k_placement = self.q_placement if shared else split_rows(self.plan.k_placement, degree)
-        self.transport = choose_transport(
-            self.plan,
-            most_heads(self.heads, degree),
-            num_ranks=self.cp_size,
-            choice=self.options.running.transport,
-            hardware=self.options.planning.hardware,
-        )
+        self.transport = _choose_transport(planned, ranks)
         self.sharding = None if degree == 1 else _shard_heads(self)
         self.cached_tensors: dict[Any, Any] = {}
         self._bound: dict[Any, BoundPlan] = {}
@@ -292,34 +286,43 @@ def bind_key(planned: PlannedKey, ranks: CpRanks) -> AttnKey:
 
 
 def _shard_heads(key: AttnKey) -> HeadSharding:
-    options, plan = key.options, key.plan
-    degree = options.head_degree
+    degree = key.options.head_degree
     context, nth = divmod(key.cp_rank, degree)
     parts = split_heads(key.num_heads_q, key.num_heads_kv, degree)
     block = tuple(range(context * degree, (context + 1) * degree))
-    transport = choose_head_transport(
-        float(key.q_placement.num_tokens.max()),
-        key.heads,
-        head_degree=degree,
-        num_ranks=key.cp_size,
-        choice=options.running.transport,
-        hardware=options.planning.hardware,
-    )
+    transport = _choose_head_transport(key)
 
     def exchange(placement: Placement, heads: Sequence[Sequence[int]], num_heads: int) -> HeadExchange:
         rows = tuple(placement.num_tokens[list(block)].tolist())
         active = placement.total_seqlen > 0
         return HeadExchange(block, nth, rows, tuple(map(tuple, heads)), num_heads, active, transport)
 
-    q_heads = [range(part.first, part.last) for part in parts]
-    queries = exchange(key.q_placement, q_heads, key.num_heads_q)
+    queries = exchange(key.q_placement, [range(part.first, part.last) for part in parts], key.num_heads_q)
     keys = exchange(key.k_placement, [part.kv for part in parts], key.num_heads_kv)
-    inner = AttnKey(
-        _inner_of(key, parts[nth]),
-        spread_rank_plan(key.rank_plan, degree, nth),
-        CpRanks(key.cp_group, plan.cp_size, context),
-    )
+    contexts = CpRanks(key.cp_group, key.plan.cp_size, context)
+    inner = AttnKey(_inner_of(key, parts[nth]), spread_rank_plan(key.rank_plan, degree, nth), contexts)
     return HeadSharding(inner, HeadTrades(Exchanges(key.cp_group), parts[nth], queries, keys))
+
+
+def _choose_transport(planned: PlannedKey, ranks: CpRanks) -> Transport:
+    """Between context ranks."""
+    options = planned.options
+    heads = most_heads(planned.heads, options.head_degree)
+    choice, hardware = options.running.transport, options.planning.hardware
+    return choose_transport(planned.plan, heads, num_ranks=ranks.size, choice=choice, hardware=hardware)
+
+
+def _choose_head_transport(key: AttnKey) -> Transport:
+    """Within a block."""
+    options = key.options
+    return choose_head_transport(
+        float(key.q_placement.num_tokens.max()),
+        key.heads,
+        head_degree=options.head_degree,
+        num_ranks=key.cp_size,
+        choice=options.running.transport,
+        hardware=options.planning.hardware,
+    )
 
 
 def _inner_of(key: AttnKey, part: HeadPart) -> PlannedKey:

@@ -146,24 +146,28 @@ class _RollPlan(NamedTuple):
 
 def _roll_plan(key: AttnKey, shift: int, device: torch.device) -> _RollPlan:
     def make() -> _RollPlan:
-        placement = key.q_placement
-        starts, ends, _ = _document_columns(key, "roll")
-        # Targets of run x document whose source t - shift lies in the same document.
-        first = np.searchsorted(ends, placement.starts, side="right")
-        last = np.searchsorted(starts, placement.ends, side="left")
-        run, nth = expand_counts(last - first)
-        document = first[run] + nth
-        a = np.maximum(placement.starts[run], starts[document] + max(shift, 0))
-        b = np.minimum(placement.ends[run], ends[document] + min(shift, 0))
-        some = b > a
-        a, b, ranks = a[some] - shift, b[some] - shift, placement.owners[run[some]]
-        routes = make_routes(merge_intervals(ranks, a, b), placement)
+        placement, wanted = key.q_placement, _roll_wanted(key, shift)
+        routes = make_routes(merge_intervals(*wanted), placement)
         return _RollPlan(
             bind_exchange(exchange_of(routes, placement, key.cp_rank), device),
-            _roll_source(key, Intervals(ranks, a, b), received_runs(routes, key.cp_rank), shift, device),
+            _roll_source(key, wanted, received_runs(routes, key.cp_rank), shift, device),
         )
 
     return cached_tensor(key, ("roll", shift, device), make)
+
+
+def _roll_wanted(key: AttnKey, shift: int) -> Intervals:
+    """The rows that each rank wants: t - shift for its rows t, where both are of one document."""
+    placement = key.q_placement
+    starts, ends, _ = _document_columns(key, "roll")
+    first = np.searchsorted(ends, placement.starts, side="right")
+    last = np.searchsorted(starts, placement.ends, side="left")
+    run, nth = expand_counts(last - first)
+    document = first[run] + nth
+    a = np.maximum(placement.starts[run], starts[document] + max(shift, 0))
+    b = np.minimum(placement.ends[run], ends[document] + min(shift, 0))
+    some = b > a
+    return Intervals(placement.owners[run[some]], a[some] - shift, b[some] - shift)
 
 
 def _roll_source(

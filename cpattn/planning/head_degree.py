@@ -60,9 +60,7 @@ def choose_head_degree(
         options, cp_size: of the whole group.
     """
     spec = masks[0][1]
-    weights = [layers.num_layers for layers, _ in masks]
-    area = float(np.average([lower_mask(mask, layers.window).area() for layers, mask in masks], weights=weights))
-    hardware = options.hardware
+    area, hardware = _mean_area(masks), options.hardware
     found: dict[int, tuple[float, tuple[LayerPlan, ...]]] = {}
     for degree in range(1, min(cp_size, heads.num_q) + 1):
         if cp_size % degree or not _blocks_fit(options.ranks_per_node, degree):
@@ -78,6 +76,12 @@ def choose_head_degree(
     best = min(found, key=lambda degree: found[degree][0])
     chosen = best if found[best][0] < _GAIN * found[1][0] else 1
     return DegreeChoice(chosen, found[chosen][1], tuple((degree, seconds) for degree, (seconds, _) in found.items()))
+
+
+def _mean_area(masks: Sequence[tuple[PlannedMask, AttnMaskSpec]]) -> float:
+    """Visible pairs, in the mean over layers."""
+    weights = [layers.num_layers for layers, _ in masks]
+    return float(np.average([lower_mask(mask, layers.window).area() for layers, mask in masks], weights=weights))
 
 
 def _blocks_fit(ranks_per_node: int | None, degree: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,30 +74,36 @@ class ReadyPlan:
         Raises:
             ValueError: names what differs.
         """
-        planned_masks = [planned.layers for planned in self.layer_plans]
-        if planned_masks[0].mask != masks[0].mask:
-            raise ValueError(
-                "plan was made for another mask: make_key must get the spec that make_plan got; did batches and plans "
-                "get out of step?"
-            )
+        own = self.layer_plans[0].layers
+        self._require_masks(masks)
         for name, planned, asked in (
             ("heads and head dims", self.heads.numbers, heads.numbers),
             ("latent_dim", self.heads.latent_dim or None, heads.latent_dim or None),
-            ("window", planned_masks[0].window, masks[0].window),
+            ("window", own.window, masks[0].window),
             ("wire", self.wire, wire),
         ):
             if planned != asked:
                 raise ValueError(f"plan was made for {name} {planned} and make_key is called with {asked}")
+        self._require_group(cp_size, head_degree)
+
+    def _require_masks(self, masks: Sequence[PlannedMask]) -> None:
+        if self.layer_plans[0].layers.mask != masks[0].mask:
+            raise ValueError(
+                "plan was made for another mask: make_key must get the spec that make_plan got; did batches and plans "
+                "get out of step?"
+            )
+        missing = {mask[:2] for mask in masks[1:]} - {planned.layers[:2] for planned in self.layer_plans}
+        if missing:
+            raise ValueError(
+                f"plan was made without {len(missing)} of the masks in also: give make_plan the same also as make_key"
+            )
+
+    def _require_group(self, cp_size: int, head_degree: int) -> None:
         if self.plan.cp_size * head_degree != cp_size:
             of = f", each of {head_degree} ranks (head_degree)" if head_degree > 1 else ""
             raise ValueError(
                 f"plan was made for cp_size {self.plan.cp_size}{of} and the group has {cp_size} ranks: give make_plan "
                 f"cp_size={cp_size // head_degree}"
-            )
-        missing = {mask[:2] for mask in masks} - {mask[:2] for mask in planned_masks}
-        if missing:
-            raise ValueError(
-                f"plan was made without {len(missing)} of the masks in also: give make_plan the same also as make_key"
             )
 
 
@@ -111,24 +117,27 @@ def with_layers(
     """
     if not also:
         return ((PlannedMask(spec.fingerprint(), window, 1.0), spec),)
-    masks = [(PlannedMask(spec.fingerprint(), window, float(num_layers)), spec)]
-    for kind in also:
-        if not isinstance(kind, LayerKind):
-            raise ValueError(f"also has {kind!r}: expected cpattn.LayerKind(spec, window, num_layers)")
-        other = spec if kind.spec is None else kind.spec
-        check_spec("a mask in also", other)
-        if other.is_cross or spec.is_cross or other.total_seqlen != spec.total_seqlen:
-            raise ValueError(
-                f"also has a mask over {other.total_seqlen} x {other.seqlen_k} tokens and the key's is over "
-                f"{spec.total_seqlen} x {spec.seqlen_k}: masks that are planned together are of self-attention over "
-                f"the same sequence"
-            )
-        layers = PlannedMask(other.fingerprint(), window_on_mask(kind.window, other), float(kind.num_layers))
-        masks.append((layers, other))
+    own = (PlannedMask(spec.fingerprint(), window, float(num_layers)), spec)
+    masks = (own, *(_other_mask(kind, spec) for kind in also))
     for layers, _ in masks:
         if not math.isfinite(layers.num_layers) or layers.num_layers <= 0:
             raise ValueError(f"num_layers is {layers.num_layers}: it must be a finite number above 0")
-    return tuple(masks)
+    return masks
+
+
+def _other_mask(kind: LayerKind, spec: AttnMaskSpec) -> tuple[PlannedMask, AttnMaskSpec]:
+    """A mask of `also`, beside the key's own spec."""
+    if not isinstance(kind, LayerKind):
+        raise ValueError(f"also has {kind!r}: expected cpattn.LayerKind(spec, window, num_layers)")
+    other = spec if kind.spec is None else kind.spec
+    check_spec("a mask in also", other)
+    if other.is_cross or spec.is_cross or other.total_seqlen != spec.total_seqlen:
+        raise ValueError(
+            f"also has a mask over {other.total_seqlen} x {other.seqlen_k} tokens and the key's is over "
+            f"{spec.total_seqlen} x {spec.seqlen_k}: masks that are planned together are of self-attention over "
+            f"the same sequence"
+        )
+    return PlannedMask(other.fingerprint(), window_on_mask(kind.window, other), float(kind.num_layers)), other
 
 
 def plan_layers(
@@ -144,28 +153,19 @@ def plan_layers(
         ValueError: as `make_dispatch_plan` does, or schedule "tiles" with several masks.
     """
     kinds, specs = zip(*masks, strict=True)
-    spec, schedule = specs[0], options.schedule
-    common: dict[str, Any] = {
-        "total_seqlen": spec.total_seqlen,
-        "cp_size": cp_size,
-        "chunk_size": options.chunk_size,
-        "layout": options.layout,
-        "num_stages": options.num_stages,
-        "ranks_per_node": options.ranks_per_node,
-        "search_effort": options.search_effort,
-        "costs": heads.row_costs(),
-        "hardware": options.hardware,
-    }
+    spec = specs[0]
+    common: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
+    common |= {"total_seqlen": spec.total_seqlen, "cp_size": cp_size, "costs": heads.row_costs()}
     tables = [lower_mask(other, layers.window) for layers, other in masks]
     if len(masks) == 1:
-        plan = make_dispatch_plan(tables[0], total_seqlen_k=spec.total_seqlen_k, schedule=schedule, **common)
+        plan = make_dispatch_plan(tables[0], total_seqlen_k=spec.total_seqlen_k, **common)
         return (LayerPlan(kinds[0], plan),)
-    if schedule == "tiles":
+    if options.schedule == "tiles":
         raise ValueError(
             "schedule 'tiles' with several masks (also): tiles place tokens for one mask; use 'auto', with which the "
             "queries of one mask move where that is faster, or 'keys'"
         )
-    joint = make_joint_plans(tables, [layers.num_layers for layers in kinds], schedule=schedule, **common)
+    joint = make_joint_plans(tables, [layers.num_layers for layers in kinds], **common)
     return tuple(map(LayerPlan, kinds, joint.plans))
 
 

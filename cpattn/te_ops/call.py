@@ -128,33 +128,18 @@ class FusedCall:
         return stats.squeeze(-1).transpose(1, 2).flatten(0, 1)
 
 
+# The arguments that describe the attention itself, of either direction.
+_COMMON = (
+    "max_seqlen_q", "max_seqlen_kv", "cu_seqlens_q", "cu_seqlens_kv", "q", "k", "v", "attn_bias",
+    "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "page_table_k", "page_table_v", "attn_scale", "dropout",
+    "qkv_layout", "attn_bias_type", "attn_mask_type", "softmax_type", "window_size", "bottom_right_diagonal",
+    "softmax_offset", "cuda_graph",
+)  # fmt: skip
+
+
 def common_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that describe the attention itself, of either direction."""
-    names = [
-        "max_seqlen_q",
-        "max_seqlen_kv",
-        "cu_seqlens_q",
-        "cu_seqlens_kv",
-        "q",
-        "k",
-        "v",
-        "attn_bias",
-        "cu_seqlens_q_padded",
-        "cu_seqlens_kv_padded",
-        "page_table_k",
-        "page_table_v",
-        "attn_scale",
-        "dropout",
-        "qkv_layout",
-        "attn_bias_type",
-        "attn_mask_type",
-        "softmax_type",
-        "window_size",
-        "bottom_right_diagonal",
-        "softmax_offset",
-        "cuda_graph",
-    ]
-    return {name: arguments.get(name) for name in names}
+    return {name: arguments.get(name) for name in _COMMON}
 
 
 def _paged_rows(k: Tensor, layout: QKVLayout, a: dict[str, Any]) -> Rows:
@@ -174,11 +159,8 @@ def _slices(
     q: Rows, k: Rows, mask: str, window: tuple[int, int], bottom_right: bool | None
 ) -> tuple[SliceTable, np.ndarray]:
     """What each sequence sees, in rows, and the sequence of each slice."""
-    if bottom_right is None:
-        bottom_right = mask.endswith("bottom_right")
-    left, right = window
-    if "causal" in mask:
-        right = 0
+    bottom_right = mask.endswith("bottom_right") if bottom_right is None else bottom_right
+    left, right = window[0], 0 if "causal" in mask else window[1]
     diagonal = k.start - q.start + ((k.length - q.length) if bottom_right else 0)
     columns = np.stack(
         [
