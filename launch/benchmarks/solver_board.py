@@ -28,7 +28,15 @@ import numpy as np
 
 from cpattn.launch.benchmarks.workloads import WORKLOADS, document_lengths
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.solver import Limits, RowCosts, bytes_bound, kv_rows_bound, make_dispatch_plan, row_costs
+from cpattn.solver import (
+    Limits,
+    RowCosts,
+    SliceTable,
+    bytes_bound,
+    kv_rows_bound,
+    make_dispatch_plan,
+    row_costs,
+)
 from cpattn.solver.place.measure import kv_rows_received, rank_areas
 from cpattn.solver.report import place_min_heap, received_bytes
 
@@ -138,8 +146,6 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
     rows_bound = kv_rows_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits)
     any_bound = bytes_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits, costs=costs)
     received = received_bytes(q, q_sent, kv, sent, costs.heads)
-    heap = place_min_heap(table, seqlen, ranks, chunk)
-    heap_rows, heap_areas = kv_rows_received(table, heap), rank_areas(table, heap)
     return {
         "mask": mask,
         "seqlen": seqlen,
@@ -160,13 +166,22 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
         "kv_rows_bound": rows_bound.total,
         "kv_rows_worst_bound": rows_bound.worst,
         "bytes_bound": any_bound.total,
-        "heap_rows": int(heap_rows.sum()),
-        "heap_worst": int(heap_rows.max()),
-        "heap_imbalance": float(heap_areas.max() / max(heap_areas.mean(), 1)),
+        **_min_heap(table, seqlen, ranks, chunk),
         "cpu_seconds": seconds,
         "memory_mb": memory / 1024,
         "routes": len(plan.kv_routes) + len(plan.q_routes),
         "stages": plan.num_stages,
+    }
+
+
+def _min_heap(table: SliceTable, seqlen: int, ranks: int, chunk: int) -> dict[str, Any]:
+    """What a placement of chunks by a min-heap of work receives."""
+    heap = place_min_heap(table, seqlen, ranks, chunk)
+    rows, areas = kv_rows_received(table, heap), rank_areas(table, heap)
+    return {
+        "heap_rows": int(rows.sum()),
+        "heap_worst": int(rows.max()),
+        "heap_imbalance": float(areas.max() / max(areas.mean(), 1)),
     }
 
 

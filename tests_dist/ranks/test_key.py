@@ -584,7 +584,8 @@ def test_describe_knows_the_wire():
     q, dout = Fp8Rows("e4m3").encode([torch.zeros(1, 4, 16), torch.zeros(1, 4, 8)])
     row = heads.row_bytes()
     assert (row.q, row.q_again) == (q.nbytes, q.nbytes + dout.nbytes + 2 * 4 * 4)
-    assert (row.partial, row.dq, row.dkv) == Heads(4, 2, 16, 8).row_bytes()[1:2] + Heads(4, 2, 16, 8).row_bytes()[4:]
+    plain = Heads(4, 2, 16, 8).row_bytes()
+    assert (row.partial, row.dq, row.dkv) == (plain.partial, plain.dq, plain.dkv)
 
 
 def default_device() -> None:
