@@ -1,10 +1,18 @@
-"""Leaves nightly tests out unless -m names them, skips GPU tests without a GPU, stops the rank pools."""
+"""Leaves nightly tests out unless -m names them, skips GPU tests without a GPU, stops the rank pools.
+
+Without a GPU, Triton's kernels run in its interpreter, which has to be said before anything imports triton.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
+
+if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

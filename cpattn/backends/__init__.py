@@ -14,6 +14,7 @@ from .sdpa_cpu import CpuSdpaBackend
 from .sdpa_cuda import SCRATCH as CUDA_SCRATCH
 from .sdpa_cuda import CudaSdpaBackend
 from .te import TeBackend
+from .triton import TritonBackend
 
 __all__ = [
     "KERNEL_SCRATCH",
@@ -40,6 +41,7 @@ _backends: list[Backend] = [
     FfaBackend(),
     FlexBackend(),
     ReferenceBackend(),
+    TritonBackend(),
 ]
 
 # Bytes that an operator allocates inside, beyond its results, from its arguments. An operator that is not listed is

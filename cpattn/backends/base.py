@@ -104,6 +104,22 @@ class Backend(Protocol):
         ...
 
 
+class StoringBackend(Backend, Protocol):
+    """A kernel that can store what others add to zeros: it is given accumulators that hold anything.
+
+    With `fresh`, forward writes out and lse in every row, also in those that see nothing; backward takes `fresh_dq` and
+    `fresh_dkv` beside its other arguments and stores the gradients of every row, in the accumulators' dtype, whichever
+    that is. lse may be -inf in rows that see nothing.
+    """
+
+    stores_first: bool
+
+
+def stores_first(backend: Backend) -> bool:
+    """Whether it is a `StoringBackend`."""
+    return bool(getattr(backend, "stores_first", False))
+
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
