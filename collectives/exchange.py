@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import row_kernels
 from .devices import backend_of
 from .merge import merge_partials
+from .row_kernels import RowSegments
 
 # all_to_all: one collective of all ranks. p2p: sends and receives between those that have rows for each other.
 Transport = Literal["all_to_all", "p2p"]
@@ -41,6 +43,7 @@ class Relay(NamedTuple):
     local_at, landed_at: places of those rows in sending order.
     distinct: the local rows that are sent at all, each once.
     rows: all rows in sending order, as rows of [distinct, landed rows].
+    segments: of `rows`, where row kernels reduce.
     """
 
     local: Tensor
@@ -49,6 +52,7 @@ class Relay(NamedTuple):
     landed_at: Tensor
     distinct: Tensor
     rows: Tensor
+    segments: RowSegments | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +65,7 @@ class RowRoutes:
     active: whether any rank moves a row; equal on all ranks, it decides if the collective runs.
     transport: by which calls rows travel; equal on all ranks.
     relay: of a later hop (`relaying`), whose rows are [local rows, rows that the hop before brought].
+    segments: of `send_index`, where row kernels reduce what comes back, of all senders at once (`with_segments`).
     """
 
     send_index: Tensor = field(repr=False)
@@ -69,6 +74,7 @@ class RowRoutes:
     active: bool
     transport: Transport = "all_to_all"
     relay: Relay | None = field(default=None, repr=False)
+    segments: RowSegments | None = field(default=None, repr=False)
 
     def relaying(self, num_local: int) -> RowRoutes:
         """The same as a later hop, over that many local rows."""
@@ -79,6 +85,13 @@ class RowRoutes:
         distinct, rows[local_at] = local.unique(return_inverse=True)
         rows[landed_at] = landed + len(distinct)
         return replace(self, relay=Relay(local, local_at, landed, landed_at, distinct, rows))
+
+    def with_segments(self) -> RowRoutes:
+        """The same, prepared for row kernels. The host waits for the device: done once, when routes are bound."""
+        relay = self.relay
+        if relay is not None:
+            relay = relay._replace(segments=RowSegments.of(relay.rows))
+        return replace(self, relay=relay, segments=RowSegments.of(self.send_index))
 
     @property
     def num_sent(self) -> int:
@@ -230,13 +243,13 @@ def group_reduce(
     def finish() -> PendingRows | tuple[Tensor, ...]:
         parts = _unpack(received, shapes)
         if not earlier:
-            _reduce_by_sender(parts, into, hop.send_splits, hop.send_index, op)
+            _reduce_by_sender(parts, into, hop.send_splits, hop.send_index, op, hop.segments)
             return tuple(into)
         # Rows that were only passed on are reduced here first, and their sums go on to the owners.
         relay = _relay_of(hop)
         num_mine = len(relay.distinct)
         totals = _neutral_rows(into, num_mine + earlier[-1].num_received, op)
-        _reduce_by_sender(parts, totals, hop.send_splits, relay.rows, op)
+        _reduce_by_sender(parts, totals, hop.send_splits, relay.rows, op, relay.segments)
         _reduce_rows([t[:num_mine] for t in totals], into, relay.distinct, op)
         passed_on = [t[num_mine:].to(dtype) for t, dtype in zip(totals, dtypes, strict=True)]
         return group_reduce(passed_on, into, earlier, group, op=op, async_op=True)
@@ -280,9 +293,20 @@ def _neutral_rows(like: Sequence[Tensor], num_rows: int, op: str) -> list[Tensor
 
 
 def _reduce_by_sender(
-    parts: Sequence[Tensor], into: Sequence[Tensor], splits: Sequence[int], rows: Tensor, op: str
+    parts: Sequence[Tensor],
+    into: Sequence[Tensor],
+    splits: Sequence[int],
+    rows: Tensor,
+    op: str,
+    segments: RowSegments | None = None,
 ) -> None:
-    """Reduce what came back along a hop into those rows; each sender's rows are distinct, so no two meet in a row."""
+    """Reduce what came back along a hop into those rows; each sender's rows are distinct, so no two meet in a row.
+
+    segments: of the rows; with them all senders are reduced in one launch, in the same order.
+    """
+    if segments is not None and row_kernels.fused(*parts, *into):
+        _reduce_fused(parts, into, op, segments=segments)
+        return
     start = 0
     for count in splits:
         if count:
@@ -291,7 +315,25 @@ def _reduce_by_sender(
             start += count
 
 
+def _reduce_fused(
+    parts: Sequence[Tensor],
+    into: Sequence[Tensor],
+    op: str,
+    *,
+    index: Tensor | None = None,
+    segments: RowSegments | None = None,
+) -> None:
+    if op == "lse":
+        row_kernels.merge_rows(into[0], into[1], parts[0], parts[1], index=index, segments=segments)
+        return
+    for pair in range(0, len(parts), 2):  # a launch takes two
+        row_kernels.add_rows(into[pair : pair + 2], parts[pair : pair + 2], index=index, segments=segments)
+
+
 def _reduce_rows(parts: Sequence[Tensor], into: Sequence[Tensor], index: Tensor, op: str) -> None:
+    if row_kernels.fused(*parts, *into):
+        _reduce_fused(parts, into, op, index=index)
+        return
     if op == "lse":
         out, lse = into[0].index_select(0, index), into[1].index_select(0, index)
         merge_partials(out, lse, parts[0], parts[1])
@@ -398,9 +440,18 @@ def _gather_packed(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
     """The rows `index` of several tensors side by side in one buffer, each copied once."""
     shapes = [(t.shape[1:], t.dtype) for t in tensors]
     packed = _empty_packed(index.numel(), shapes, index.device)
+    if row_kernels.can_pack(tensors):
+        row_kernels.pack_rows(packed, [t.detach() for t in tensors], _places(shapes), index)
+        return packed
     for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
         torch.index_select(tensor.detach(), 0, index, out=view)
     return packed
+
+
+def _places(shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[int]:
+    """The byte of a packed row at which each tensor begins."""
+    sizes = [_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes]
+    return [sum(sizes[:nth]) for nth in range(len(sizes))]
 
 
 def _gather_relayed(local: Sequence[Tensor], landed: Sequence[Tensor], relay: Relay) -> Tensor:
@@ -419,6 +470,9 @@ def _pack(tensors: list[Tensor]) -> Tensor:
         return tensors[0].contiguous()
     shapes = [(t.shape[1:], t.dtype) for t in tensors]
     packed = _empty_packed(tensors[0].shape[0], shapes, tensors[0].device)
+    if row_kernels.can_pack(tensors):
+        row_kernels.pack_rows(packed, [t.detach() for t in tensors], _places(shapes), None)
+        return packed
     for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
         view.copy_(tensor)
     return packed

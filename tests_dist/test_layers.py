@@ -5,7 +5,7 @@
 Within cpattn every folder is a room, and rooms stand above one another (`ROOMS`). Imports inside functions and those
 for type checkers count as any other: a circle of files is one, wherever it is closed.
 
-`solver` is plain Python and numpy; `collectives` is torch and itself. A folder's name is not an import name:
+`solver` is plain Python and numpy; `collectives` is torch, triton and itself. A folder's name is not an import name:
 solver/ is `cpattn.solver`, collectives/ `cpattn.collectives`, launch/ `cpattn.launch`.
 """
 
@@ -96,8 +96,8 @@ def fault(folder: str, module: str) -> str | None:
         if top not in (*sys.stdlib_module_names, "numpy") and not within(module, "cpattn.solver"):
             return "solver is the standard library, numpy and itself"
     elif folder == "collectives":
-        if top not in (*sys.stdlib_module_names, "torch") and not within(module, "cpattn.collectives"):
-            return "collectives is the standard library, torch and itself"
+        if top not in (*sys.stdlib_module_names, "torch", "triton") and not within(module, "cpattn.collectives"):
+            return "collectives is the standard library, torch, triton and itself"
     elif folder == "cpattn" and within(module, "cpattn.launch"):
         return "cpattn does not know launch"
     return None

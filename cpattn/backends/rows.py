@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.collectives import merge_partials
+from cpattn.collectives import merge_partials, row_kernels
 from cpattn.solver import IntArray, SliceTable
 
 # Rows of a buffer: a slice, or an int64 index on the buffer's device.
@@ -38,6 +38,9 @@ def merge_rows(
     if first:
         put_rows(out_QNE, rows, part_out)
         put_rows(lse_QN, rows, part_lse)
+    elif row_kernels.fused(out_QNE, lse_QN, part_out, part_lse):
+        at = (slice(None), rows) if isinstance(rows, Tensor) else (rows, None)
+        row_kernels.merge_rows(out_QNE[at[0]], lse_QN[at[0]], part_out, part_lse, index=at[1])
     elif isinstance(rows, slice):
         merge_partials(out_QNE[rows], lse_QN[rows], part_out, part_lse)
     else:

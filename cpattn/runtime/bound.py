@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cpattn.backends import Backend
 from cpattn.collectives import RowRoutes, Transport
+from cpattn.collectives.row_kernels import serves as row_kernels_serve
 from cpattn.solver import Exchange, RankPlan, SliceTable
 
 from .exchanges import Exchanges, Trip
@@ -96,7 +97,8 @@ def bind_hops(
 ) -> tuple[RowRoutes, ...]:
     """The hops of an exchange over that many local rows, with their row indices on a device."""
     bound = tuple(bind_exchange(hop, device, transport) for hop in hops)
-    return (*bound[:1], *(later.relaying(num_local) for later in bound[1:]))
+    bound = (*bound[:1], *(later.relaying(num_local) for later in bound[1:]))
+    return tuple(hop.with_segments() for hop in bound) if row_kernels_serve(device) else bound
 
 
 def bind_exchange(exchange: Exchange, device: torch.device, transport: Transport = "all_to_all") -> RowRoutes:

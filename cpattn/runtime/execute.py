@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from cpattn.backends.base import stores_first
 from cpattn.collectives import PendingRows, packed_row_bytes, unpack_rows
 
 from .bound import BoundPlan, BoundStage
@@ -79,7 +79,7 @@ def run_forward(
     plan: BoundPlan, q: Tensor, kv: KeyRows, sink: Tensor | None, kept: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """out and lse. kept: uint8 [kept_bytes] that receives the fetched keys and values, or empty to let them go."""
-    own = _unattended(q, kv.v, q.dtype if _writes_once(plan, sink) else accumulator_dtype(q.dtype))
+    own = _unattended(plan, q, kv.v, q.dtype if _writes_once(plan, sink) else accumulator_dtype(q.dtype))
     returns = _Returns(plan)
     guests = _guests_of_forward(plan, own, kv.v, returns, scoring)
     fetches = _Fetches(plan, kv, kept)
@@ -101,18 +101,18 @@ def run_backward(
 
     forward: q with the results. kept: the keys and values that forward fetched; empty: they are fetched again.
     """
-    own = _returning(dout, forward)
-    dkv = KeyRows(*(torch.zeros(t.shape, dtype=own.lse.dtype, device=t.device) for t in kv))
+    own = _returning(plan, dout, forward)
+    dkv = KeyRows(*(_accumulator(plan, t, own.dq.dtype) for t in kv))
     returns = _Returns(plan)
     guests = _guests_of_backward(plan, own, returns, scoring)
     fetches = _Fetches(plan, kv, kept, filled=True)
-    _differentiate(plan, scoring, own, kv, plan.home.own_work, dkv)
+    _differentiate(plan, scoring, own, kv, plan.home.own_work, dkv, fresh_dq=True, fresh_dkv=True)
     guests.work(plan.home, kv, dkv)
     for stage in plan.remote:
         keys = fetches.take()
-        packed, dkeys = _packed_zeros(keys, own.lse.dtype)
+        packed, dkeys = _packed_accumulators(plan, keys, own.lse.dtype)
         guests.work(stage, keys, dkeys)
-        _differentiate(plan, scoring, own, keys, stage.own_work, dkeys)
+        _differentiate(plan, scoring, own, keys, stage.own_work, dkeys, fresh_dkv=not plan.moves_queries)
         returns.make_room()
         returns.add(plan.exchanges.reduce(stage.kv, dkeys, dkv, packed=packed))
     returns.wait()
@@ -148,9 +148,16 @@ def _attend(
 
 
 def _differentiate(
-    plan: BoundPlan, scoring: Scoring, rows: Returning, keys: KeyRows, work: Any, dkeys: KeyRows
+    plan: BoundPlan,
+    scoring: Scoring,
+    rows: Returning,
+    keys: KeyRows,
+    work: Any,
+    dkeys: KeyRows,
+    **fresh: bool,
 ) -> None:
-    """Add the gradients of some slices."""
+    """Add the gradients of some slices. fresh_dq, fresh_dkv: they are the first of their rows."""
+    first: dict[str, Any] = fresh if stores_first(plan.backend) else {}
     plan.backend.backward(
         rows.dout,
         rows.q,
@@ -164,34 +171,48 @@ def _differentiate(
         dq_QND=rows.dq,
         dk_KGD=dkeys.k,
         dv_KGE=dkeys.v,
+        **first,
     )
 
 
 def _writes_once(plan: BoundPlan, sink: Tensor | None) -> bool:
     """Whether a row's result is written once, so that it needs no accumulator in fp32."""
-    alone = not plan.remote and not plan.moves_queries and sink is None
-    return alone and plan.backend.writes_once(plan.home.own_work)
+    return _is_alone(plan) and sink is None and plan.backend.writes_once(plan.home.own_work)
 
 
-def _unattended(q: Tensor, v: Tensor, dtype: torch.dtype) -> Attending:
-    """Queries that have seen no key yet; dtype is that of out."""
-    out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=dtype, device=q.device)
-    lse_dtype = accumulator_dtype(q.dtype)
-    return Attending(q, out, torch.full(q.shape[:2], -torch.inf, dtype=lse_dtype, device=q.device))
+def _is_alone(plan: BoundPlan) -> bool:
+    """Whether own queries meet own keys in one call of the kernel, and nothing else happens."""
+    return not plan.remote and not plan.moves_queries
 
 
-def _returning(dout: Tensor, forward: Attending) -> Returning:
+def _unattended(plan: BoundPlan, q: Tensor, v: Tensor, dtype: torch.dtype) -> Attending:
+    """Queries that have seen no key yet; dtype is that of out. A kernel that stores finds anything there."""
+    out = _accumulator(plan, q[..., :1].expand(*q.shape[:2], v.shape[-1]), dtype)
+    lse = torch.empty(q.shape[:2], dtype=accumulator_dtype(q.dtype), device=q.device)
+    return Attending(q, out, lse if stores_first(plan.backend) else lse.fill_(-torch.inf))
+
+
+def _accumulator(plan: BoundPlan, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of a shape, or anything where the kernel stores what comes first."""
+    make = torch.empty if stores_first(plan.backend) else torch.zeros
+    return make(like.shape, dtype=dtype, device=like.device)
+
+
+def _returning(plan: BoundPlan, dout: Tensor, forward: Attending) -> Returning:
     """Own queries in backward."""
     q, out, lse = forward
-    # exp(score - inf) = 0: rows that see nothing have no gradient, and no NaN.
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    return Returning(dout, q, out, lse, torch.zeros(q.shape, dtype=lse.dtype, device=q.device))
+    dtype = q.dtype if _is_alone(plan) and stores_first(plan.backend) else lse.dtype
+    if not stores_first(plan.backend):
+        # exp(score - inf) = 0: rows that see nothing have no gradient, and no NaN.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    return Returning(dout, q, out, lse, _accumulator(plan, q, dtype))
 
 
-def _packed_zeros(like: KeyRows, dtype: torch.dtype) -> tuple[Tensor, KeyRows]:
-    """A buffer of zeros from which rows of these shapes travel without a copy, and the tensors in it."""
+def _packed_accumulators(plan: BoundPlan, like: KeyRows, dtype: torch.dtype) -> tuple[Tensor, KeyRows]:
+    """Accumulators of these shapes in a buffer from which their rows travel without a copy."""
     none = tuple(t.new_empty((0, *t.shape[1:]), dtype=dtype) for t in like)
-    packed = torch.zeros((like.k.shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like.k.device)
+    rows = torch.empty((like.k.shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like.k.device)
+    packed = rows if stores_first(plan.backend) else rows.zero_()
     return packed, KeyRows(*unpack_rows(packed, none))
 
 
@@ -223,9 +244,10 @@ class _Guests(Generic[Queries]):
         """The work of a stage. gradients: of its keys, in backward."""
         if not self._plan.moves_queries:
             return
+        fresh = self._rows is None
         if self._rows is None:
             self._rows = self._receive(self._arriving.wait())
-        self._compute(self._rows, keys, stage.guest_work, *gradients)
+        self._compute(self._rows, keys, stage.guest_work, *gradients, fresh)
         if stage is self._plan.stages[-1]:
             self._send_home(self._rows)
 
@@ -236,14 +258,17 @@ def _guests_of_forward(
     """They bring q, and take out and lse home."""
 
     def receive(came: Rows) -> Attending:
-        return _unattended(came[0], v, accumulator_dtype(own.q.dtype))
+        return _unattended(plan, came[0], v, accumulator_dtype(own.q.dtype))
+
+    def compute(rows: Attending, keys: KeyRows, work: Any, fresh: bool) -> None:
+        _attend(plan, scoring, rows, keys, work, fresh=fresh)
 
     def send_home(rows: Attending) -> None:
         results = (rows.out.to(own.q.dtype), rows.lse)
         returns.add(plan.exchanges.reduce(plan.queries, results, (own.out, own.lse), op="lse"))
 
     arriving = _send_queries(plan, (own.q,))
-    return _Guests(plan, arriving, receive, partial(_attend, plan, scoring), send_home)
+    return _Guests(plan, arriving, receive, compute, send_home)
 
 
 def _guests_of_backward(plan: BoundPlan, own: Returning, returns: _Returns, scoring: Scoring) -> _Guests[Returning]:
@@ -256,14 +281,18 @@ def _guests_of_backward(plan: BoundPlan, own: Returning, returns: _Returns, scor
 
     def receive(came: Rows) -> Returning:
         dout, q, out, lse = came
-        return Returning(dout, q, out, lse, torch.zeros(q.shape, dtype=dtype, device=q.device))
+        return Returning(dout, q, out, lse, _accumulator(plan, q, dtype))
+
+    def compute(rows: Returning, keys: KeyRows, work: Any, dkeys: KeyRows, fresh: bool) -> None:
+        # Guests come after own queries at home, where they are new, and before them in every later stage.
+        _differentiate(plan, scoring, rows, keys, work, dkeys, fresh_dq=fresh, fresh_dkv=not fresh)
 
     def send_home(rows: Returning) -> None:
         returns.add(plan.exchanges.reduce(plan.queries, (rows.dq,), (own.dq,)))
 
     delta = (row_delta(own.dout, own.out, dtype),) if plan.moves_queries else ()
     arriving = _send_queries(plan, (own.dout, own.q), (own.lse, *delta), then=with_out)
-    return _Guests(plan, arriving, receive, partial(_differentiate, plan, scoring), send_home)
+    return _Guests(plan, arriving, receive, compute, send_home)
 
 
 def _send_queries(
