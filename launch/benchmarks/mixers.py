@@ -54,7 +54,7 @@ MODELS = (
     Recurrence("MiniMax-01", "lightning attention", 64, 128, 128, False),
 )
 LENGTHS, LAYOUTS = (65_536, 262_144, 1_048_576), ("contiguous", "zigzag", "balanced")
-_DEEPSEEK = {"num_heads_q": 128, "num_heads_kv": 128, "head_dim": 192, "head_dim_v": 128}
+_DEEPSEEK: dict[str, Any] = {"num_heads_q": 128, "num_heads_kv": 128, "head_dim": 192, "head_dim_v": 128}
 
 
 def maps_received(spec: AttnMaskSpec, layout: Any, cp_size: int) -> int:
@@ -97,11 +97,9 @@ def worker(path: Path, tokens: int) -> None:
         for turn in range(2):  # ranks compare what they do in the first call
             received.clear()
             if latent_dim is None:
-                k, v = _expanded(latent, expand)
-                out = cpattn.attention(q, k, v, key)
+                out: Any = cpattn.attention(q, *_expanded(latent, expand), key)
             else:
                 out = cpattn.local_attention(q, *_expanded(cpattn.fetch(latent, key), expand), key)
-            assert isinstance(out, torch.Tensor)
             out.sum().backward()
             counted[name] = sum(received.values()) if turn else 0
     mine = torch.tensor(list(counted.values()))
@@ -126,7 +124,7 @@ def main() -> None:
     if options.worker is not None:
         worker(options.worker, options.tokens)
         return
-    result = {"stated": stated()}
+    result: dict[str, Any] = {"stated": stated()}
     for model in MODELS:
         mebibytes = result["stated"]["map_bytes"][model.model] / 2**20
         print(f"{model.model:22s} {model.layer:30s} {mebibytes:6.2f} MiB a map")

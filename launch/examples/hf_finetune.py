@@ -32,13 +32,14 @@ def load_model(name: str | None, tiny: str) -> Any:
         "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     }  # fmt: skip
+    config: Any
     if tiny == "hybrid":
-        kinds = {"layer_types": ["linear_attention", "full_attention"]}
-        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
-        config = transformers.Qwen3_5TextConfig(**sizes, **kinds, **heads, linear_value_head_dim=16)
+        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        sizes |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        config = transformers.Qwen3_5TextConfig(**sizes, layer_types=["linear_attention", "full_attention"])
     else:
-        kinds = {"layer_types": ["sliding_attention", "full_attention"]}
-        config = transformers.Gemma3TextConfig(**sizes, **kinds, sliding_window=64)
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3TextConfig(**sizes, sliding_window=64)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="cpattn")
 
