@@ -36,12 +36,12 @@ def serve_latents(decoder: nn.Module) -> dict[str, Any]:
         watch_layer(layer, hands_on_mask=True)
     if not served:
         return {}
-    layer = served[0]
+    first: Any = served[0]
     return {
-        "num_heads_kv": layer.num_heads,
-        "head_dim": layer.qk_nope_head_dim + layer.qk_rope_head_dim,
-        "head_dim_v": layer.v_head_dim,
-        "latent_dim": layer.kv_lora_rank + layer.qk_rope_head_dim,
+        "num_heads_kv": first.num_heads,
+        "head_dim": first.qk_nope_head_dim + first.qk_rope_head_dim,
+        "head_dim_v": first.v_head_dim,
+        "latent_dim": first.kv_lora_rank + first.qk_rope_head_dim,
         "schedule": "keys",
     }
 
