@@ -6,6 +6,8 @@ The public names load on first use (PEP 562): `import cpattn.solver` in a planni
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cpattn.runtime.at_exit import rest_at_exit as _rest_at_exit
+
 if TYPE_CHECKING:
     from cpattn.decoding.generation import ModelShape, generate
     from cpattn.decoding.kv_cache import PagedKVCache
@@ -82,3 +84,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULE_OF})
+
+
+_rest_at_exit()  # now, as handlers run last in, first out: whatever a script registers after this comes before
