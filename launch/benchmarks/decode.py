@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from cpattn.launch.demo.model import ModelConfig, Transformer
-from cpattn.launch.torchrun import die_with_parent, run_on_ranks
+from cpattn.launch.torchrun import run_on_ranks
 
 CONFIG = ModelConfig()
 # The bytes that a rank receives from others, as a share of the output of a collective.
@@ -61,7 +61,6 @@ def worker(path: Path, prompt: int, new: int) -> None:
     from cpattn.decoding.generation import generate
     from cpattn.decoding.kv_cache import PagedKVCache
 
-    die_with_parent()
     dist.init_process_group("gloo")
     received: Counter[str] = Counter()
     marks: list[tuple[float, dict[str, int]]] = []

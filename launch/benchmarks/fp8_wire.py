@@ -30,7 +30,7 @@ from cpattn.collectives import Fp8Rows
 from cpattn.launch.demo.data import batches
 from cpattn.launch.demo.model import Transformer, loss_sum
 from cpattn.launch.demo.recipe import Recipe, make_optimizer, optimizer_step
-from cpattn.launch.torchrun import die_with_parent, run_on_ranks
+from cpattn.launch.torchrun import run_on_ranks
 
 TOKENS, HEADS, HEAD_DIM = 1536, (4, 2), 64
 MASKS = {
@@ -149,7 +149,6 @@ def codec_seconds() -> dict[str, float]:
 
 
 def worker(path: Path, steps: int, learning_rate: float) -> None:
-    die_with_parent()
     dist.init_process_group("gloo")
     record: dict[str, Any] = {"masks": {}, "train": {}}
     for name in MASKS:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from cpattn.launch.torchrun import num_cores
+from cpattn.launch.torchrun import num_cores, rank_command
 
 _NAMES = ("cpattn-a", "cpattn-b")
 _DEVICES = ("cpattn-va", "cpattn-vb")
@@ -83,8 +83,7 @@ def run_on_hosts(module: str, args: Sequence[str], *, num_ranks: int) -> None:
                 f"--nproc-per-node={num_ranks // 2}",
                 f"--master-addr={_ADDRESSES[0]}",
                 f"--master-port={_PORT}",
-                "-m",
-                module,
+                *rank_command(module),
                 *args,
             ]
             command = ["ip", "netns", "exec", name, sys.executable, "-m", "cpattn.launch.torchrun", *torchrun]

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.launch.torchrun import die_with_parent, num_cores, run_on_ranks
+from cpattn.launch.torchrun import num_cores, run_on_ranks
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import HARDWARE, Heads, ScheduleKind, make_dispatch_plan, simulate
 from cpattn.solver.report import compare
@@ -61,7 +61,6 @@ PREDICTED: dict[str, Callable[[int], AttnMaskSpec]] = {
 
 def worker(out: Path, repeats: int) -> None:
     """One of eight ranks: steps on the first 1, 2, 4 and 8 ranks in turns."""
-    die_with_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

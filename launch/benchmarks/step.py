@@ -44,7 +44,7 @@ from torch.profiler import profile as torch_profile
 from cpattn.launch.benchmarks import schedules as sched
 from cpattn.launch.benchmarks.hosts import require_namespaces, run_on_hosts, two_hosts
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.launch.torchrun import die_with_parent, exit_on_sigterm, num_cores, run_on_ranks
+from cpattn.launch.torchrun import exit_on_sigterm, num_cores, run_on_ranks
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.solver import place_zigzag
 
@@ -119,7 +119,6 @@ def make_schedules(name: str, case: Case, dtype: str) -> tuple[list[sched.Schedu
 
 def worker(name: str, dtype: str, repeats: int, only: list[str], out: Path, dry: bool) -> None:
     """One rank: check every schedule, or `only` some, then time them in turns. Rank 0 writes the result."""
-    die_with_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     size, rank = dist.get_world_size(), dist.get_rank()

@@ -7,6 +7,7 @@ Run it as:
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +50,13 @@ RanksOption = Annotated[int | None, typer.Option(min=1, help="Ranks; the default
 StepsOption = Annotated[int, typer.Option(min=1, help="Training steps.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="Tokens per step.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of documents.")]
+EveryOption = Annotated[int, typer.Option(min=0, help="Steps from one checkpoint to the next; 0: none.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, on any number of ranks.")
+]
+RestartsOption = Annotated[
+    int, typer.Option(min=0, help="Times that all ranks start again, from the newest checkpoint, if one fails.")
+]
 OutOption = Annotated[Path, typer.Option(help="Folder for pictures and records.")]
 
 
@@ -78,24 +86,32 @@ class Outputs:
     def losses(self) -> Path:
         return self.folder / "loss.png"
 
-    def clear(self) -> None:
-        """Make the folder, and remove what an earlier run left: nothing old may pass for new."""
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def clear(self, *, resume: bool) -> None:
+        """Make the folder, and remove what an earlier run left, checkpoints too unless it goes on from them."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         for path in (self.recipe, self.ranks_steps, self.one_rank_steps, self.mask, self.losses):
             path.unlink(missing_ok=True)
 
 
-def train_both(recipe: Recipe, outputs: Outputs, num_ranks: int) -> None:
-    """The run on several ranks, then the run on one.
+def train_both(recipe: Recipe, outputs: Outputs, num_ranks: int, *, every: int, max_restarts: int) -> None:
+    """The run on several ranks, with a checkpoint after `every` steps (0: none), then the run on one.
 
     Raises:
         subprocess.CalledProcessError: one of them failed.
     """
     recipe.save(outputs.recipe)
+    checkpoints = [str(outputs.checkpoints), str(every)] if every else []
     run_on_ranks(
         "cpattn.launch.demo.train",
-        [str(outputs.recipe), str(outputs.ranks_steps), str(outputs.mask)],
+        [str(outputs.recipe), str(outputs.ranks_steps), str(outputs.mask), *checkpoints],
         num_ranks=num_ranks,
+        max_restarts=max_restarts,
     )
     one_rank = [str(outputs.recipe), str(outputs.one_rank_steps)]
     run([sys.executable, "-m", "cpattn.launch.demo.baseline", *one_rank])
@@ -123,12 +139,17 @@ def demo(
     steps: StepsOption = DEFAULTS.num_steps,
     tokens: TokensOption = DEFAULTS.num_tokens,
     seed: SeedOption = 0,
+    checkpoint_every: EveryOption = 10,
+    resume: ResumeOption = False,
+    max_restarts: RestartsOption = 0,
     out: OutOption = Path("runs/demo"),
 ) -> None:
     """Train a small transformer with its sequence spread over ranks, then on one rank without cpattn."""
     console = Console()
     began = time.perf_counter()
     exit_on_sigterm()
+    if resume and not checkpoint_every:
+        raise typer.BadParameter("--resume goes on from checkpoints, and --checkpoint-every is 0")
     folder = None if data is None else str(data.resolve())
     recipe = Recipe(data=folder, num_steps=steps, num_tokens=tokens, seed=seed)
     outputs = Outputs(out)
@@ -142,9 +163,9 @@ def demo(
         f"{steps} steps of {tokens:,} tokens ({len(first.seqlens)} documents in the first), "
         f"{num_ranks} ranks on {devices}"
     )
-    outputs.clear()
+    outputs.clear(resume=resume)
     try:
-        train_both(recipe, outputs, num_ranks)
+        train_both(recipe, outputs, num_ranks, every=checkpoint_every, max_restarts=max_restarts)
     except subprocess.CalledProcessError as error:
         console.print(f"[red]error:[/] a run failed with exit status {error.returncode}; its output is above")
         raise typer.Exit(1) from None

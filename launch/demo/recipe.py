@@ -41,8 +41,24 @@ class Recipe:
         """Linear warm-up, then constant; steps count from 0."""
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+    def require_same_training(self, other: dict[str, Any]) -> None:
+        """Check that another recipe's steps (`to_dict`) are this one's, as far as both go.
+
+        Raises:
+            ValueError: names what differs, the number of steps apart.
+        """
+        mine = self.to_dict()
+        differs = [name for name in mine if name != "num_steps" and mine[name] != other.get(name)]
+        if differs:
+            what = ", ".join(f"{name} is {mine[name]!r} and was {other.get(name)!r}" for name in differs)
+            raise ValueError(f"the checkpoint is of another training: {what}; give another folder, or the same options")
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -83,8 +99,8 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress_bar(title: str, num_steps: int, *, shown: bool = True) -> Iterator[Advance]:
-    """A bar over the steps on a terminal, now and then a line elsewhere, nothing if not shown."""
+def progress_bar(title: str, num_steps: int, *, done: int = 0, shown: bool = True) -> Iterator[Advance]:
+    """A bar over the steps on a terminal, now and then a line elsewhere, nothing if not shown. done: steps before."""
     console = Console(quiet=not shown)
     columns = (
         TextColumn("{task.description}"),
@@ -93,9 +109,8 @@ def progress_bar(title: str, num_steps: int, *, shown: bool = True) -> Iterator[
         TimeElapsedColumn(),
         TextColumn("loss {task.fields[loss]}"),
     )
-    done = 0
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(title, total=num_steps, loss="-")
+        task = progress.add_task(title, total=num_steps, completed=done, loss="-")
 
         def advance(loss: float) -> None:
             nonlocal done

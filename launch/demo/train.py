@@ -1,6 +1,9 @@
 """Training with the sequence spread over ranks: what torchrun starts on each of them.
 
-    torchrun --nproc-per-node 4 -m cpattn.launch.demo.train RECIPE.json STEPS.json MASK.png
+    torchrun --nproc-per-node 4 -m cpattn.launch.demo.train RECIPE.json STEPS.json MASK.png [CHECKPOINTS EVERY]
+
+With CHECKPOINTS, a folder, the run goes on from the newest checkpoint there, whatever number of ranks wrote it, and
+writes one after each EVERY steps: `torchrun --max-restarts` then loses no more than those.
 
 Every rank holds the whole model and its own rows of every batch. A rank's gradients are those of the
 loss of its own rows, so the gradient of the whole loss is their sum over ranks.
@@ -14,25 +17,25 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import cpattn
-from cpattn.launch.torchrun import die_with_parent
 
+from .checkpoint import CheckpointError, Checkpoints
 from .data import Batch, batches
 from .model import ModelConfig, Transformer, loss_sum
 from .pictures import draw_plan
 from .recipe import Recipe, make_optimizer, optimizer_step, progress_bar, save_steps
 
 
-def make_key(batch: Batch, config: ModelConfig, group: dist.ProcessGroup) -> cpattn.AttnKey:
+def make_key(seqlens: list[int], config: ModelConfig, group: dist.ProcessGroup) -> cpattn.AttnKey:
     """The plan for one batch: its documents, spread over the ranks of the group."""
     return cpattn.make_key(
-        cpattn.AttnMaskSpec.varlen(batch.seqlens),
+        cpattn.AttnMaskSpec.varlen(seqlens),
         num_heads_q=config.num_heads_q,
         num_heads_kv=config.num_heads_kv,
         head_dim=config.head_dim,
@@ -75,46 +78,86 @@ def plan_figures(key: cpattn.AttnKey) -> dict[str, Any]:
     }
 
 
-def train(recipe: Recipe, group: dist.ProcessGroup, device: torch.device, mask_path: Path) -> list[dict[str, Any]]:
-    """All steps; one record for each. The plan of the batch with most documents is drawn and described."""
-    rank = dist.get_rank(group)
+class State(NamedTuple):
+    """What training changes: the model, its optimizer, and one record for each step that is done."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    steps: list[dict[str, Any]]
+
+
+def start(recipe: Recipe, device: torch.device, checkpoints: Checkpoints | None) -> State:
+    """The state before the first step, or the newest checkpoint's.
+
+    Raises:
+        ValueError: the checkpoint is of a run with another recipe.
+    """
     model = Transformer(recipe.model, seed=recipe.seed).to(device)
-    optimizer = make_optimizer(model)
+    state = State(model, make_optimizer(model), [])
+    run = None if checkpoints is None else checkpoints.load(model, state.optimizer)
+    if run is not None:
+        recipe.require_same_training(run["recipe"])
+        state.steps.extend(run["steps"])
+    return state
+
+
+def train_step(
+    batch: Batch, state: State, recipe: Recipe, group: dist.ProcessGroup, device: torch.device
+) -> dict[str, Any]:
+    """One step, and its record."""
+    began = time.perf_counter()
+    key = make_key(batch.seqlens, recipe.model, group)
+    planned = time.perf_counter()
+    loss = local_loss(state.model, batch, key, device)
+    loss.backward()
+    sum_gradients(state.model.parameters(), group)
+    optimizer_step(state.optimizer, recipe.learning_rate_at(len(state.steps)))
+    return {
+        "loss": sum_over_ranks(loss, group),
+        "seconds": time.perf_counter() - began,
+        "planning_seconds": planned - began,
+        "seqlens": batch.seqlens,
+        "plan": plan_figures(key),
+    }
+
+
+def train(
+    recipe: Recipe, group: dist.ProcessGroup, device: torch.device, checkpoints: Checkpoints | None = None
+) -> list[dict[str, Any]]:
+    """All steps that are not done yet; one record for each step, also of those before."""
+    state = start(recipe, device, checkpoints)
     stream = batches(recipe.folder, num_tokens=recipe.num_tokens, seed=recipe.seed)
-    steps: list[dict[str, Any]] = []
-    shown_key, shown_step = None, -1
+    for _ in state.steps:
+        next(stream)
     title = f"{dist.get_world_size(group)} ranks, cpattn"
-    with progress_bar(title, recipe.num_steps, shown=rank == 0) as advance:
-        for step in range(recipe.num_steps):
+    done = len(state.steps)
+    if done and dist.get_rank(group) == 0:
+        print(f"{title}: going on after step {done}/{recipe.num_steps}", flush=True)
+    with progress_bar(title, recipe.num_steps, done=done, shown=dist.get_rank(group) == 0) as advance:
+        for step in range(done, recipe.num_steps):
             began = time.perf_counter()
             batch = next(stream)
-            before_planning = time.perf_counter()
-            key = make_key(batch, recipe.model, group)
-            planned = time.perf_counter()
-            loss = local_loss(model, batch, key, device)
-            loss.backward()
-            sum_gradients(model.parameters(), group)
-            optimizer_step(optimizer, recipe.learning_rate_at(step))
-            steps.append(
-                {
-                    "loss": sum_over_ranks(loss, group),
-                    "seconds": time.perf_counter() - began,
-                    "planning_seconds": planned - before_planning,
-                    "seqlens": batch.seqlens,
-                    "plan": plan_figures(key),
-                }
-            )
-            if shown_key is None or len(batch.seqlens) > len(steps[shown_step]["seqlens"]):
-                shown_key, shown_step = key, step
-            advance(steps[-1]["loss"])
-    if rank == 0 and shown_key is not None:
-        draw_plan(shown_key.plan, mask_path)
-        steps[shown_step]["description"] = shown_key.describe(torch.float32)
-    return steps
+            reading = time.perf_counter() - began
+            record = train_step(batch, state, recipe, group, device)
+            record["seconds"] += reading
+            state.steps.append(record)
+            advance(record["loss"])
+            if checkpoints is not None and checkpoints.due(step + 1, recipe.num_steps):
+                run = {"recipe": recipe.to_dict(), "steps": state.steps}
+                checkpoints.save(step + 1, run, state.model, state.optimizer)
+    return state.steps
 
 
-def main(recipe_path: str, steps_path: str, mask_path: str) -> None:
-    die_with_parent()
+def describe_fullest(steps: list[dict[str, Any]], recipe: Recipe, group: dist.ProcessGroup, mask_path: Path) -> None:
+    """Draw and describe the plan of the batch with most documents."""
+    fullest = max(steps, key=lambda step: len(step["seqlens"]))
+    key = make_key(fullest["seqlens"], recipe.model, group)
+    if dist.get_rank(group) == 0:
+        draw_plan(key.plan, mask_path)
+        fullest["description"] = key.describe(torch.float32)
+
+
+def main(recipe_path: str, steps_path: str, mask_path: str, folder: str = "", every: str = "0") -> None:
     device = torch.device("cpu")
     if torch.cuda.device_count() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -122,10 +165,15 @@ def main(recipe_path: str, steps_path: str, mask_path: str) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group = dist.group.WORLD
     assert group is not None
+    recipe = Recipe.load(Path(recipe_path))
+    checkpoints = Checkpoints(Path(folder), int(every)) if folder else None
     try:
-        steps = train(Recipe.load(Path(recipe_path)), group, device, Path(mask_path))
+        steps = train(recipe, group, device, checkpoints)
+        describe_fullest(steps, recipe, group, Path(mask_path))
         if dist.get_rank() == 0:
             save_steps(Path(steps_path), steps)
+    except (CheckpointError, ValueError) as error:
+        sys.exit(f"rank {dist.get_rank()}: {error}")
     finally:
         dist.destroy_process_group()
 
