@@ -14,6 +14,7 @@ from .exchange import (
     packed_row_bytes,
     unpack_rows,
 )
+from .headers import PendingHeaders, gather_headers, roll_call
 from .heads import HeadExchange, heads_to_rows, rows_to_heads
 from .merge import merge_partials
 from .wire import Fp8Rows, RowCodec, cast_encoded
@@ -21,6 +22,7 @@ from .wire import Fp8Rows, RowCodec, cast_encoded
 __all__ = [
     "Fp8Rows",
     "HeadExchange",
+    "PendingHeaders",
     "PendingRows",
     "RowCodec",
     "RowRoutes",
@@ -29,11 +31,13 @@ __all__ = [
     "backend_of",
     "cast_encoded",
     "control_device",
+    "gather_headers",
     "group_cast",
     "group_reduce",
     "heads_to_rows",
     "merge_partials",
     "packed_row_bytes",
+    "roll_call",
     "rows_to_heads",
     "unpack_rows",
 ]

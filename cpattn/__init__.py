@@ -11,6 +11,7 @@ from cpattn.runtime.at_exit import rest_at_exit as _rest_at_exit
 if TYPE_CHECKING:
     from cpattn.decoding.generation import ModelShape, generate
     from cpattn.decoding.kv_cache import PagedKVCache
+    from cpattn.keys.cache import clear_key_cache
     from cpattn.keys.key import AttnKey
     from cpattn.keys.make import make_key
     from cpattn.masks.spec import AttnMaskSpec
@@ -36,6 +37,7 @@ __all__ = [
     "attention",
     "attention_checkpoint_contexts",
     "attention_checkpoint_policy",
+    "clear_key_cache",
     "dispatch",
     "fetch",
     "generate",
@@ -45,6 +47,7 @@ __all__ = [
     "plan_ahead",
     "position_ids",
     "profile",
+    "require_replicated",
     "roll",
     "undispatch",
 ]
@@ -59,6 +62,7 @@ _MODULE_OF = {
     "attention": "ops.attention",
     "attention_checkpoint_contexts": "ops.checkpointing",
     "attention_checkpoint_policy": "ops.checkpointing",
+    "clear_key_cache": "keys.cache",
     "dispatch": "ops.layout",
     "fetch": "ops.fetch",
     "local_attention": "ops.fetch",
@@ -68,6 +72,7 @@ _MODULE_OF = {
     "plan_ahead": "planning.ahead",
     "position_ids": "ops.layout",
     "profile": "runtime.recording",
+    "require_replicated": "runtime.agreement",
     "roll": "ops.layout",
     "undispatch": "ops.layout",
 }

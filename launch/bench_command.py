@@ -41,8 +41,8 @@ from .options import (
     SeqlenOption,
     StagesOption,
     WindowOption,
+    answering,
     heads_of_option,
-    refused,
     require_folder,
     spec_of_options,
 )
@@ -91,7 +91,7 @@ def bench_command(
 ) -> None:
     """Run an attention layer, forward and backward, and show compute, transfers and exposed waits of every rank."""
     with launched_ranks() as (device, group):
-        try:
+        with answering():
             from cpattn import make_key
 
             require_folder("--trace", trace)
@@ -115,8 +115,6 @@ def bench_command(
             inner = key if key.sharding is None else key.sharding.inner
             inner.bind(device, _torch_dtype(dtype))  # or it says why the backend does not serve it
             machine = _machine(hardware, shape, device)
-        except ValueError as error:
-            raise refused(error) from None
         measured = measure(key, _torch_dtype(dtype), device, repeats)
         if measured is None:
             return

@@ -21,7 +21,7 @@ import typer
 
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
-from .options import HeadDimOption, HeadsOption, heads_of_option, refused, require_folder
+from .options import HeadDimOption, HeadsOption, answering, heads_of_option, require_folder
 from .torchrun import num_cores
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def calibrate_command(
     head_dim: HeadDimOption = 64,
 ) -> None:
     """Measure kernel, copies and (under torchrun) links; print and store them as JSON."""
-    try:
+    with answering():
         shape = heads_of_option(heads, head_dim)
         if tokens and tokens < _LEAST_TOKENS:
             raise ValueError(f"--tokens is {tokens}: give at least {_LEAST_TOKENS}, or 0 for the default")
@@ -52,8 +52,6 @@ def calibrate_command(
             if out.is_dir() or not out.resolve().parent.is_dir():
                 raise ValueError(f"--out is {out}: give a file in a folder that exists")
             require_folder("--out", out.resolve().parent)
-    except ValueError as error:
-        raise refused(error) from None
     with launched_ranks() as (device, group):
         cuda = device.type == "cuda"
         shape = replace(shape, itemsize=2 if cuda else 4)

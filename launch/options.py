@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,6 +17,7 @@ from rich.markup import escape
 
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.solver import Heads
+from cpattn.solver.outside import parse_json, read_text
 
 
 class MaskName(str, Enum):
@@ -44,6 +48,13 @@ LengthsOption: TypeAlias = Annotated[str, typer.Option(help="Document lengths in
 FileOption: TypeAlias = Annotated[Path | None, typer.Option(help="JSON file with the mask: see docs/planning.md.")]
 WindowOption: TypeAlias = Annotated[int | None, typer.Option(help="Keys that a query sees, itself included.")]
 BlockOption: TypeAlias = Annotated[int | None, typer.Option(help="Tokens of a block of block-causal; default: 1024.")]
+# The most that a command takes: far beyond any use, and within what it can answer.
+MAX_TOKENS = 1 << 62
+MAX_HEADS = 1 << 16
+MAX_RANKS = 1 << 14
+MAX_CHUNKS = 1 << 24
+# A mask of many ranges or documents can take hours: a command says so and stops.
+LIMIT_S = 900
 # Dtypes by the names of options and of torch.
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 # Heads (`heads_of_option`).
@@ -61,6 +72,41 @@ def refused(error: ValueError) -> typer.Exit:
     """Say what is wrong with the options, and how to end the command."""
     Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
+
+
+@contextmanager
+def answering(limit_s: float = 0) -> Iterator[None]:
+    """What a command does with what it was given: an error ends it with a sentence and status 2, not with a traceback.
+
+    Args:
+        limit_s: seconds after which the body ends with such an error too; 0: none. Only in the main thread.
+    """
+    try:
+        with _within(limit_s):
+            yield
+    except ValueError as error:
+        raise refused(error) from None
+    except MemoryError:
+        raise refused(ValueError("this needs more memory than there is: give fewer tokens or larger chunks")) from None
+
+
+@contextmanager
+def _within(limit_s: float) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise ValueError(
+            f"no answer within {limit_s:g} seconds: give fewer documents, ranges or ranks, or more time (--limit)"
+        )
+
+    if not limit_s or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def require_folder(option: str, path: Path | None) -> None:
@@ -87,6 +133,8 @@ def heads_of_option(text: str, head_dim: int) -> Heads:
         num_q, num_kv = (int(part) for part in text.split(":"))
     except ValueError:
         raise ValueError(f"--heads is {text!r}: give query and key heads as 32:8") from None
+    if max(num_q, num_kv, head_dim) > MAX_HEADS:
+        raise ValueError(f"--heads {text}, dim {head_dim}: none of them may exceed {MAX_HEADS:,}")
     if num_q < 1 or num_kv < 1 or num_q % num_kv or head_dim < 1:
         raise ValueError(f"--heads {text}, dim {head_dim}: query heads must be a multiple of key heads, all at least 1")
     return Heads(num_q, num_kv, head_dim, head_dim)
@@ -101,9 +149,12 @@ def parse_count(text: str) -> int:
     units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
     digits, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
     try:
-        return int(digits) * unit
+        count = int(digits) * unit
     except ValueError:
-        raise ValueError(f"{text!r} is not a number of tokens: write 65536, 64K or 4M") from None
+        raise ValueError(f"{text[:40]!r} is not a number of tokens: write 65536, 64K or 4M") from None
+    if count > MAX_TOKENS:
+        raise ValueError(f"{text[:40]} tokens are more than {MAX_TOKENS:,}: they cannot be counted in 64 bits")
+    return count
 
 
 def spec_of_options(
@@ -123,7 +174,7 @@ def spec_of_options(
     if window is not None and mask not in (MaskName.causal, MaskName.window):
         raise ValueError(f"--window {window} is a causal window and --mask is {mask.value}: they do not go together")
     if file is not None:
-        return spec_from_json(_read(file), name=str(file))
+        return spec_from_json(read_text(file), name=str(file))
     documents = [parse_count(part) for part in (seqlen or lengths).split(",")]
     if mask is MaskName.window or window is not None:
         if window is None:
@@ -132,13 +183,6 @@ def spec_of_options(
     if mask is MaskName.block_causal:
         return AttnMaskSpec.block_causal(documents, 1024 if block is None else block)
     return AttnMaskSpec.varlen(documents, causal=mask is MaskName.causal)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 _JSON_KINDS: dict[str, frozenset[str]] = {
@@ -163,8 +207,8 @@ def spec_from_json(text: str, *, name: str = "mask") -> AttnMaskSpec:
     8
     """
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if isinstance(data, list):
         data = {"lengths": data}
@@ -176,13 +220,25 @@ def spec_from_json(text: str, *, name: str = "mask") -> AttnMaskSpec:
     unknown = set(data) - _JSON_KINDS[kind]
     if unknown:
         raise ValueError(f"{name} has {', '.join(sorted(unknown))}: the fields are {fields}")
+    for field in set(data) - {"causal"}:
+        _require_no_booleans(data[field], f"{name}: {field}")
     try:
         return _spec_of_fields(kind, data)
+    except OverflowError:
+        raise ValueError(f"{name} holds a number of more than 63 bits: no mask has that many tokens") from None
     except (KeyError, TypeError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{name}: {missing}; the fields are {fields}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _require_no_booleans(value: Any, name: str) -> None:
+    """Python takes True for 1; a file that says true where a number belongs says something else."""
+    if isinstance(value, bool):
+        raise ValueError(f"{name} holds {json.dumps(value)} where a number belongs")
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_no_booleans(child, name)
 
 
 def _spec_of_fields(kind: str, data: dict[str, Any]) -> AttnMaskSpec:

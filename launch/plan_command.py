@@ -26,6 +26,9 @@ from cpattn.solver import (
 )
 
 from .options import (
+    LIMIT_S,
+    MAX_CHUNKS,
+    MAX_RANKS,
     BlockOption,
     FileOption,
     HeadDimOption,
@@ -40,8 +43,8 @@ from .options import (
     SeqlenOption,
     StagesOption,
     WindowOption,
+    answering,
     heads_of_option,
-    refused,
     require_folder,
     spec_of_options,
 )
@@ -70,14 +73,13 @@ def plan_command(
     schedule: ScheduleOption = Schedules.auto,
     num_stages: StagesOption = None,
     search_effort: Annotated[int, typer.Option(help="Iterations of extra placement search.")] = 0,
-    hardware: Annotated[
-        str, typer.Option(help=f"{', '.join(HARDWARE)}, or a JSON file of cpattn calibrate.")
-    ] = "h100",
+    hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}, or a JSON file of cpattn calibrate.")] = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds after which to give up; 0: never.")] = LIMIT_S,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this folder, as PNG and PDF.")] = None,
 ) -> None:
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
-    try:
+    with answering(limit):
         spec = spec_of_options(mask, seqlen, lengths, file, window, block)
         require_folder("--plot", plot)
         machine = find_hardware(hardware)
@@ -92,8 +94,6 @@ def plan_command(
         )
         answer = _answer(spec, ranks, heads_of_option(heads, head_dim), options)
         _check_balance(answer.report, imbalance)
-    except ValueError as error:
-        raise refused(error) from None
     if as_json:
         print(json.dumps({**answer.report.to_dict(), "planning_cpu_seconds": round(answer.cpu_seconds, 4)}, indent=2))
     else:
@@ -126,9 +126,12 @@ def _answer(spec: AttnMaskSpec, ranks: int, heads: Heads, options: PlanOptions) 
 
 def _chunk_size(asked: int | None, spec: AttnMaskSpec, ranks: int) -> int:
     """What is asked for, or a sixteenth of a rank's tokens."""
-    if ranks < 1:
-        raise ValueError(f"--ranks is {ranks}: it must be at least 1")
-    return max(1, spec.total_seqlen // (16 * ranks)) if asked is None else asked
+    if not 1 <= ranks <= MAX_RANKS:
+        raise ValueError(f"--ranks is {ranks}: it must be at least 1, and at most {MAX_RANKS:,}")
+    chunk = max(1, spec.total_seqlen // (16 * ranks)) if asked is None else asked
+    if chunk > 0 and max(spec.total_seqlen, spec.seqlen_k) > MAX_CHUNKS * chunk:
+        raise ValueError(f"--chunk-size is {chunk}: {spec.total_seqlen:,} tokens have more than {MAX_CHUNKS:,} of them")
+    return chunk
 
 
 def _check_balance(report: PlanReport, limit: float | None) -> None:
@@ -182,7 +185,12 @@ def _row(table: Table, name: str, mean: float, most: float, bound: float | None,
     ratio = f"{most / mean:.3f}" if mean else "-"
     known = bound is not None and bound > 0
     table.add_row(
-        name, show(mean), show(most), ratio, show(bound) if known else "-", f"{most / bound:.2f}" if known else "-"  # type: ignore[operator]
+        name,
+        show(mean),
+        show(most),
+        ratio,
+        show(bound) if known else "-",
+        f"{most / bound:.2f}" if known else "-",  # type: ignore[operator]
     )
 
 

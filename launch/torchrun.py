@@ -86,15 +86,29 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         os._exit(1)
 
 
+def join_ranks(backend: str) -> None:
+    """`init_process_group` for ranks that torchrun may start again.
+
+    torchrun keeps its store over a restart, with the addresses of the ranks before: a rank that comes early would
+    connect to those. Here each start has keys of its own.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start {start}", store), rank=rank, world_size=size)
+
+
 def main() -> None:
     """torchrun's own command line, without its traceback where a rank has already printed its own."""
     die_with_parent()  # nothing to stop yet
-    os.environ[STARTED_BY] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     die_with_parent(signal.SIGTERM)
+    os.environ[STARTED_BY] = str(os.getpid())
     try:
         torchrun()
     except ChildFailedError as error:

@@ -20,6 +20,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .outside import parse_json
+
 FloatArray = NDArray[np.float64]
 
 _FP32 = 4
@@ -228,8 +230,8 @@ class Hardware:
         """
         expected = f"expected a JSON object with {', '.join(field.name for field in fields(cls))}"
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not a hardware description ({error}): {expected}") from error
         if not isinstance(values, dict):
             raise ValueError(f"not a hardware description (a {type(values).__name__}): {expected}")
@@ -240,7 +242,7 @@ class Hardware:
             within, across = Link(**values.pop("within")), Link(**values.pop("across"))
             transports = tuple(TransportTimes(**times) for times in values.pop("transports", ()))
             return cls(**values, within=within, across=across, transports=transports)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"not a hardware description ({error}): {expected}") from error
 
     def transport_for(self, peers: float, peer_bytes: float) -> TransportName:

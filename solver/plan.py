@@ -124,6 +124,20 @@ class Plan:
     def cp_size(self) -> int:
         return self.q_placement.cp_size
 
+    def require_whole(self) -> None:
+        """Check that a plan that was stored or sent is still what its fingerprint says.
+
+        Raises:
+            ValueError: it is not.
+        """
+        placements, routes = (self.q_placement, self.k_placement), (self.q_routes, self.kv_routes)
+        found = _fingerprint(self.tasks, self.task_ranks, *placements, *routes, self.num_stages, self.ranks_per_node)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"the plan's contents have the fingerprint {found} and it says {self.fingerprint}: it was damaged or "
+                f"changed after it was made; make it again"
+            )
+
     def areas(self) -> IntArray:
         """Visible pairs that each rank computes, [cp_size]."""
         # bincount sums in float64, which is exact up to 2**53 pairs.

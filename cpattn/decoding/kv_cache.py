@@ -93,6 +93,7 @@ class PagedKVCache:
         documents = _documents_of(key.spec)
         page_size = read_int("page_size", page_size)
         max_new_tokens = read_int("max_new_tokens", max_new_tokens, least=0)
+        windows = tuple(windows)  # of numpy too
         if not windows:
             raise ValueError("windows is empty: give one entry for each layer, a window or None")
         windows = tuple(None if window is None else read_int("a layer's window", window) for window in windows)
@@ -374,7 +375,13 @@ class PagedKVCache:
         pool.table[b].copy_(row, non_blocking=True)
 
     def release(self, b: int) -> None:
-        """Free all pages of a sequence that has ended; what it decodes from now on is of no use."""
+        """Free all pages of a sequence that has ended; what it decodes from now on is of no use.
+
+        Raises:
+            ValueError: the cache has no sequence of that number.
+        """
+        if not isinstance(b, (int, np.integer)) or isinstance(b, bool) or not 0 <= b < self.batch_size:
+            raise ValueError(f"release: sequence is {b!r}: the cache has sequences 0 to {self.batch_size - 1}")
         for pool in self._pools:
             if pool.host_pages[b]:
                 self._forget(pool, b, len(pool.host_pages[b]))

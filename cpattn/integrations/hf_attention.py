@@ -117,10 +117,12 @@ def _sharded_attention(
     bound = mask.key.with_heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2])
     mask.shard.num_layers_run += 1
     numbers: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sink": sink}
+    # Compiled layers share their code, which a number in it would keep them from.
+    layer = None if torch.compiler.is_compiling() else getattr(module, "layer_idx", None)
     if fetched:
         out = local_attention(q, k, v, bound, **numbers)
     else:
-        out = attention(q, k[: len(q)], v[: len(q)], bound, **numbers)
+        out = attention(q, k[: len(q)], v[: len(q)], bound, layer=layer, **numbers)
     assert isinstance(out, Tensor)
     stand_in = tokens - mask.key.num_tokens
     return F.pad(out, (0, 0, 0, 0, 0, stand_in)).unsqueeze(0) if stand_in else out.unsqueeze(0)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,14 +17,23 @@ from torch import Tensor
 
 Key = TypeVar("Key")
 
+
+class _Cache(NamedTuple):
+    """The keys of a group by what they were made for, oldest first."""
+
+    group: dist.ProcessGroup | None
+    keys: dict[Any, Any]
+
+
 MAX_CACHED_KEYS = 64
 
 _handles = itertools.count(1)
 _keys_by_handle: WeakValueDictionary[int, Any] = WeakValueDictionary()
 # One for each group, by its id (its keys hold the group, so the id is not reused while they live). In a common
 # one, keys of a group that only some ranks belong to would push out others on those ranks alone; a hit there and
-# a miss here would leave ranks waiting in the comparison of a new key.
-_caches: dict[int, OrderedDict[Any, Any]] = {}
+# a miss here would leave ranks waiting in the comparison of a new key. For the same reason a hit changes nothing:
+# keys go in the order in which they were made, which is the same on all ranks.
+_caches: dict[int, _Cache] = {}
 _cache_lock = threading.Lock()
 
 
@@ -54,21 +62,33 @@ def find_by_handle(handle: Tensor) -> Any:
 def cached(group: dist.ProcessGroup | None, identity: Any, make: Callable[[], Key]) -> Key:
     """The key of this identity in the group, made if it is not there."""
     with _cache_lock:
-        cache = _caches.setdefault(id(group), OrderedDict())
-        key: Key | None = cache.get(identity)
-        if key is not None:
-            cache.move_to_end(identity)
-            return key
+        _let_go_of_destroyed_groups()
+        known = _caches.setdefault(id(group), _Cache(group, {})).keys
+        key: Key | None = known.get(identity)
+    if key is not None:
+        return key
     key = make()
     with _cache_lock:
-        cache = _caches.setdefault(id(group), OrderedDict())
-        cache[identity] = key
-        while len(cache) > MAX_CACHED_KEYS:
-            cache.popitem(last=False)
+        known = _caches.setdefault(id(group), _Cache(group, {})).keys
+        known[identity] = key
+        while len(known) > MAX_CACHED_KEYS:
+            del known[next(iter(known))]
     return key
 
 
+def _let_go_of_destroyed_groups() -> None:
+    """A group that was destroyed keeps sockets and threads as long as something holds it."""
+    alive = dist.distributed_c10d._world.pg_map if dist.is_initialized() else {}
+    for number, cache in list(_caches.items()):
+        if cache.group is not None and cache.group not in alive:
+            del _caches[number]
+
+
 def clear_key_cache() -> None:
-    """Forget all cached keys (those still referenced go on working)."""
+    """Forget all cached keys, and let go of their groups; keys that are still referenced go on working.
+
+    Call it on all ranks of a group, or on none: otherwise some would make a key anew, and the others find it here.
+    Keys of a group that was destroyed are forgotten without it, when the next key is made.
+    """
     with _cache_lock:
         _caches.clear()

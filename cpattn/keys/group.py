@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+
+from cpattn.runtime.identity import require_own_process
 
 
 class CpRanks(NamedTuple):
@@ -22,8 +25,12 @@ def find_ranks(cp_group: Any) -> CpRanks:
     """The ranks of a process group or mesh; those of a group of one have no group.
 
     Raises:
-        ValueError: this rank is not among them, or a mesh does not say which of its axes is meant.
+        ValueError: this rank is not among them, a mesh does not say which of its axes is meant, or a launcher has
+            started several ranks and no group has been made yet.
+        RuntimeError: the process was forked from the one that made the group.
     """
+    if isinstance(cp_group, str) and cp_group == "self":
+        return CpRanks(None, 1, 0)
     group = _resolve_group(cp_group)
     return CpRanks(None, 1, 0) if group is None else CpRanks(group, dist.get_world_size(group), dist.get_rank(group))
 
@@ -42,6 +49,12 @@ def _context_axis(mesh: Any) -> Any:
 def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
     """A process group of two ranks or more, or None."""
     if cp_group is None:
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started.isdecimal() and int(started) > 1 and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                f"cp_group is None and WORLD_SIZE is {started}: dist.group.WORLD is None until the ranks have met; "
+                f"call torch.distributed.init_process_group first, or say that each rank is alone with cp_group='self'"
+            )
         return None
     if hasattr(cp_group, "mesh_dim_names"):  # DeviceMesh
         cp_group = _context_axis(cp_group)
@@ -52,4 +65,5 @@ def _resolve_group(cp_group: Any) -> dist.ProcessGroup | None:
             f"cp_group is {cp_group!r}: this rank ({dist.get_rank() if dist.is_initialized() else 0}) is "
             f"not in it; pass a ProcessGroup or DeviceMesh that contains this rank, or None for one rank"
         )
+    require_own_process(os.getpid(), cp_group)
     return cp_group if dist.get_world_size(cp_group) > 1 else None

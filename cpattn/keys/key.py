@@ -6,8 +6,10 @@ all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ from cpattn.planning.options import check_spec, read_heads, window_on_mask
 from cpattn.runtime.agreement import require_agreement
 from cpattn.runtime.bound import BoundPlan, bind_plan
 from cpattn.runtime.exchanges import Exchanges
+from cpattn.runtime.identity import Saying, calls_of
 from cpattn.runtime.memory import StepMemory, memory_with_trades, step_memory
 from cpattn.runtime.trades import HeadTrades
 from cpattn.solver import (
@@ -85,7 +88,6 @@ class AttnKey:
         self.cached_tensors: dict[Any, Any] = {}
         self._bound: dict[Any, BoundPlan] = {}
         self._stated: dict[Any, StepMemory] = {}
-        self._agreed: set[Any] = set()
         self._by_heads: dict[Any, AttnKey] = {}
         self.handle = new_handle(self)
 
@@ -149,12 +151,32 @@ class AttnKey:
                     f"{self.cp_rank}, heads, head dim); did you dispatch with this key?"
                 )
 
-    def agree(self, **fields: Any) -> None:
-        """Compare the fields of a first call between ranks; later calls with the same cost nothing."""
-        kind = tuple(fields.items())
-        if kind not in self._agreed:
-            require_agreement("attention", fields, self.cp_group)
-            self._agreed.add(kind)
+    @cached_property
+    def identity(self) -> str:
+        """What ranks have in common of this key, briefly and with a digest: it travels with each call."""
+        return self.planned.identity()
+
+    def calling(self, what: str, device: torch.device, /, **fields: Any) -> AbstractContextManager[int]:
+        """Tell the other ranks of a pass, and run the block with its number once all have told the same.
+
+        The block runs at once where there is nobody to tell, or the key was made with identify=False; the number is -1.
+
+        Raises:
+            ValueError, LostRankError, RuntimeError: see `Calls.passing`.
+        """
+        if self.cp_group is None or not self.options.running.identify:
+            return nullcontext(-1)
+        return calls_of(self.cp_group).passing(Saying.of(what, {"key": self.identity, **fields}), device)
+
+    @contextmanager
+    def checking(self, what: str) -> Iterator[None]:
+        """Before a pass: what is raised in the block, the ranks that wait in the pass hear of, and raise too."""
+        try:
+            yield
+        except Exception as error:
+            if self.cp_group is not None and self.options.running.identify:
+                calls_of(self.cp_group).fail(what, error)
+            raise
 
     def with_mask(
         self, spec: AttnMaskSpec, *, window: int | Sequence[int | None] | None = None
@@ -301,6 +323,7 @@ def _shard_heads(key: AttnKey) -> HeadSharding:
     keys = exchange(key.k_placement, [part.kv for part in parts], key.num_heads_kv)
     contexts = CpRanks(key.cp_group, key.plan.cp_size, context)
     inner = AttnKey(_inner_of(key, parts[nth]), spread_rank_plan(key.rank_plan, degree, nth), contexts)
+    inner.identity = key.identity  # its own heads differ between ranks
     return HeadSharding(inner, HeadTrades(Exchanges(key.cp_group), parts[nth], queries, keys))
 
 

@@ -47,6 +47,7 @@ def make_key(
     hardware: Hardware | str | Path | None = None,
     transport: TransportChoice = "auto",
     plan: ReadyPlan | None = None,
+    identify: bool = True,
 ) -> AttnKey:
     """Plan attention under a mask for a context-parallel group.
 
@@ -57,7 +58,8 @@ def make_key(
         spec: the mask. It is read now; changing it later does not change the key.
         num_heads_q, num_heads_kv: heads of q and of k and v; the first a multiple of the second.
         head_dim, head_dim_v: dims of q and k, and of v (None: the same).
-        cp_group: ProcessGroup, DeviceMesh (1-D, or with an axis named "cp"), or None for one rank.
+        cp_group: ProcessGroup, DeviceMesh (1-D, or with an axis named "cp"), or None or "self" for one rank. None is
+            refused where torchrun has started several ranks that have not met: dist.group.WORLD is None then.
         chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
         layout: "balanced" (even work and tokens, least traffic), "contiguous" or "zigzag".
         schedule: "keys": only keys and values travel. "tiles": each rank computes a tile of queries
@@ -100,13 +102,16 @@ def make_key(
             nothing is planned then, and the plan's own chunk_size, layout, schedule, num_stages, num_layers,
             ranks_per_node and search_effort hold, whatever is given here. `also` need not be repeated. All
             ranks pass theirs.
+        identify: ranks tell each other before each pass of attention what they call, and raise if they are out of
+            step; False saves that message, and ranks out of step then compute wrong numbers, hang or die.
 
     Raises:
-        ValueError: a value is out of range, this rank is not in the group, or ranks differ.
+        ValueError: a value is out of range, this rank is not in the group, the plan was damaged, or ranks differ.
+        LostRankError: a rank of the group did not come.
     """
     check_spec("spec", spec)
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
-    running = RunOptions(backend, wire, bool(keep_kv), transport)
+    running = RunOptions(backend, wire, bool(keep_kv), transport, bool(identify))
     ranks = find_ranks(cp_group)
     degree = _read_degree(head_degree, plan, ranks.size, heads)
     machine, per_node = read_hardware(hardware, ranks.group), _read_nodes(ranks_per_node, ranks, degree)
@@ -142,6 +147,8 @@ class _Order(NamedTuple):
         self.ready.require_fit(
             [layers for layers, _ in self.masks], self.heads, self.ranks.size, wire, head_degree=degree
         )
+        for _, planned in self.ready.layer_plans:
+            planned.require_whole()
         planning = replace(self.ready.options.for_ranks(degree), hardware=self.options.planning.hardware)
         return self._replace(options=replace(self.options, planning=planning))
 

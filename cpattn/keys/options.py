@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class RunOptions:
     wire: 8-bit format in which rows travel; None: as they are.
     keep_kv: whether forward keeps the keys and values that it fetched for backward.
     transport: by which calls rows travel; "auto": by the measurements of the hardware.
+    identify: whether ranks tell each other before each pass what they call.
 
     Raises:
         ValueError: a name is unknown.
@@ -33,6 +35,7 @@ class RunOptions:
     wire: str | None = None
     keep_kv: bool = False
     transport: TransportChoice = "auto"
+    identify: bool = True
 
     def __post_init__(self) -> None:
         if self.backend != "auto" and self.backend not in backend_names():
@@ -79,6 +82,14 @@ class PlannedKey(NamedTuple):
     plan: Plan
     layer_plans: tuple[LayerPlan, ...] = ()
     degree_seconds: tuple[tuple[int, float], ...] = ()
+
+    def identity(self) -> str:
+        """Short words with a digest of all that ranks agree on."""
+        plans = (self.plan.fingerprint, *(other.fingerprint for _, other in self.layer_plans))
+        said = repr((self.heads.numbers, self.options.named(), plans))
+        number = hashlib.blake2b(said.encode(), digest_size=4).hexdigest()
+        heads = f"{self.heads.num_q}:{self.heads.num_kv} heads"
+        return f"{number} of {self.spec.total_seqlen} x {self.spec.seqlen_k} tokens, {heads}"
 
     def shared(self) -> dict[str, Any]:
         """What must be the same on all ranks, by name."""

@@ -61,8 +61,8 @@ def read_window(window: Any, *, ahead: int | None) -> Sides:
 
 
 def one_or_more(lengths: Any) -> Any:
-    """A list of lengths; one int (of Python or numpy) stands for a list of one."""
-    return [lengths] if isinstance(lengths, (int, np.integer)) else lengths
+    """A list of lengths; one int (of Python, numpy or torch) stands for a list of one."""
+    return [lengths] if isinstance(lengths, (int, np.integer)) or getattr(lengths, "ndim", 1) == 0 else lengths
 
 
 def int_array(values: Any, name: str) -> NDArray[np.int64]:

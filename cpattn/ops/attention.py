@@ -10,6 +10,7 @@ Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -43,6 +44,7 @@ def attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     return_lse: Literal[False] = False,
+    layer: int | str | None = None,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -55,6 +57,7 @@ def attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     return_lse: Literal[True],
+    layer: int | str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention(
@@ -67,6 +70,7 @@ def attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     return_lse: bool,
+    layer: int | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q_TND: Tensor,
@@ -78,6 +82,7 @@ def attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    layer: int | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the whole sequence, under the key's mask.
 
@@ -94,6 +99,8 @@ def attention(
         sink: [num_heads_q], a logit per head that takes part in the softmax and has no value; the
             same on all ranks.
         return_lse: also return the log-sum-exp.
+        layer: what this call is in the model, for ranks to compare: layers that are alike in all else, and that ranks
+            call in another order, are told apart by it alone.
 
     Returns:
         out [T_local, num_heads_q, head_dim_v] in q's dtype; with return_lse also lse
@@ -105,7 +112,9 @@ def attention(
     (DDP and FSDP2 do, and divide by the number of ranks: scale the loss by it).
 
     Raises:
-        ValueError: a shape, dtype, device or number does not fit the key; before any collective.
+        ValueError: a shape, dtype, device or number does not fit the key, or ranks are in different calls; before
+            any row travels.
+        LostRankError: a rank of the group raised, died or did not come, in time or at all.
     """
     if not isinstance(key, AttnKey):
         raise ValueError(f"key is {key!r}: expected what make_key returned")
@@ -115,7 +124,7 @@ def attention(
         # fp64 stays what it is, as in torch's own functions.
         q_TND, k_TGD, v_TGE = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q_TND, k_TGD, v_TGE))
     # Here and not in the op: of tensors on two devices the dispatcher would choose one.
-    _check_tensors(q_TND, k_TGD, v_TGE, sink)
+    _told(key, _check_tensors, q_TND, k_TGD, v_TGE, sink)
     scale = q_TND.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     softcap = None if softcap is None else float(softcap)
     if scale <= 0:  # fused kernels scale masked scores of -inf too, and make them inf or NaN
@@ -123,17 +132,30 @@ def attention(
     num_rows, sharding = q_TND.shape[0], key.sharding
     inner = key if sharding is None else sharding.inner
     if sharding is not None:
-        check_numbers(key, scale, softcap, sink)
+        _told(key, check_numbers, key, scale, softcap, sink)
         sink = None if sink is None else sink[sharding.part.first : sharding.part.last]
         q_TND, k_TGD, v_TGE = shard_heads(q_TND, k_TGD, v_TGE, key, return_lse=return_lse)
-    out, lse, _ = torch.ops.cpattn.attention_forward(
-        q_TND, k_TGD, v_TGE, sink, inner.handle, scale, softcap, inner.options.running.keep_kv
+    out, lse, *_ = torch.ops.cpattn.attention_forward(
+        q_TND, k_TGD, v_TGE, sink, inner.handle, scale, softcap, inner.options.running.keep_kv, _name_of(layer)
     )
     lse = lse.detach()
     if sharding is not None:
         out = gather_rows(out, key, num_rows)
         lse = gather_rows(lse, key, num_rows) if return_lse else lse
     return (out, lse) if return_lse else out
+
+
+def _name_of(layer: int | str | None) -> str | None:
+    return None if layer is None else str(layer)
+
+
+def _told(key: AttnKey, check: Callable[..., None], *args: Any) -> None:
+    """Run a check; ranks that wait for this one's part in the call hear of what it raises (not from compiled code)."""
+    if torch.compiler.is_compiling():
+        check(*args)
+        return
+    with key.checking("attention"):
+        check(*args)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
@@ -173,19 +195,23 @@ def _attention_forward(
     scale: float,
     softcap: float | None,
     keep_kv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse, and the fetched keys and values of all stages as bytes (none without keep_kv)."""
+    layer: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, the fetched keys and values of all stages as bytes (none without keep_kv), and the call's number."""
     key = key_of_handle(key_handle)
-    key.require_shapes(q, k, v)
-    check_numbers(key, scale, softcap, sink)
-    plan = key.bind(q.device, q.dtype, softcap is not None)
-    key.agree(dtype=q.dtype, scale=scale, softcap=softcap, sink=sink is not None, device=q.device.type)
+    with key.checking("attention"):
+        key.require_shapes(q, k, v)
+        check_numbers(key, scale, softcap, sink)
+        plan = key.bind(q.device, q.dtype, softcap is not None)
     q, k, v = (_dense_last_dim(t) for t in (q, k, v))
     kv = KeyRows(k, v)
     kept = q.new_empty(kept_bytes(plan, kv) if keep_kv else 0, dtype=torch.uint8)
-    with recorded(Pass("forward", key, key), plan, q.device) as plan:
+    said = {"layer": layer, "dtype": q.dtype, "scale": scale, "softcap": softcap}
+    said |= {"sink": sink is not None, "device": q.device.type}
+    calling = key.calling("attention", q.device, **said)
+    with calling as number, recorded(Pass("forward", key, key), plan, q.device) as plan:
         out, lse = run_forward(plan, q, kv, sink, kept, Scoring(scale, softcap))
-    return out, lse, kept
+    return out, lse, kept, torch.tensor([number], device="cpu")
 
 
 @_attention_forward.register_fake
@@ -198,11 +224,13 @@ def _(
     scale: float,
     softcap: float | None,
     keep_kv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    layer: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = q.new_empty((*q.shape[:2], v.shape[-1]))
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q.dtype))
     num_kept = torch.library.get_ctx().new_dynamic_size() if keep_kv else 0  # type: ignore[no-untyped-call]
-    return out, lse, q.new_empty(num_kept, dtype=torch.uint8)
+    number = torch.empty(1, dtype=torch.int64, device="cpu")
+    return out, lse, q.new_empty(num_kept, dtype=torch.uint8), number
 
 
 @torch.library.custom_op("cpattn::attention_backward", mutates_args=())
@@ -214,6 +242,7 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
     kept: Tensor,
+    call: Tensor,
     sink: Tensor | None,
     key_handle: Tensor,
     scale: float,
@@ -223,7 +252,9 @@ def _attention_backward(
     plan = key.bind(q.device, q.dtype, softcap is not None)
     dout, q, k, v, out = (_dense_last_dim(t) for t in (dout, q, k, v, out))
     forward = Attending(q, out, lse)
-    with recorded(Pass("backward", key, key), plan, q.device) as plan:
+    said = {"of call": int(call), "dtype": q.dtype, "scale": scale, "softcap": softcap}
+    calling = key.calling("attention backward", q.device, **said)
+    with calling, recorded(Pass("backward", key, key), plan, q.device) as plan:
         dq, dk, dv = run_backward(plan, dout, forward, KeyRows(k, v), kept, Scoring(scale, softcap))
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
@@ -239,6 +270,7 @@ def _(
     out: Tensor,
     lse: Tensor,
     kept: Tensor,
+    call: Tensor,
     sink: Tensor | None,
     key_handle: Tensor,
     scale: float,
@@ -248,19 +280,19 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, sink, key_handle, scale, softcap, _keep_kv = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, sink, key_handle, scale, softcap, *_ = inputs
     ctx.save_for_backward(q, k, v, *output, sink, key_handle)
     ctx.scale, ctx.softcap = scale, softcap
     ctx.set_materialize_grads(False)  # no zeros for lse and kept; without dout there is no backward
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, dkept: None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, kept, sink, key_handle = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, dkept: None, dcall: None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, kept, call, sink, key_handle = ctx.saved_tensors
     dq, dk, dv, dsink = torch.ops.cpattn.attention_backward(
-        dout, q, k, v, out, lse, kept, sink, key_handle, ctx.scale, ctx.softcap
+        dout, q, k, v, out, lse, kept, call, sink, key_handle, ctx.scale, ctx.softcap
     )
-    return dq, dk, dv, None if sink is None else dsink, None, None, None, None
+    return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
 
 
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -132,11 +132,11 @@ def _trips(key: AttnKey, device: torch.device) -> Sequence[Trip]:
 @torch.library.custom_op("cpattn::fetch_rows", mutates_args=())
 def _fetch_rows(rows: Tensor, key_handle: Tensor) -> Tensor:
     key = key_of_handle(key_handle)
-    key.agree(fetch=(tuple(rows.shape[1:]), rows.dtype), device=rows.device.type)
     exchanges = Exchanges(key.cp_group)
     rows = rows.contiguous()
-    pending = [exchanges.cast(trip, (rows,), ()) for trip in _trips(key, rows.device)]
-    return torch.cat([rows, *(came for trip in pending for came in trip.wait())])
+    with key.calling("fetch", rows.device, row=tuple(rows.shape[1:]), dtype=rows.dtype):
+        pending = [exchanges.cast(trip, (rows,), ()) for trip in _trips(key, rows.device)]
+        return torch.cat([rows, *(came for trip in pending for came in trip.wait())])
 
 
 @_fetch_rows.register_fake
@@ -152,8 +152,9 @@ def _fetch_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int) -> Ten
     trips = _trips(key, grad.device)
     own, *others = grad.split([num_rows, *(trip.num_received for trip in trips)])
     total = own.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-    for trip, part in zip(trips, others, strict=True):
-        exchanges.reduce(trip, (part.contiguous(),), (total,)).wait()
+    with key.calling("fetch backward", grad.device, row=tuple(grad.shape[1:]), dtype=grad.dtype):
+        for trip, part in zip(trips, others, strict=True):
+            exchanges.reduce(trip, (part.contiguous(),), (total,)).wait()
     return total.to(grad.dtype)
 
 

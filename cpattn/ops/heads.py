@@ -47,10 +47,11 @@ def _shard_heads(
     q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
-    key.require_shapes(q, k, v)
-    # What attention compares comes too late for this exchange, and among other ranks.
-    key.agree(dtype=q.dtype, device=q.device.type, return_lse=return_lse)
-    with _recorded_trades("forward", "before", key, q.device) as trades:
+    with key.checking("attention"):
+        key.require_shapes(q, k, v)
+    said = {"dtype": q.dtype, "device": q.device.type, "return_lse": return_lse, "trade": "rows for heads"}
+    calling = key.calling("attention", q.device, **said)
+    with calling, _recorded_trades("forward", "before", key, q.device) as trades:
         return trade_inputs(trades, q, k, v)
 
 
@@ -78,7 +79,8 @@ def _shard_heads_backward(
     num_heads_kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
-    with _recorded_trades("backward", "after", key, dq.device) as trades:
+    calling = key.calling("attention backward", dq.device, dtype=dq.dtype, trade="heads for rows")
+    with calling, _recorded_trades("backward", "after", key, dq.device) as trades:
         return trade_gradients(trades, dq, dk, dv)
 
 
@@ -118,7 +120,8 @@ _shard_heads.register_autograd(_backward_of_shard, setup_context=_save_shapes)
 @torch.library.custom_op("cpattn::gather_rows", mutates_args=())
 def _gather_rows(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
-    with _recorded_trades("forward", "after", key, x.device) as trades:
+    calling = key.calling("attention", x.device, dtype=x.dtype, lse=x.dim() == 2, trade="heads for rows")
+    with calling, _recorded_trades("forward", "after", key, x.device) as trades:
         return trade_result(trades, x)
 
 
@@ -130,7 +133,8 @@ def _(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
 @torch.library.custom_op("cpattn::gather_rows_backward", mutates_args=())
 def _gather_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
-    with _recorded_trades("backward", "before", key, grad.device) as trades:
+    calling = key.calling("attention backward", grad.device, dtype=grad.dtype, trade="rows for heads")
+    with calling, _recorded_trades("backward", "before", key, grad.device) as trades:
         return trade_dout(trades, grad)
 
 

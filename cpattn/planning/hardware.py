@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from cpattn.solver import HARDWARE, Hardware
+from cpattn.solver.outside import read_text
 
 
 def find_hardware(hardware: Hardware | str | Path) -> Hardware:
@@ -35,6 +36,6 @@ def find_hardware(hardware: Hardware | str | Path) -> Hardware:
 @functools.lru_cache(maxsize=8)
 def _read_file(path: str, changed: int, size: int) -> Hardware:
     try:
-        return Hardware.from_json(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        return Hardware.from_json(read_text(path))
+    except ValueError as error:
         raise ValueError(f"hardware file {path}: {error}; `cpattn calibrate --out` writes one") from error

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpattn.collectives import all_gather
-from cpattn.collectives import control_device as control_device
+from .identity import Saying, calls_of
+
+_NAMES_AT_ONCE = 16  # their digests fit into one header
 
 
 def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank of the group if any field differs between ranks; one small all-gather.
+    """Raise on every rank of the group if any field differs between ranks; each tells the others once.
 
     Args:
         what: what is being compared, for the message.
@@ -23,35 +24,35 @@ def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessG
         group: the ranks; None or a group of one compares nothing.
 
     Raises:
-        ValueError: names the field, the ranks that differ from rank 0 of the group, and the value
-            here.
+        ValueError: names the field, the ranks that differ from rank 0 of the group, and both values.
+        LostRankError: a rank did not come.
     """
-    if group is None or dist.get_world_size(group) == 1:
-        return
-    mine = torch.tensor([_digest(value) for value in fields.values()], dtype=torch.int64, device=control_device(group))
-    everyone = all_gather(mine, group)
-    differs = (everyone.view(-1, len(fields)) != everyone[: len(fields)]).cpu()
-    for column, (name, value) in enumerate(fields.items()):
-        ranks = differs[:, column].nonzero().flatten().tolist()
-        if ranks:
-            raise ValueError(
-                f"{what}: {name} differs between ranks: ranks {ranks} of the group do not have what "
-                f"rank 0 has; rank {dist.get_rank(group)} has {_shortened(value)}. All ranks of a "
-                f"context-parallel group must pass the same {name}"
-            )
+    if group is not None and dist.get_world_size(group) > 1:
+        with calls_of(group).passing(Saying.of(what, fields)):
+            pass
 
 
 def tensor_digest(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     """Shape and a hash of the values: what ranks compare of data."""
-    data = tensor.detach().cpu().contiguous().numpy().tobytes()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return tuple(tensor.shape), hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _digest(value: Any) -> int:
-    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def require_replicated(tensors: Mapping[str, Tensor], cp_group: dist.ProcessGroup | None) -> None:
+    """Check that tensors that should be the same on all ranks of a group are, bit for bit: sinks, weights, buffers.
 
+    Reads every value, so it is for the start of a run, or now and then; call it on all ranks. For a model:
+    `require_replicated(dict(model.named_parameters()), group)`.
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
+    Args:
+        tensors: by name; on any device.
+        cp_group: None or a group of one compares nothing.
+
+    Raises:
+        ValueError: names the first that differs, and the ranks.
+    """
+    names = sorted(tensors)
+    for start in range(0, len(names), _NAMES_AT_ONCE):
+        some = names[start : start + _NAMES_AT_ONCE]
+        digests = {name: (tensors[name].dtype, *tensor_digest(tensors[name])) for name in some}
+        require_agreement("require_replicated", {"names of the tensors": names, **digests}, cp_group)

@@ -100,6 +100,7 @@ def make_schedules(name: str, case: Case, dtype: str) -> tuple[list[sched.Schedu
     ]
     notes = []
     if causal:
+        found.append(sched.Ours("ours, identify off", case.spec, (HEADS, HEAD_DIM), identify=False))
         found.append(sched.Ours("ours, keep_kv", case.spec, (HEADS, HEAD_DIM), keep_kv=True))
         found.append(sched.Ours("ours, head_degree auto", case.spec, (HEADS, HEAD_DIM), head_degree="auto"))
         found.append(sched.TorchRing(case.spec))

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpattn
+from cpattn.launch.torchrun import join_ranks
 
 from .checkpoint import CheckpointError, Checkpoints
 from .data import Batch, batches
@@ -162,7 +163,7 @@ def main(recipe_path: str, steps_path: str, mask_path: str, folder: str = "", ev
     if torch.cuda.device_count() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_ranks("nccl" if device.type == "cuda" else "gloo")
     group = dist.group.WORLD
     assert group is not None
     recipe = Recipe.load(Path(recipe_path))

@@ -35,7 +35,7 @@ def test_what_is_none_is_refused_with_its_reason(tmp_path: Path) -> None:
     cases: tuple[tuple[Any, str], ...] = (
         ("abacus", "hardware is 'abacus': give one of h100, .*No such file"),
         (3, "hardware is 3: give one of h100, .*not int"),
-        (tmp_path, "Is a directory"),
+        (tmp_path, "is a folder"),
         (tmp_path / "text.json", rf"hardware file {re.escape(str(tmp_path))}/text.json: not a hardware description .*"),
         ("a\0b", "embedded null byte"),
         (tmp_path / "bytes.json", r"bytes.json: .*can't decode byte.*; `cpattn calibrate --out` writes one"),

@@ -284,6 +284,10 @@ def test_a_plan_travels_by_pickle_whole(plan):
     for rank in range(plan.cp_size):
         mine = plan.for_rank(rank)
         assert flat(copy.for_rank(rank)) == flat(mine) == flat(pickle.loads(pickle.dumps(mine)))
+    copy.require_whole()
+    copy.task_ranks[0] = (copy.task_ranks[0] + 1) % copy.cp_size
+    with pytest.raises(ValueError, match=r"the plan's contents have the fingerprint .* it was damaged or changed"):
+        copy.require_whole()
 
 
 def test_planning_again_gives_the_same_plan():

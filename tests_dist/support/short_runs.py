@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from datetime import timedelta
@@ -42,19 +43,20 @@ def main(num_runs: int) -> None:
     gc.collect()
     gc.freeze()  # or each rank would take this process's modules apart when it ends
     bad = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for run in range(num_runs):
-            ranks = []
-            for rank in range(2):
-                pid = os.fork()
-                if pid == 0:
-                    rank_of_a_run(rank, Path(folder, f"store{run}"), destroy=run % 2 == 0)
-                    sys.exit()
-                ranks.append(pid)
-            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-            if any(statuses):
-                bad += 1
-                print(f"run {run}: {statuses}", flush=True)
+    folder = tempfile.mkdtemp()  # no context manager: the ranks would leave it too
+    for run in range(num_runs):
+        ranks = []
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                rank_of_a_run(rank, Path(folder, f"store{run}"), destroy=run % 2 == 0)
+                sys.exit()
+            ranks.append(pid)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        if any(statuses):
+            bad += 1
+            print(f"run {run}: {statuses}", flush=True)
+    shutil.rmtree(folder)
     print(f"{bad} of {num_runs} runs failed", flush=True)
     sys.exit(bad > 0)
 

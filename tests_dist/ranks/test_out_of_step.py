@@ -1,0 +1,212 @@
+"""Layer 2: ranks whose attention calls do not match are refused by name on all of them, whatever they agreed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import cpattn
+from cpattn import AttnMaskSpec
+from cpattn.runtime.identity import LostRankError
+from tests_dist.support.harness import run_on_ranks
+
+HEADS = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 16}
+
+
+def key_of(length: int = 64, **options) -> cpattn.AttnKey:
+    return cpattn.make_key(AttnMaskSpec.causal(length), **HEADS, cp_group=dist.group.WORLD, **options)
+
+
+def rows(key: cpattn.AttnKey, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    heads = (key.num_heads_q, key.num_heads_kv, key.num_heads_kv)
+    return tuple(torch.randn(key.num_tokens, h, key.head_dim).to(dtype).requires_grad_() for h in heads)
+
+
+def attend(key: cpattn.AttnKey, dtype=torch.float32, **options) -> torch.Tensor:
+    return cpattn.attention(*rows(key, dtype), key, **options)
+
+
+def odd() -> bool:
+    """Whether this is the rank that is out of step."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def scales():
+    attend(key_of(), softmax_scale=0.3 if odd() else 0.2)
+
+
+def softcaps():
+    attend(key_of(), softcap=3.0 if odd() else 2.0)
+
+
+def dtypes():
+    attend(key_of(), torch.bfloat16 if odd() else torch.float16)
+
+
+def dtypes_of_other_size():
+    attend(key_of(), torch.bfloat16 if odd() else torch.float32)
+
+
+def another_mask():
+    attend(key_of(96 if odd() else 64))
+
+
+def another_window():
+    attend(key_of(window=9) if odd() else key_of())
+
+
+def kept_rows():
+    attend(key_of(keep_kv=odd()))
+
+
+def wires():
+    attend(key_of(wire="e4m3" if odd() else None))
+
+
+def heads():
+    attend(key_of().with_heads(4, 4, 32) if odd() else key_of())
+
+
+def layers_in_another_order():
+    for layer in (1, 0) if odd() else (0, 1):
+        attend(key_of(), layer=layer)
+
+
+def another_layer_skipped():
+    for layer in (0, 2) if odd() else (1, 2):
+        attend(key_of(), layer=layer)
+
+
+def a_layer_skipped():
+    key = key_of()
+    if not odd():
+        attend(key, layer=0)
+    attend(key, layer=1)
+
+
+def backward_in_another_order():
+    first, second = attend(key_of(), layer=0), attend(key_of(), layer=1)
+    for out in (first, second) if odd() else (second, first):
+        out.sum().backward()
+
+
+def backward_against_forward():
+    out = attend(key_of())
+    if odd():
+        out.sum().backward()
+    else:
+        attend(key_of())
+
+
+def a_hit_here_and_a_new_key_there():
+    attend(key_of() if not odd() else key_of(77))
+
+
+def a_new_mask_there():
+    key = key_of()
+    attend(key if not odd() else key.with_mask(AttnMaskSpec.causal(64), window=11))
+
+
+ROWS: dict[Callable[[], None], str] = {
+    scales: r"attention: scale differs between ranks: .* rank \d has 0.2, rank \d has 0.3",
+    softcaps: r"attention: softcap differs .* rank \d has 2.0, rank \d has 3.0",
+    dtypes: r"attention: dtype differs .* rank \d has torch.float16, rank \d has torch.bfloat16",
+    dtypes_of_other_size: r"attention: dtype differs .* rank \d has torch.float32, rank \d has torch.bfloat16",
+    another_mask: r"attention: key differs .* rank \d has '\w+ of 64 x 64 tokens, 2:1 heads', rank \d has '\w+ of 96",
+    another_window: r"attention: key differs between ranks",
+    kept_rows: r"attention: key differs between ranks",
+    wires: r"attention: key differs between ranks",
+    heads: r"attention: key differs .* rank \d has .* 2:1 heads', rank \d has .* 4:4 heads'",
+    layers_in_another_order: r"attention: layer differs .* rank \d has '0', rank \d has '1'",
+    another_layer_skipped: r"attention: layer differs .* rank \d has '1', rank \d has '0'",
+    a_layer_skipped: r"attention: layer differs .* rank \d has '0', rank \d has '1'",
+    backward_in_another_order: r"attention backward: of call differs between ranks",
+    backward_against_forward: r"out of step: .* rank \d is in attention \(key .* rank \d in attention backward \(key",
+    a_hit_here_and_a_new_key_there: r"out of step: .* rank \d is in attention \(key .* rank \d in make_key \(",
+    a_new_mask_there: r"out of step: .* rank \d is in attention \(key .* rank \d in make_key \(",
+}
+
+
+def agree_on_everything():
+    """All that the rows mix has been agreed on before, so that nothing is compared for the first time."""
+    for length in (64, 96):
+        attend(key_of(length))
+    for options in ({"window": 9}, {"keep_kv": True}, {"wire": "e4m3"}):
+        attend(key_of(**options))
+    attend(key_of().with_heads(4, 4, 32))
+    for options in ({"softmax_scale": 0.2}, {"softmax_scale": 0.3}, {"softcap": 2.0}, {"softcap": 3.0}):
+        attend(key_of(), **options)
+    for dtype in (torch.float16, torch.bfloat16):
+        attend(key_of(), dtype)
+
+
+def check_all_rows():
+    agree_on_everything()
+    for call, message in ROWS.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+        attend(key_of()).sum().backward()  # in step again
+
+
+@pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_every_row_is_refused_by_name_on_all_ranks(cp_size):
+    run_on_ranks(cp_size, check_all_rows)
+
+
+def check_one_rank_refuses_its_input():
+    """The others hear of it in place of the exchange, and all go on together."""
+    key = key_of()
+    q, k, v = rows(key)
+    if odd():
+        with pytest.raises(ValueError, match="q has shape"):
+            cpattn.attention(q[:-1], k, v, key)
+        with pytest.raises(ValueError, match="q, k and v must agree"):
+            cpattn.attention(q, k.double(), v, key)
+    else:
+        for words in ("q has shape", "q, k and v must agree"):
+            with pytest.raises(LostRankError, match=rf"rank 1 of .* raised in attention: ValueError: .*{words}"):
+                cpattn.attention(q, k, v, key)
+    cpattn.attention(q, k, v, key).sum().backward()
+
+
+def test_one_rank_that_refuses_its_input_is_named_by_the_others():
+    run_on_ranks(2, check_one_rank_refuses_its_input)
+
+
+def check_new_scales_remember_nothing():
+    key = key_of()
+    for step in range(20):
+        attend(key, softmax_scale=0.1 + step * 1e-3)
+    return sum(len(value) for value in vars(key).values() if isinstance(value, (dict, set, list)))
+
+
+def test_new_scales_are_not_remembered():
+    sizes = run_on_ranks(2, check_new_scales_remember_nothing)
+    assert max(sizes) < 10, sizes
+
+
+def check_identity_off():
+    key = key_of(identify=False)
+    attend(key, softmax_scale=0.2).sum().backward()
+    attend(key, softmax_scale=0.3 if odd() else 0.2)  # nobody is asked
+
+
+def test_identity_may_be_switched_off():
+    run_on_ranks(2, check_identity_off)
+
+
+def check_replicated_tensors():
+    group = dist.group.WORLD
+    weights = {f"layers.{n}.weight": torch.full((3, n), float(n), dtype=torch.bfloat16) for n in range(40)}
+    cpattn.require_replicated(weights, group)
+    if odd():
+        weights["layers.7.weight"][1, 2] += 1
+    with pytest.raises(ValueError, match=r"require_replicated: layers.7.weight differs between ranks: ranks \[\d\]"):
+        cpattn.require_replicated(weights, group)
+
+
+def test_replicated_tensors_are_compared_when_asked():
+    run_on_ranks(2, check_replicated_tensors)
