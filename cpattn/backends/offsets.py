@@ -27,6 +27,7 @@ from cpattn.solver.rounds import (
     corner_pieces,
     square_pieces,
 )
+from cpattn.solver.stairs import cut_stairs
 
 from .base import HALF_DTYPES, Problem, refuse_dtype
 from .installed import device_capability
@@ -83,7 +84,8 @@ def plan_offsets(slices: SliceTable, device: torch.device) -> OffsetWork:
     """The calls that compute a canonical slice table."""
     groups = _by_mask(slices)
     forward = [(m, t.take(r)) for m, t in groups for r in colour_rounds(t, disjoint_keys=False)]
-    backward = [(m, t.take(r)) for m, t in groups for r in colour_rounds(t, disjoint_keys=True)]
+    stored = [(m, cut_stairs(t) if m.kind == FULL_PIECE else t) for m, t in groups]
+    backward = [(m, t.take(r)) for m, t in stored for r in colour_rounds(t, disjoint_keys=True)]
     flags = first_writers([table for _, table in forward])
     return OffsetWork(
         tuple(_call(m, t, device, first=first) for (m, t), first in zip(forward, flags, strict=True)),
