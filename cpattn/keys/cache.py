@@ -5,7 +5,7 @@ Custom ops take tensors and numbers, so a key travels as a number in a tensor, i
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -27,7 +27,6 @@ class _Cache(NamedTuple):
 
 MAX_CACHED_KEYS = 64
 
-_handles = itertools.count(1)
 _keys_by_handle: WeakValueDictionary[int, Any] = WeakValueDictionary()
 # One for each group, by its id (its keys hold the group, so the id is not reused while they live). In a common
 # one, keys of a group that only some ranks belong to would push out others on those ranks alone; a hit there and
@@ -39,11 +38,16 @@ _cache_lock = threading.Lock()
 
 def new_handle(key: Any) -> Tensor:
     """A tensor by which the key is found as long as it lives."""
-    number = next(_handles)
+    # Random, since graphs that are exported, compiled or saved hold the number: loaded elsewhere, they must find no key
+    # rather than another one.
+    number = secrets.randbits(63)
     # The key hangs on the tensor, so that it lives as long as an autograd graph that saved it.
     with torch.inference_mode(False):  # autograd saves it; the key may be made while evaluating
         handle = torch.tensor(number, device="cpu")
     handle.attn_key = key  # type: ignore[attr-defined]
+    # What torch asks for the attributes that go into a file with a tensor: hooks that put saved tensors on disk save
+    # the number, and the key is found by it.
+    handle.__getstate__ = dict  # type: ignore[attr-defined]
     _keys_by_handle[number] = key
     return handle
 
@@ -54,7 +58,8 @@ def find_by_handle(handle: Tensor) -> Any:
     key = _keys_by_handle.get(number)
     if key is None:
         raise RuntimeError(
-            f"attention key {number} no longer exists: keep a reference to the key until backward has run"
+            f"attention key {number} does not exist here: keep a reference to the key until backward has run; a key "
+            f"belongs to its process, so what torch.export saves runs only where and as long as its key lives"
         )
     return key
 

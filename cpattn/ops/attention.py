@@ -15,7 +15,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.fx.node import has_side_effect
 
 from cpattn.keys.key import AttnKey, key_of_handle
 from cpattn.runtime.execute import (
@@ -31,6 +30,8 @@ from cpattn.runtime.recording import Pass, recorded
 from cpattn.runtime.sinks import row_delta, sink_gradient
 
 from .heads import gather_rows, shard_heads
+from .order import exchanging_op
+from .transforms import refuse_transforms
 
 
 @overload
@@ -112,12 +113,14 @@ def attention(
     (DDP and FSDP2 do, and divide by the number of ranks: scale the loss by it).
 
     Raises:
-        ValueError: a shape, dtype, device or number does not fit the key, or ranks are in different calls; before
-            any row travels.
+        ValueError: a shape, dtype, device or number does not fit the key, an input is a DTensor, or ranks are in
+            different calls; before any row travels.
         LostRankError: a rank of the group raised, died or did not come, in time or at all.
+        NotImplementedError: under torch.func (grad, vjp, jacrev, jvp, vmap) or forward-mode differentiation.
     """
     if not isinstance(key, AttnKey):
         raise ValueError(f"key is {key!r}: expected what make_key returned")
+    refuse_transforms(q_TND, k_TGD, v_TGE, sink)
     device_type = q_TND.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -185,8 +188,7 @@ def check_numbers(key: AttnKey, scale: float, softcap: float | None, sink: Tenso
         raise ValueError(f"softcap is {softcap}: it must be a finite number above 0, or None")
 
 
-@torch.library.custom_op("cpattn::attention_forward", mutates_args=())
-def _attention_forward(
+def _run_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,8 +216,7 @@ def _attention_forward(
     return out, lse, kept, torch.tensor([number], device="cpu")
 
 
-@_attention_forward.register_fake
-def _(
+def _fake_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -233,8 +234,7 @@ def _(
     return out, lse, q.new_empty(num_kept, dtype=torch.uint8), number
 
 
-@torch.library.custom_op("cpattn::attention_backward", mutates_args=())
-def _attention_backward(
+def _run_attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -261,8 +261,7 @@ def _attention_backward(
     return dq, dk, dv, sink_gradient(row_delta(dout, out, lse.dtype), lse, sink)
 
 
-@_attention_backward.register_fake
-def _(
+def _fake_attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -295,20 +294,9 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, dkept: None, dcall: N
     return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
 
 
+_attention_forward = exchanging_op("cpattn::attention_forward", _run_attention_forward, _fake_attention_forward)
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-# Other ranks wait in these: a compiler must keep them even where nothing is made of what they return, as on a rank
-# that has no rows.
-for _op in (
-    torch.ops.cpattn.attention_forward,
-    torch.ops.cpattn.attention_backward,
-    torch.ops.cpattn.shard_heads,
-    torch.ops.cpattn.shard_heads_backward,
-    torch.ops.cpattn.gather_rows,
-    torch.ops.cpattn.gather_rows_backward,
-):
-    has_side_effect(_op.default)
+exchanging_op("cpattn::attention_backward", _run_attention_backward, _fake_attention_backward)
 
 
 def _dense_last_dim(x: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from cpattn.runtime.recording import Pass, recorded
 from cpattn.runtime.trace import PassName
 from cpattn.runtime.trades import HeadTrades, trade_dout, trade_gradients, trade_inputs, trade_result
 
+from .order import exchanging_op
+
 
 def shard_heads(
     q_TND: Tensor, k_TGD: Tensor, v_TGE: Tensor, key: AttnKey, *, return_lse: bool
@@ -42,8 +44,7 @@ def gather_rows(x_BME: Tensor, key: AttnKey, num_rows: int) -> Tensor:
     return torch.ops.cpattn.gather_rows(x_BME, key.handle, num_rows, key.num_heads_q)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("cpattn::shard_heads", mutates_args=())
-def _shard_heads(
+def _run_shard_heads(
     q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = key_of_handle(key_handle)
@@ -55,8 +56,7 @@ def _shard_heads(
         return trade_inputs(trades, q, k, v)
 
 
-@_shard_heads.register_fake
-def _(
+def _fake_shard_heads(
     q: Tensor, k: Tensor, v: Tensor, key_handle: Tensor, num_heads_q: int, num_heads_kv: int, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows_q, rows_k = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
@@ -67,8 +67,7 @@ def _(
     )
 
 
-@torch.library.custom_op("cpattn::shard_heads_backward", mutates_args=())
-def _shard_heads_backward(
+def _run_shard_heads_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -84,8 +83,7 @@ def _shard_heads_backward(
         return trade_gradients(trades, dq, dk, dv)
 
 
-@_shard_heads_backward.register_fake
-def _(
+def _fake_shard_heads_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -114,32 +112,30 @@ def _backward_of_shard(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Te
     return (*grads, None, None, None, None)
 
 
+_shard_heads = exchanging_op("cpattn::shard_heads", _run_shard_heads, _fake_shard_heads)
+exchanging_op("cpattn::shard_heads_backward", _run_shard_heads_backward, _fake_shard_heads_backward)
 _shard_heads.register_autograd(_backward_of_shard, setup_context=_save_shapes)
 
 
-@torch.library.custom_op("cpattn::gather_rows", mutates_args=())
-def _gather_rows(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
+def _run_gather_rows(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
     calling = key.calling("attention", x.device, dtype=x.dtype, lse=x.dim() == 2, trade="heads for rows")
     with calling, _recorded_trades("forward", "after", key, x.device) as trades:
         return trade_result(trades, x)
 
 
-@_gather_rows.register_fake
-def _(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
+def _fake_gather_rows(x: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     return x.new_empty(num_rows, num_heads_q, *x.shape[2:])
 
 
-@torch.library.custom_op("cpattn::gather_rows_backward", mutates_args=())
-def _gather_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
+def _run_gather_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     key = key_of_handle(key_handle)
     calling = key.calling("attention backward", grad.device, dtype=grad.dtype, trade="rows for heads")
     with calling, _recorded_trades("backward", "before", key, grad.device) as trades:
         return trade_dout(trades, grad)
 
 
-@_gather_rows_backward.register_fake
-def _(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
+def _fake_gather_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int, num_heads_q: int) -> Tensor:
     return grad.new_empty(num_rows, num_heads_q, *grad.shape[2:])
 
 
@@ -154,6 +150,8 @@ def _backward_of_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.cpattn.gather_rows_backward(grad, key_handle, *ctx.sizes), None, None, None
 
 
+_gather_rows = exchanging_op("cpattn::gather_rows", _run_gather_rows, _fake_gather_rows)
+exchanging_op("cpattn::gather_rows_backward", _run_gather_rows_backward, _fake_gather_rows_backward)
 _gather_rows.register_autograd(_backward_of_gather, setup_context=_save_block)
 
 
