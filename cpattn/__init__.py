@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cpattn.runtime.at_exit import rest_at_exit as _rest_at_exit
 
 if TYPE_CHECKING:
+    from cpattn.checks.report import Verification
+    from cpattn.checks.verify import verify
     from cpattn.decoding.generation import ModelShape, generate
     from cpattn.decoding.kv_cache import PagedKVCache
     from cpattn.keys.cache import clear_key_cache
@@ -33,6 +35,7 @@ __all__ = [
     "ModelShape",
     "PagedKVCache",
     "ReadyPlan",
+    "Verification",
     "__version__",
     "attention",
     "attention_checkpoint_contexts",
@@ -50,6 +53,7 @@ __all__ = [
     "require_replicated",
     "roll",
     "undispatch",
+    "verify",
 ]
 
 _MODULE_OF = {
@@ -75,6 +79,8 @@ _MODULE_OF = {
     "require_replicated": "runtime.agreement",
     "roll": "ops.layout",
     "undispatch": "ops.layout",
+    "Verification": "checks.report",
+    "verify": "checks.verify",
 }
 
 

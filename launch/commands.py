@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .bench_command import bench_command
 from .calibrate import calibrate_command
+from .check_command import check_command
 from .cli_doctor import doctor
 from .plan_command import plan_command
 
@@ -43,6 +44,7 @@ app.command("doctor")(doctor)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
 app.command("bench")(bench_command)
+app.command("check")(check_command)
 
 
 @app.command("version")
