@@ -10,9 +10,13 @@ and neither this module nor the solver loads torch. All ranks must see the same 
 from __future__ import annotations
 
 import multiprocessing
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 from cpattn.masks.reading import read_int
@@ -66,7 +70,32 @@ def _executor(workers: Workers, num_workers: int) -> Executor:
     if workers == "thread":
         return ThreadPoolExecutor(num_workers, thread_name_prefix="cpattn-plan")
     # Not fork: the parent may hold CUDA and OpenMP threads.
-    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(num_workers, mp_context=_SpawnContext())
+
+
+class _SpawnProcess(SpawnProcess):
+    """A process that does not run the script which starts it: what it plans needs nothing of that.
+
+    Spawned processes import the main module, and a training script without `if __name__ == "__main__"` would join its
+    process group once more.
+    """
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802 (its name in multiprocessing)
+        with _main_lock:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")  # neither a file nor a module that could be imported
+            try:
+                return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            finally:
+                sys.modules["__main__"] = main
+
+
+class _SpawnContext(SpawnContext):
+    Process = _SpawnProcess  # type: ignore[assignment]
+
+
+_main_lock = threading.Lock()
 
 
 def _planned_ahead(

@@ -294,3 +294,17 @@ def test_a_process_that_may_start_none_plans_in_threads() -> None:
 def test_a_key_describes_its_plan_against_bounds() -> None:
     text = cpattn.make_key(causal(100), **HEADS).describe()
     assert "received, forward and backward" in text
+
+
+def test_plan_ahead_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """Workers do not run the script again, as spawned processes otherwise do."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import cpattn\n"
+        "print('ran')\n"
+        "spec_of = lambda n: cpattn.AttnMaskSpec.causal(n)\n"
+        "for n, ready in cpattn.plan_ahead([64, 65], spec_of, cp_size=2, num_heads_q=2, num_heads_kv=1, head_dim=8):\n"
+        "    print(n, ready.plan.cp_size)\n"
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == ["ran", "64", "2", "65", "2"], run.stderr
