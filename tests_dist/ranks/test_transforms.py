@@ -174,13 +174,14 @@ def test_delta_keeps_its_digits_in_the_place_of_out(dtype: torch.dtype) -> None:
     dout[200:300, :, 1:] *= 2e-4
     delta = (dout.float() * out.float()).sum(-1)
     ours = (dout.float() * _out_of_delta(dout, delta).float()).sum(-1)
-    room = 2e-6 if dtype == torch.bfloat16 else 3e-7
+    room = torch.full_like(delta, 3e-7)
+    room[50:100] = torch.finfo(dtype).eps ** 2  # two elements hold no more
     assert ((ours - delta).abs() <= room * (dout.float() * out.float()).abs().sum(-1) + 1e-9).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_a_saturated_softmax_where_queries_travel(dtype: torch.dtype) -> None:
-    """As good as where keys travel: differences that all but cancel."""
+    """As good as where keys travel, up to the rounding of fp32: differences that all but cancel."""
     run_on_ranks(4, check_saturated, dtype=dtype)
 
 
@@ -203,9 +204,9 @@ def check_saturated(dtype: torch.dtype) -> None:
             local = [cpattn.dispatch(t, key).requires_grad_() for t in whole[:3]]
             result = cpattn.attention(*local, key)
             grads = torch.autograd.grad(result, local, cpattn.dispatch(whole[3], key))
-            errors[schedule] = [
-                (cpattn.undispatch(g, key).double() - t).norm() / t.norm().clamp_min(1.0)
-                for g, t in zip(grads, truth, strict=True)
-            ]
-        for tiles, keys in zip(errors["tiles"], errors["keys"], strict=True):
-            assert tiles <= 2 * keys + 4 * torch.finfo(dtype).eps, (factor, errors)
+            pairs = zip(grads, truth, strict=True)
+            errors[schedule] = [float((cpattn.undispatch(g, key).double() - t).norm()) for g, t in pairs]
+        # Scores' gradients are rounded to fp32 at the size of dout . v, and multiply q and k.
+        rounding = torch.finfo(torch.float32).eps * 4 * float(whole[1].double().norm())
+        for tiles, keys, right in zip(errors["tiles"], errors["keys"], truth, strict=True):
+            assert tiles <= 2 * keys + 4 * torch.finfo(dtype).eps * float(right.norm()) + rounding, (factor, errors)
