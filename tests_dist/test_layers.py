@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": ("solver", "collectives", "backends"),
     "keys": ("solver", "collectives", "masks", "planning", "backends", "runtime"),
     "ops": ("solver", "collectives", "masks", "runtime", "keys"),
+    "checks": ("solver", "masks", "backends", "runtime", "keys", "ops"),
     "mixers": ("solver", "collectives", "masks", "runtime", "keys", "ops"),
     "integrations": ("masks", "planning", "runtime", "keys", "ops", "mixers"),
     "decoding": ("collectives", "masks", "runtime", "keys", "ops", "integrations"),
@@ -48,7 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "te_ops": (*_CORE, "decoding"),
     "automodel": (*_CORE, "integrations", "te_ops"),
     "magi_api": _CORE,
-    "cpattn": (*_CORE, "integrations", "decoding"),
+    "cpattn": (*_CORE, "checks", "integrations", "decoding"),
     "launch": (*_CORE, "mixers", "integrations", "decoding", "generation", "cpattn"),
 }
 
