@@ -22,7 +22,9 @@ step() { # name, command...: run it, go on to the next whatever it says
 read -ra more <<<"${PYTEST_ARGS:-}"
 step ruff "$PYTHON" -m ruff check .
 step mypy bash launch/typecheck.sh
-step pytest "$PYTHON" -m pytest -m "not gpu and not nightly" ${more[@]+"${more[@]}"} "$@"
+# A worker for each core, at most four: each keeps ranks of its own, and a file's tests stay together.
+workers=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
+step pytest "$PYTHON" -m pytest -n "$workers" --dist loadfile -m "not gpu and not nightly" ${more[@]+"${more[@]}"} "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\nfailed: %s (after %d s)\n' "${failed[*]}" "$SECONDS"

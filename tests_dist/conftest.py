@@ -1,22 +1,33 @@
-"""Leaves nightly tests out unless -m names them, skips GPU tests without a GPU, stops the rank pools.
+"""Sizes the run (support/profiles.py), skips GPU tests without a GPU.
 
-Without a GPU, Triton's kernels run in its interpreter, which has to be said before anything imports triton.
+Tests marked nightly run only where -m names them; with them run all property tests, on the nightly profile. Without a
+GPU, Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
-import pytest
-
+# Tiny tensors: a second thread only waits, and spins on a core that ranks or another worker could use. Before torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# To be said before anything imports triton.
 if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
+
+from tests_dist.support.profiles import is_nightly, load_profile
+
+pytest_plugins = ["cpattn.testing.plugin"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    load_profile(config)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "nightly" not in config.option.markexpr:
+    if not is_nightly(config.option.markexpr):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
@@ -30,9 +41,3 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def pytest_unconfigure() -> None:
-    harness = sys.modules.get("tests_dist.support.harness")  # not imported here: solver tests need no torch
-    if harness is not None:
-        harness.shutdown_pools()

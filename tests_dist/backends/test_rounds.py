@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpattn.backends.rows import as_rows, first_writers
-from cpattn.solver import SliceTable
+from cpattn.solver import UNBOUNDED, SliceTable
 from cpattn.solver.rounds import (
     BI_PIECE,
     INV_PIECE,
@@ -67,6 +67,15 @@ def test_short_documents_join_the_window_of_long_ones():
     table = SliceTable.from_columns(ends - lengths, ends, ends - lengths, ends, -15, 0)
     ((left, right, members),) = group_windows(table)
     assert (left, right, len(members)) == (15, 0, 5)
+
+
+@pytest.mark.parametrize(("length", "joins"), [(15, True), (16, True), (17, False), (40, False)])
+def test_a_document_joins_a_window_only_where_it_hides_nothing(length, joins):
+    """A window of 16 keys shows all of a causal document of 16 tokens, not of one of 17; and turned round."""
+    table = SliceTable.from_columns([0, length], [length, 200], [0, length], [length, 200], [-UNBOUNDED, -15], 0)
+    assert len(group_windows(table)) == (1 if joins else 2)
+    table = SliceTable.from_columns([0, length], [length, 200], [0, length], [length, 200], 0, [UNBOUNDED, 15])
+    assert len(group_windows(table)) == (1 if joins else 2)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cpattn.collectives import RowRoutes, group_cast, group_reduce, merge_partials
+from cpattn.collectives.heads import HeadExchange, heads_to_rows
 from tests_dist.support.harness import fresh_group, run_on_ranks
 
 
@@ -372,6 +373,22 @@ def test_the_order_of_reduction_is_fixed():
         assert all(
             torch.equal(a, b) for a, b in zip(first, run_on_ranks(4, repeats_bit_for_bit), strict=True)
         )
+
+
+def sums_of_shared_heads() -> Tensor:
+    """Three parts of one block, each with the heads (0, 1): 256, 1 and 1 for a row and head of each part."""
+    heads = ((0, 1),) * 3
+    exchange = HeadExchange((0, 1, 2), dist.get_rank(), (2, 0, 1), heads, num_heads=2, active=True)
+    x = torch.full((3, 2, 4), 256.0 if dist.get_rank() == 0 else 1.0, dtype=torch.bfloat16)
+    (total,) = heads_to_rows(x, exchange, dist.group.WORLD).wait()
+    assert total.dtype == torch.bfloat16
+    return total
+
+
+def test_shared_heads_are_summed_in_fp32():
+    """In bf16 numbers from 256 on are even: 256 + 1 + 1 would stay 256."""
+    for rows, total in zip((2, 0, 1), run_on_ranks(3, sums_of_shared_heads), strict=True):
+        assert torch.equal(total.float(), torch.full((rows, 2, 4), 258.0))
 
 
 def test_merge_of_partials():

@@ -56,6 +56,26 @@ def test_codec_keeps_what_fits_exactly_and_what_is_broken():
     assert none.shape == (0, 2, 8)
 
 
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_scales_have_finite_inverses_that_are_no_subnormals(fmt):
+    """Exponents of 1 to 253: scale and inverse are right where the processor flushes subnormals, too."""
+    tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2
+    x = torch.tensor([0.0, tiny / 8, tiny, 2 * tiny, 1.0, huge, torch.inf, torch.nan]).view(-1, 1, 1).repeat(1, 2, 4)
+    codec = Fp8Rows(fmt)
+    for flush in (False, True):
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor cannot flush subnormals")
+        try:
+            (travelling,) = codec.encode((x,))
+            (back,) = codec.decode((travelling,), torch.float32)
+        finally:
+            torch.set_flush_denormal(False)
+        assert travelling[..., -1].min() >= 1
+        assert travelling[..., -1].max() <= 253
+        torch.testing.assert_close(back[2:6], x[2:6], rtol=2**-3, atol=0)
+        assert back[6:].isnan().all()
+
+
 def integers(spec: AttnMaskSpec) -> Inputs:
     """Inputs that 8 bits hold exactly."""
     inputs = make_inputs(spec, heads=(4, 2))

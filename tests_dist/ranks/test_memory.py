@@ -6,6 +6,7 @@ Bytes, not times: the same on every run.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -156,6 +157,45 @@ def stated_on_rank() -> list[Any]:
     options: list[dict[str, Any]] = [{"num_stages": 1}, {"num_stages": 4}, {"num_stages": 4, "keep_kv": True}]
     spec = AttnMaskSpec.varlen([2048], causal=False)
     return [key_for(spec, dist.group.WORLD, schedule="keys", **o).memory(torch.bfloat16, "cpu") for o in options]
+
+
+class _InFlight:
+    """Counts the exchanges that have been started and not waited for."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.started = 0
+
+    def start(self, *args: Any, **options: Any) -> Any:
+        work = _ALL_TO_ALL(*args, **options)
+        self.now += 1
+        self.started += 1
+        self.most = max(self.most, self.now)
+        return mock.Mock(wait=lambda: (work.wait(), self.arrive()))
+
+    def arrive(self) -> None:
+        self.now -= 1
+
+
+_ALL_TO_ALL = dist.all_to_all_single
+
+
+def gradients_in_flight_on_rank() -> tuple[int, int]:
+    """Exchanges of a backward in which gradients alone travel: how many in all, and at once."""
+    key = key_for(AttnMaskSpec.varlen([600], causal=False), dist.group.WORLD, num_stages=4, keep_kv=True)
+    leaves = [torch.randn(key.num_tokens, heads, DIM).requires_grad_() for heads in (HEADS[0], HEADS[1], HEADS[1])]
+    out = cpattn.attention(*leaves, key)
+    flight = _InFlight()
+    with mock.patch.object(dist, "all_to_all_single", flight.start):
+        torch.autograd.grad(out.sum(), leaves)
+    assert flight.now == 0
+    return flight.started, flight.most
+
+
+def test_gradients_of_one_stage_are_in_flight_at_once():
+    """The statement of memory runs the same code, so it says nothing of a buffer more."""
+    for started, most in run_on_ranks(2, gradients_in_flight_on_rank):
+        assert started > 2
+        assert most == 1
 
 
 def test_describe_states_it():

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, disjoint_union, place_zigzag
@@ -70,7 +70,6 @@ def test_even_out_finds_an_exchange_where_whole_runs_would_move_nothing() -> Non
     offset=st.integers(0, 50_000),
     close=st.sampled_from([0.0, 3.0]),
 )
-@settings(max_examples=200, deadline=None)
 def test_last_count_within_a_limit(steps: list[int], offset: int, close: float) -> None:
     """Flat stretches, steps and jumps; few looks for either, and never past the limit."""
     values = np.concatenate([[0], np.cumsum(steps)]) - offset + 1000
@@ -111,7 +110,6 @@ def dense_rows_received(dense, owners, cp_size):
     return np.array([int((dense[owners == r].any(axis=0) & (owners != r)).sum()) for r in range(cp_size)])
 
 
-@settings(max_examples=150, deadline=None)
 @given(random_masks())
 def test_profile_is_the_row_sum_of_the_mask(mask):
     table, seqlen = mask
@@ -124,7 +122,6 @@ def test_profile_is_the_row_sum_of_the_mask(mask):
     assert [ramp.below(i) for i in range(seqlen + 1)] == np.concatenate([[0], np.cumsum(density)]).tolist()
 
 
-@settings(max_examples=150, deadline=None)
 @given(random_masks(), st.integers(1, 6), st.integers(0, 10**6))
 def test_metric_counts_what_the_definition_counts(mask, cp_size, seed):
     table, seqlen = mask
@@ -138,7 +135,6 @@ def test_metric_counts_what_the_definition_counts(mask, cp_size, seed):
     assert rank_areas(table, placement).tolist() == areas
 
 
-@settings(max_examples=300, deadline=None)
 @given(random_masks(), st.sampled_from([1, 2, 3, 5, 8, 60]), st.integers(1, 9))
 @example((SliceTable.from_columns(0, 2, 3, 4, 2, 3), 8), 8, 2)  # most senders end up without any token
 def test_every_token_has_one_owner_and_counts_are_even(mask, cp_size, chunk_size):
@@ -153,7 +149,6 @@ def test_every_token_has_one_owner_and_counts_are_even(mask, cp_size, chunk_size
     np.testing.assert_array_equal(placement.starts[1:], placement.ends[:-1])
 
 
-@settings(max_examples=100, deadline=None)
 @given(random_masks(max_tokens=400, max_slices=8), st.sampled_from([2, 3, 5]))
 def test_density_queues_balance_any_mask(mask, cp_size):
     """Each rank's area is off by a few tokens' density at most, whatever the mask."""
@@ -286,7 +281,6 @@ def test_components_cover_the_sequence():
     ]
 
 
-@settings(max_examples=60, deadline=None)
 @given(random_masks(), st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=12))
 def test_pool_gives_each_token_once_and_keeps_its_sums(mask, moves):
     table, seqlen = mask
@@ -309,7 +303,6 @@ def test_pool_gives_each_token_once_and_keeps_its_sums(mask, moves):
     assert sorted(given_out) == list(range(seqlen))
 
 
-@settings(max_examples=100, deadline=None)
 @given(random_masks(), st.integers(0, 20), st.integers(0, 10**6))
 def test_bundles_move_components_there_and_back(mask, bundle_size, seed):
     """What a run sees in the bundled order is what its owner sees in the sequence."""

@@ -19,6 +19,7 @@ from cpattn.solver import (
     make_joint_plans,
 )
 from tests_dist.support.masks import MASKS
+from tests_dist.support.profiles import each_once
 
 K = 1 << 10
 
@@ -72,8 +73,7 @@ def test_layers_planned_together_wait_for_less(seed: int, window: int, num_full:
     assert work(joint, weights) <= 1.08 * sum(w * p.areas().mean() for w, p in zip(weights, joint, strict=True))
 
 
-@pytest.mark.parametrize("name", masks_of(1, 0))
-@pytest.mark.parametrize("cp_size", [8, 32])
+@each_once(name=masks_of(1, 0), cp_size=[8, 32])
 def test_never_slower_by_the_model_than_a_balanced_placement_of_one_mask(name: str, cp_size: int) -> None:
     """Of one mask's placements those count that leave all layers as balanced as joint ones have to be."""
     spec = masks_of(256 * K, 0)[name]

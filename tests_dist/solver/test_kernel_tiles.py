@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from cpattn import AttnMaskSpec
 from cpattn.masks.spec import lower_mask
@@ -28,7 +28,6 @@ from tests_dist.support.strategies import slice_tables
 
 # The package exports a function of the module's name.
 module = importlib.import_module("cpattn.solver.kernel_tiles")
-many = settings(max_examples=300, deadline=None, derandomize=True)
 LENGTH = 12
 
 
@@ -55,7 +54,6 @@ def assert_tiles_are(tiles: list[KernelTile], dense: np.ndarray) -> None:
 
 @pytest.mark.parametrize("small_square", [0, 2, 512])
 @given(slice_tables(LENGTH))
-@many
 def test_tiles_are_the_slices(small_square, table):
     """With squares of any size by mask, by causal kernel, and mixed."""
     table = disjoint_union(table)
@@ -115,7 +113,6 @@ def test_windows_too_wide_for_one_mask(max_pairs, monkeypatch):
 
 
 @given(slice_tables(LENGTH))
-@many
 def test_window_params_are_the_band(table):
     """As flash attention reads them: from the bottom-right corner, -1 for no limit."""
     left, right = window_params(table)

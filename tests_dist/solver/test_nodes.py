@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
@@ -27,7 +27,6 @@ MASKS = {
 }
 
 
-@settings(max_examples=150, deadline=None)
 @given(random_masks(), st.sampled_from([(4, 2), (6, 3), (8, 2), (8, 4)]), st.integers(1, 12))
 def test_tokens_are_even_for_any_mask(mask, sizes, chunk_size):
     table, total = mask

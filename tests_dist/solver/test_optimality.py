@@ -128,9 +128,10 @@ def gaps(found: list[Result]) -> np.ndarray:
     return np.array([(f.rows - f.optimum) / max(f.optimum, CHUNK) for f in found])
 
 
-def test_against_exhaustive_search() -> None:
-    """240 instances: no worse than the optimum on average; 35 % above it where it is as balanced, at most."""
-    found = results(range(240))
+@pytest.mark.parametrize("count", [60, pytest.param(240, marks=pytest.mark.nightly)])
+def test_against_exhaustive_search(count: int) -> None:
+    """No worse than the optimum on average; 35 % above it where it is as balanced, at most."""
+    found = results(range(count))
     gap = gaps(found)
     for kind in KINDS:
         mine = gaps([f for f in found if f.kind == kind])
@@ -138,8 +139,8 @@ def test_against_exhaustive_search() -> None:
     alike = gaps([f for f in found if f.alike])
     print(f"all: {len(gap)} instances, mean gap {gap.mean():+.1%}, worst {gap.max():+.1%}")
     print(f"optimum as balanced: {len(alike)} instances, mean gap {alike.mean():+.1%}, worst {alike.max():+.1%}")
-    assert len(gap) == 240
-    assert len(alike) >= 60
+    assert len(gap) == count
+    assert len(alike) >= count // 4
     assert gap.mean() <= 0.0
     assert gap.max() <= 1.0
     assert alike.max() <= 0.35

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpattn.solver import (
@@ -28,7 +28,6 @@ from cpattn.solver import routes as routes_module
 from cpattn.solver.routes import link_rows
 from tests_dist.support.strategies import slice_tables, spans
 
-many = settings(max_examples=200, deadline=None, derandomize=True)
 TOTAL = 17
 
 
@@ -60,7 +59,6 @@ def rows_of(routes: RouteTable) -> list[tuple[int, int, int, int]]:
 
 
 @given(placements())
-@many
 def test_a_placement_is_consistent_with_itself(placement):
     owners = owners_of(placement)
     assert -1 not in owners
@@ -89,7 +87,6 @@ def test_named_layouts_by_hand():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), spans(TOTAL)), max_size=8))
-@many
 def test_merge_intervals_is_the_union_of_each_rank(intervals):
     columns = np.array([(rank, *span) for rank, span in intervals], dtype=np.int64).reshape(-1, 3).T
     merged = merge_intervals(*columns)
@@ -108,7 +105,6 @@ def test_merge_intervals_is_the_union_of_each_rank(intervals):
     st.integers(1, 3),
     st.randoms(use_true_random=False),
 )
-@many
 def test_routes_bring_each_missing_row_once(tasks, placement, weights, ranks_per_node, random):
     """From its owner, and nothing that the receiver has; staging moves the same rows."""
     ranks = np.array([random.randrange(3) for _ in range(len(tasks))], dtype=np.int64)
@@ -183,7 +179,6 @@ def test_small_messages_spread_over_the_stages():
 
 
 @given(slice_tables(TOTAL), placements(total=TOTAL, cp_size=6), st.randoms(use_true_random=False))
-@many
 def test_link_rows_are_those_of_the_routes(tasks, placement, random):
     ranks = np.array([random.randrange(6) for _ in range(len(tasks))], dtype=np.int64)
     _, needed = tokens_needed(tasks, ranks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpattn.solver import (
@@ -20,7 +20,6 @@ from cpattn.solver.slices import pairs_in_rows
 from tests_dist.support.strategies import mask_slices, slice_tables
 
 LENGTH = 12
-many = settings(max_examples=300, deadline=None, derandomize=True)
 cuts = st.lists(st.integers(0, LENGTH), max_size=4).map(lambda c: np.array(sorted(c), dtype=np.int64))
 
 
@@ -42,7 +41,6 @@ def counts(table: SliceTable, shape: tuple[int, int] = (LENGTH, LENGTH)) -> np.n
 
 
 @given(mask_slices(LENGTH))
-@many
 def test_canonical_form_keeps_the_pairs_and_is_tight(s):
     table = SliceTable.from_slices([s])
     dense = defined(s)
@@ -60,7 +58,6 @@ def test_canonical_form_keeps_the_pairs_and_is_tight(s):
 
 
 @given(slice_tables(LENGTH))
-@many
 def test_areas_and_full_rectangles(table):
     expected = [t.sum() for t in map(defined, table)]
     assert table.areas().tolist() == expected
@@ -78,7 +75,6 @@ def test_area_of_a_million_tokens_does_not_overflow():
 
 
 @given(slice_tables(LENGTH), st.integers(-2, LENGTH + 2))
-@many
 def test_pairs_in_rows(table, end):
     ends = np.full(len(table), end)
     expected = [defined(s)[: max(end, 0)].sum() for s in table]
@@ -86,7 +82,6 @@ def test_pairs_in_rows(table, end):
 
 
 @given(slice_tables(LENGTH), st.data())
-@many
 def test_crop_intersects(table, data):
     box = [data.draw(st.integers(0, LENGTH)) for _ in range(4)]
     q0, q1, k0, k1 = (np.full(len(table), b) for b in box)
@@ -101,7 +96,6 @@ def test_crop_intersects(table, data):
 
 @pytest.mark.parametrize("axis", ["q", "k"])
 @given(slice_tables(LENGTH), cuts)
-@many
 def test_split_cuts_everywhere_and_loses_nothing(axis, table, at):
     pieces, parent = table.split_q(at) if axis == "q" else table.split_k(at)
     for i, s in enumerate(table):
@@ -115,7 +109,6 @@ def test_split_cuts_everywhere_and_loses_nothing(axis, table, at):
 
 
 @given(slice_tables(LENGTH), st.integers(0, 5), st.integers(0, 5))
-@many
 def test_transpose_and_shift(table, dq, dk):
     np.testing.assert_array_equal(
         table.transpose().to_dense(LENGTH, LENGTH), table.to_dense(LENGTH, LENGTH).T
@@ -128,7 +121,6 @@ def test_transpose_and_shift(table, dq, dk):
 
 
 @given(slice_tables(LENGTH, max_size=6))
-@many
 def test_disjoint_union_holds_every_pair_once(table):
     union = disjoint_union(table)
     np.testing.assert_array_equal(counts(union), table.to_dense(LENGTH, LENGTH).astype(int))
@@ -136,7 +128,6 @@ def test_disjoint_union_holds_every_pair_once(table):
 
 
 @given(mask_slices(LENGTH), mask_slices(LENGTH))
-@many
 def test_difference_of_two_is_at_most_six(a, b):
     assert len(disjoint_union(SliceTable.from_slices([a, b]))) <= 7
 
@@ -186,7 +177,6 @@ def test_disjoint_rows_pass_through_the_union_untouched():
 
 
 @given(slice_tables(LENGTH, max_size=4), cuts, cuts)
-@many
 def test_merge_neighbours_keeps_the_pairs(table, q_cuts, k_cuts):
     pieces = disjoint_union(table).split_q(q_cuts).table.split_k(k_cuts).table
     merged = merge_neighbours(pieces)

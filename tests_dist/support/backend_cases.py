@@ -98,6 +98,9 @@ CASES: dict[str, Case] = {
     "documents": Case(_documents([37, 1, 120, 8, 3, 90]), 259, 259, heads=(4, 1)),
     "equal_documents": Case(_documents([24] * 9), 216, 216),
     "blocks": Case(_table(*((i, i + 24, 0, i + 24, None, None) for i in range(0, 120, 24))), 120, 120),
+    # Tiles of one shape at equal distances that write the same rows: all of them, and half of them.
+    "comb": Case(_table(*((3, 43, k, k + 5, None, None) for k in range(0, 60, 10))), 50, 60),
+    "stairs": Case(_table(*((r, r + 20, 3 * r, 3 * r + 25, None, None) for r in range(0, 90, 10))), 100, 280),
     "shared_prefix": Case(
         SliceTable.concat(
             [_documents([50, 30, 30, 9]), _table((50, 119, 0, 50, None, None), (80, 110, 50, 60, None, None))]

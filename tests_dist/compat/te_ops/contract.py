@@ -333,6 +333,14 @@ PAGED_LAYOUTS = tuple(f"paged_kv_{q}_{kv}_{kv}" for q in ("bshd", "sbhd", "thd")
 SOFTMAXES = ("vanilla", "off-by-one", "learnable")
 
 
+def features(case: Case) -> tuple[Any, ...]:
+    """What the combinations differ in: the default run shows every pair of them, the nightly one every combination."""
+    return (
+        *(case.layout, case.mask, case.window, case.softmax, case.bias, case.heads, case.dims),
+        *(case.dropout, case.bottom_right, case.dtype, case.scale),
+    )
+
+
 def all_cases() -> list[Case]:
     """Every layout with every mask that it takes, every window and softmax; then bias, dropout and the rest."""
     cases = []
