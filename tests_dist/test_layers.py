@@ -50,7 +50,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "automodel": (*_CORE, "integrations", "te_ops"),
     "magi_api": _CORE,
     "cpattn": (*_CORE, "checks", "integrations", "decoding"),
-    "launch": (*_CORE, "mixers", "integrations", "decoding", "generation", "cpattn"),
+    "testing": (*_CORE, "cpattn"),
+    "launch": (*_CORE, "mixers", "integrations", "decoding", "generation", "cpattn", "testing"),
 }
 
 

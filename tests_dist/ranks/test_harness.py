@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests_dist.support import harness
+from cpattn.testing import harness
 from tests_dist.support.harness import RankError, fresh_group, run_on_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn import AttnMaskSpec
+from cpattn.testing.sweeps import rolled
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS
 
@@ -101,20 +102,6 @@ def gradients(name: str, dim: int) -> None:
 def test_gradients_are_of_the_sum_of_losses(cp_size, name):
     for dim in (0, 1):
         run_on_ranks(cp_size, gradients, name, dim)
-
-
-def rolled(x: Tensor, spec: AttnMaskSpec, shift: int, fill: float) -> Tensor:
-    """In one process, document by document."""
-    out = torch.full_like(x, fill)
-    for start, end, _ in spec.documents:
-        length = end - start
-        if abs(shift) < length:
-            whole = torch.roll(x[start:end], shift, 0)
-            if shift > 0:
-                out[start + shift : end] = whole[shift:]
-            else:
-                out[start : end + shift] = whole[: length + shift]
-    return out
 
 
 def roll_on_rank(name: str, shifts: tuple[int, ...]) -> None:

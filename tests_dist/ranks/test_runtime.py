@@ -18,11 +18,11 @@ import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.masks.spec import lower_mask
 from cpattn.solver import LAYOUTS, Placement, assemble_plan
+from cpattn.testing.sweeps import check_random_masks
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import Inputs, Results, assert_exact, dense_attention, make_inputs, oracle
 from tests_dist.support.rank_cases import run_attention, run_with_key
-from tests_dist.support.strategies import random_spec
 
 SELF_ATTENTION = [name for name, spec in MASKS.items() if not spec.is_cross]
 
@@ -42,42 +42,16 @@ def key_for(spec: AttnMaskSpec, inputs: Inputs, **options: Any) -> cpattn.AttnKe
 # Random masks, and plans of every kind.
 
 
-def random_options(rng: np.random.Generator, cp_size: int) -> dict[str, Any]:
-    layout = LAYOUTS[rng.integers(3)]
-    return {
-        "chunk_size": int(rng.integers(1, 9)),
-        "layout": layout,
-        "num_stages": int(rng.integers(1, 5)),
-        "schedule": str(rng.choice(["keys", "tiles", "auto"])) if layout == "balanced" else "keys",
-        "ranks_per_node": 2 if cp_size == 4 and rng.integers(2) else None,
-    }
-
-
-def random_masks_on_rank(seeds: range) -> int:
-    """Exact for every seed; each rank checks its part of them."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    checked = 0
-    for seed in seeds:
-        rng = np.random.default_rng(seed)
-        spec, options = random_spec(rng), random_options(rng, size)
-        inputs = make_inputs(spec, heads=(2, 1), head_dim=8, dtype=torch.float64, seed=seed)
-        got = run_attention(spec, inputs, key_options=options)
-        if seed % size == rank:
-            assert_exact(got, oracle(spec, inputs), f"seed {seed}, {options}, {spec}:")
-            checked += 1
-    return checked
-
-
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_random_slice_sets(cp_size):
-    """Overlaps, gaps, blind rows, rows that own nothing; 500 over the four group sizes."""
-    assert sum(run_on_ranks(cp_size, random_masks_on_rank, range(125 * cp_size, 125 * (cp_size + 1)))) == 125
+    """Overlaps, gaps, blind rows, rows that own nothing; 160 over the four group sizes."""
+    assert sum(run_on_ranks(cp_size, check_random_masks, range(40 * cp_size, 40 * (cp_size + 1)))) == 40
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_random_slice_sets_500_each(cp_size):
-    done = sum(run_on_ranks(cp_size, random_masks_on_rank, range(1000, 1500), timeout=600))
+    done = sum(run_on_ranks(cp_size, check_random_masks, range(1000, 1500), timeout=600))
     assert done == 500
 
 

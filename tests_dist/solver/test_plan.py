@@ -1,13 +1,8 @@
-"""Solver layer, one process: plans of all ranks replayed on token indices.
-
-`replay` hands token indices round along the exchanges of all rank plans, as the runtime does with rows,
-and counts which global (query, key) pairs the slices over the local buffers then compute.
-"""
+"""Solver layer, one process: plans of all ranks replayed on token indices (`cpattn.testing.plans`)."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import pickle
 import subprocess
@@ -17,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
 from cpattn.masks.spec import lower_mask
 from cpattn.solver import (
     LAYOUTS,
-    Exchange,
     Placement,
     Plan,
     SliceTable,
@@ -32,106 +26,11 @@ from cpattn.solver import (
     make_dispatch_plan,
     place_contiguous,
 )
+from cpattn.testing.plans import require_exact_plan
 from tests_dist.support.masks import MASKS
 from tests_dist.support.strategies import random_spec, specs
 
 STAGES = (1, 2, 3, 8)
-
-
-def hop(exchanges: list[Exchange], rows: list[np.ndarray]) -> list[np.ndarray]:
-    """What each rank receives when rank r sends rows[r] along exchanges[r]; both ends must agree."""
-    sent = []
-    for exchange, mine in zip(exchanges, rows, strict=True):
-        order = [row for start, end in exchange.send_runs.tolist() for row in range(start, end)]
-        assert len(order) == exchange.num_sent
-        bounds = np.cumsum((0, *exchange.send_splits)).tolist()
-        parts = [mine[order[a:b]] for a, b in itertools.pairwise(bounds)]
-        assert all(len(np.unique(part)) == len(part) for part in parts), "a receiver gets a row twice"
-        sent.append(parts)
-    received = []
-    for rank, exchange in enumerate(exchanges):
-        parts = [sent[sender][rank] for sender in range(len(rows))]
-        assert tuple(len(part) for part in parts) == exchange.recv_splits
-        received.append(np.concatenate(parts))
-    moved = any(len(r) for r in received)
-    assert all(exchange.active == moved for exchange in exchanges), (
-        "active is not equal on all ranks, or idle"
-    )
-    return received
-
-
-def exchanged(hops: list[tuple[Exchange, ...]], rows: list[np.ndarray], per_node: int) -> list[np.ndarray]:
-    """The same over all hops of each rank; a second hop may pass on what the first one brought."""
-    assert len({len(mine) for mine in hops}) == 1, "ranks have different numbers of hops"
-    *first, last = zip(*hops, strict=True)
-    sendable = rows
-    for exchanges in first:
-        for rank, exchange in enumerate(exchanges):
-            across = {to // per_node for to, rows_ in enumerate(exchange.send_splits) if rows_}
-            assert rank // per_node not in across, "the first hop is for other nodes"
-        landed = hop(list(exchanges), rows)
-        sendable = [np.concatenate(pair) for pair in zip(rows, landed, strict=True)]
-        for mine, came, exchange in zip(rows, landed, last, strict=True):
-            passed_on = {row for start, end in exchange.send_runs.tolist() for row in range(start, end)}
-            assert set(range(len(mine), len(mine) + len(came))) <= passed_on, "a row lands for nothing"
-    if not first:
-        assert not any(exchange.send_splits[rank] for rank, exchange in enumerate(last)), "sent to itself"
-    return hop(list(last), sendable)
-
-
-def computed(slices: SliceTable, rows: np.ndarray, keys: np.ndarray, count: np.ndarray) -> None:
-    """Add the pairs of slices over buffers that hold these tokens."""
-    local = slices.to_dense(len(rows), len(keys))
-    assert local.sum() == slices.area(), "slices of one buffer overlap"
-    np.add.at(count, np.ix_(rows, keys), local)
-
-
-def used(axis: int, tables: list[SliceTable], shape: tuple[int, int]) -> np.ndarray:
-    seen = np.zeros(shape, dtype=bool)
-    for table in tables:
-        seen |= table.to_dense(*shape)
-    return seen.any(axis)
-
-
-def replay(plan: Plan, shape: tuple[int, int]) -> np.ndarray:
-    """How often each pair is computed, over all ranks and stages; checks the traffic on the way."""
-    ranks = [plan.for_rank(rank) for rank in range(plan.cp_size)]
-    queries = [plan.q_placement.tokens_of(rank) for rank in range(plan.cp_size)]
-    keys = [plan.k_placement.tokens_of(rank) for rank in range(plan.cp_size)]
-    for total, tokens in zip(shape, (queries, keys), strict=True):
-        assert sorted(np.concatenate(tokens).tolist()) == list(range(total)), "tokens are not owned once"
-    for rank, mine in enumerate(ranks):
-        assert (mine.rank, mine.cp_size) == (rank, plan.cp_size)
-        assert (mine.num_queries, mine.num_keys) == (len(queries[rank]), len(keys[rank]))
-        np.testing.assert_array_equal(mine.q_runs, plan.q_placement.runs_of(rank))
-        assert len(mine.stages) == plan.num_stages + 1
-    per_node = plan.ranks_per_node
-    guests = exchanged([mine.queries for mine in ranks], queries, per_node)
-    count = np.zeros(shape, dtype=int)
-    arrived = [set(tokens.tolist()) for tokens in keys]
-    guest_used = [np.zeros(len(tokens), dtype=bool) for tokens in guests]
-    for number in range(plan.num_stages + 1):
-        stages = [mine.stages[number] for mine in ranks]
-        buffers = keys if number == 0 else exchanged([stage.kv for stage in stages], keys, per_node)
-        for rank, (stage, buffer) in enumerate(zip(stages, buffers, strict=True)):
-            assert stage.num_keys == len(buffer)
-            assert number == 0 or not arrived[rank] & set(buffer.tolist()), "a key arrives twice"
-            arrived[rank] |= set(buffer.tolist())
-            computed(stage.own, queries[rank], buffer, count)
-            computed(stage.guest, guests[rank], buffer, count)
-            if number:
-                of_own = used(0, [stage.own], (len(queries[rank]), len(buffer)))
-                of_guests = used(0, [stage.guest], (len(guests[rank]), len(buffer)))
-                assert (of_own | of_guests).all(), "a key travels for nothing"
-            guest_used[rank] |= used(1, [stage.guest], (len(guests[rank]), len(buffer)))
-    assert all(seen.all() for seen in guest_used), "a query travels for nothing"
-    return count
-
-
-def assert_exact(plan: Plan, spec: AttnMaskSpec) -> None:
-    count = replay(plan, (spec.total_seqlen, spec.seqlen_k))
-    np.testing.assert_array_equal(count, spec.to_dense().astype(int))
-    assert plan.areas().sum() == spec.to_dense().sum()
 
 
 def plan_of(spec: AttnMaskSpec, cp_size: int, **options: Any) -> Plan:
@@ -167,28 +66,26 @@ def scattered_plan(spec: AttnMaskSpec, cp_size: int, seed: int, **options: Any) 
 def test_every_pair_once_in_every_layout(mask, cp_size):
     spec = MASKS[mask]
     for number, layout in enumerate(LAYOUTS):
-        assert_exact(plan_of(spec, cp_size, layout=layout, num_stages=STAGES[number]), spec)
+        require_exact_plan(plan_of(spec, cp_size, layout=layout, num_stages=STAGES[number]), spec)
 
 
 @pytest.mark.parametrize("mask", [name for name, spec in MASKS.items() if not spec.is_cross])
 def test_every_pair_once_where_queries_travel(mask):
     spec = MASKS[mask]
     for cp_size in (1, 2, 3, 5, 8):
-        assert_exact(plan_of(spec, cp_size, schedule="tiles", num_stages=1 + cp_size % 3), spec)
+        require_exact_plan(plan_of(spec, cp_size, schedule="tiles", num_stages=1 + cp_size % 3), spec)
 
 
 @given(
     specs(length=24), st.integers(1, 5), st.integers(1, 9), st.sampled_from(STAGES), st.sampled_from(LAYOUTS)
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_every_pair_once_of_random_masks(spec, cp_size, chunk_size, num_stages, layout):
-    assert_exact(plan_of(spec, cp_size, chunk_size=chunk_size, num_stages=num_stages, layout=layout), spec)
+    require_exact_plan(plan_of(spec, cp_size, chunk_size=chunk_size, num_stages=num_stages, layout=layout), spec)
 
 
 @given(specs(length=24), st.integers(1, 5))
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_every_pair_once_of_random_masks_in_tiles(spec, cp_size):
-    assert_exact(plan_of(spec, cp_size, schedule="tiles"), spec)
+    require_exact_plan(plan_of(spec, cp_size, schedule="tiles"), spec)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -196,14 +93,13 @@ def test_every_pair_once_where_any_rank_computes_any_task(mask):
     """Also a rank that owns neither the queries nor the keys, and ranks that own or compute nothing."""
     for seed in range(4):
         plan = scattered_plan(MASKS[mask], cp_size=2 + seed, seed=seed, num_stages=STAGES[seed])
-        assert_exact(plan, MASKS[mask])
+        require_exact_plan(plan, MASKS[mask])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from(STAGES))
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_every_pair_once_of_random_masks_computed_anywhere(seed, cp_size, num_stages):
     spec = random_spec(np.random.default_rng(seed), length=24)
-    assert_exact(scattered_plan(spec, cp_size, seed, num_stages=num_stages), spec)
+    require_exact_plan(scattered_plan(spec, cp_size, seed, num_stages=num_stages), spec)
 
 
 @pytest.mark.parametrize(("cp_size", "per_node"), [(4, 2), (6, 3), (6, 2), (8, 4), (4, 1), (4, 4)])
@@ -211,9 +107,9 @@ def test_every_pair_once_of_random_masks_computed_anywhere(seed, cp_size, num_st
 def test_every_pair_once_on_two_levels(mask, cp_size, per_node):
     """Rows cross between nodes once per node and fan out inside; keys schedule, and tasks anywhere."""
     spec = MASKS[mask]
-    assert_exact(plan_of(spec, cp_size, ranks_per_node=per_node, num_stages=2), spec)
+    require_exact_plan(plan_of(spec, cp_size, ranks_per_node=per_node, num_stages=2), spec)
     plan = scattered_plan(spec, cp_size, seed=cp_size + per_node, ranks_per_node=per_node, num_stages=2)
-    assert_exact(plan, spec)
+    require_exact_plan(plan, spec)
 
 
 def test_a_row_crosses_between_nodes_once():
@@ -239,21 +135,21 @@ def test_replay_notices_a_wrong_plan():
     ):
         wrong = assemble_plan(tasks, ranks, plan.q_placement, plan.k_placement)
         with pytest.raises(AssertionError):
-            assert_exact(wrong, spec)
+            require_exact_plan(wrong, spec)
     routes = dataclasses.replace(plan.kv_routes, ends=plan.kv_routes.ends - 1)
     with pytest.raises(AssertionError):
-        assert_exact(dataclasses.replace(plan, kv_routes=routes), spec)
+        require_exact_plan(dataclasses.replace(plan, kv_routes=routes), spec)
 
 
 def test_fewer_tokens_than_ranks():
     for total in range(9):
         for layout in LAYOUTS:
             spec = AttnMaskSpec.causal(total)
-            assert_exact(plan_of(spec, 8, layout=layout), spec)
+            require_exact_plan(plan_of(spec, 8, layout=layout), spec)
     for seqlen_q, seqlen_k in ((0, 5), (5, 0), (3, 17), (1, 1)):
         spec = AttnMaskSpec.cross([seqlen_q], [seqlen_k])
         for layout in LAYOUTS:
-            assert_exact(plan_of(spec, 4, layout=layout), spec)
+            require_exact_plan(plan_of(spec, 4, layout=layout), spec)
 
 
 @pytest.mark.parametrize("cp_size", [2, 3, 8])

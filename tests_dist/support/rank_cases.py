@@ -1,40 +1,5 @@
-"""What ranks run in tests: the whole path from global tensors to global results."""
+"""Names of `cpattn.testing.rank_cases`, from where tests have long imported them."""
 
-from __future__ import annotations
+from cpattn.testing.rank_cases import run_attention, run_with_key
 
-from typing import Any
-
-import torch
-
-import cpattn
-from cpattn import AttnMaskSpec
-from tests_dist.support.oracle import Inputs, Results
-
-
-def run_attention(
-    spec: AttnMaskSpec, inputs: Inputs, *, key_options: dict[str, Any] | None = None, **call: Any
-) -> Results:
-    """dispatch, attention, backward, undispatch on the default group; global results on every rank."""
-    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-    key = cpattn.make_key(
-        spec,
-        num_heads_q=inputs.q.shape[1],
-        num_heads_kv=inputs.k.shape[1],
-        head_dim=inputs.q.shape[2],
-        head_dim_v=inputs.v.shape[2],
-        cp_group=group,
-        **(key_options or {}),
-    )
-    return run_with_key(key, inputs, **call)
-
-
-def run_with_key(key: cpattn.AttnKey, inputs: Inputs, **call: Any) -> Results:
-    """The same with a key at hand."""
-    q, dout = (cpattn.dispatch(t, key) for t in (inputs.q, inputs.dout))
-    k, v = (cpattn.dispatch(t, key, side="k") for t in (inputs.k, inputs.v))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    out, lse = cpattn.attention(*leaves, key, return_lse=True, **call)
-    grads = torch.autograd.grad(out, leaves, dout)
-    local = (out.detach(), lse, *grads)
-    sides = ("q", "q", "q", "k", "k")
-    return Results(*(cpattn.undispatch(t, key, side=s) for t, s in zip(local, sides, strict=True)))
+__all__ = ["run_attention", "run_with_key"]

@@ -1,16 +1,18 @@
-"""Random masks for property tests: hypothesis strategies, and the same from a numpy generator for the ranks.
+"""Random masks for property tests, as hypothesis strategies; `random_spec` draws the same from a numpy generator.
 
 Small on purpose: every way in which rectangles and bands can meet occurs within a dozen tokens.
 """
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
 from cpattn.masks.spec import RECT_TYPES
 from cpattn.solver import UNBOUNDED, MaskSlice, SliceTable, TokenRange
+from cpattn.testing.random_cases import random_spec, spec_of_rects
+
+__all__ = ["mask_slices", "random_spec", "slice_tables", "spans", "specs"]
 
 
 def spans(length: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -42,25 +44,4 @@ def specs(draw: st.DrawFn, length: int = 12, max_size: int = 6) -> AttnMaskSpec:
     total = draw(st.integers(0, length))
     rect = st.tuples(spans(total), spans(total), st.sampled_from(RECT_TYPES))
     rects = draw(st.lists(rect, max_size=max_size))
-    return _spec_of(rects, total)
-
-
-def random_spec(
-    rng: np.random.Generator, length: int = 40, max_size: int = 7, total: int | None = None
-) -> AttnMaskSpec:
-    """The same from a numpy generator: overlaps, gaps, blind rows, empty rectangles, also no rectangle."""
-    total = int(rng.integers(0, length + 1)) if total is None else total
-    rects = []
-    for _ in range(rng.integers(0, max_size + 1)):
-        q, k = (sorted(rng.integers(0, total + 1, 2).tolist()) for _ in range(2))
-        rects.append((q, k, str(rng.choice(RECT_TYPES))))
-    return _spec_of(rects, total)
-
-
-def _spec_of(rects: list, total: int) -> AttnMaskSpec:
-    return AttnMaskSpec(
-        q_ranges=[list(q) for q, _, _ in rects],
-        k_ranges=[list(k) for _, k, _ in rects],
-        mask_types=[kind for _, _, kind in rects],
-        total_seqlen=total,
-    )
+    return spec_of_rects(rects, total)
