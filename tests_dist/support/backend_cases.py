@@ -7,6 +7,7 @@ backward runs each with the out and lse of the whole. The truth is dense fp64 un
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -183,8 +184,9 @@ def check_backend(
             continue
         error = (mine.double() - truth)[finite].abs().max().item()
         allowed = 2 * (theirs.double() - truth)[finite].abs().max().item()
-        # In fp64 the truth itself is rounded, by the order of its sums.
-        rounding = (100 if dtype == torch.float64 else 4) * eps * max(1.0, truth[finite].abs().max().item())
+        # In fp64 the truth itself is rounded, by the order of its sums; and long sums round more often on one thread.
+        steps = (100 if dtype == torch.float64 else 4) * max(1.0, math.sqrt(CASES[name].num_queries / 256))
+        rounding = steps * eps * max(1.0, truth[finite].abs().max().item())
         assert error <= allowed + rounding, (
             f"{field} is off by {error:.3g}, plain attention by {allowed / 2:.3g}, rounding {rounding:.3g}"
         )
