@@ -13,6 +13,7 @@ Shape legend as in `base.py`; B tiles of a call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -228,7 +229,20 @@ def _forward_scratch(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
     rows, keys = _kernel_block(q, k)
     elements = rows * (keys + q.shape[-1] + 2)
     reduced = rows * keys * q.itemsize if q.dtype in HALF_DTYPES else 0
-    return torch.get_num_threads() * (elements * _opmath_bytes(q) + reduced)
+    packed = 0
+    if _packs_keys(q.dtype):  # all keys and values as the matrix units want them, and a block of keys for each thread
+        packed, reduced = k.nbytes + v.nbytes, reduced + keys * q.shape[-1] * q.itemsize
+    return packed + torch.get_num_threads() * (elements * _opmath_bytes(q) + reduced)
+
+
+@functools.cache
+def _packs_keys(dtype: torch.dtype) -> bool:
+    """Whether this CPU has matrix units (AMX) for the dtype, for which the forward kernel packs keys and values.
+
+    Source: aten/src/ATen/native/CPUBlas.cpp (2.13), `could_pack`.
+    """
+    units = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+    return dtype in units and bool(getattr(torch.cpu, units[dtype], lambda: False)())
 
 
 def _backward_scratch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
