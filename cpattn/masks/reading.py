@@ -37,6 +37,9 @@ def read_int(name: str, value: Any, *, least: int = 1) -> int:
     return number
 
 
+_FAR = 1 << 62  # a distance that int64 holds, and no two tokens have
+
+
 def read_window(window: Any, *, ahead: int | None) -> Sides:
     """A window as limits on both sides.
 
@@ -50,9 +53,9 @@ def read_window(window: Any, *, ahead: int | None) -> Sides:
     """
     try:
         if not isinstance(window, Sequence) or isinstance(window, str):
-            return read_int("window", window) - 1, ahead
+            return min(read_int("window", window), _FAR) - 1, ahead
         sides = [None if side is None and ahead is None else read_int("side", side, least=0) for side in window]
-        left, right = sides
+        left, right = (None if side is None else min(side, _FAR) for side in sides)
     except ValueError:
         raise ValueError(
             f"window is {window!r}: give an int of at least 1, or (left, right) of at least 0 each"

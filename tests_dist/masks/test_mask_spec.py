@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cpattn import AttnMaskSpec
 from cpattn.masks import rectangles
+from cpattn.masks.reading import read_window
 from cpattn.masks.spec import RECT_TYPES, Document, lower_mask
 from tests_dist.support.masks import MASKS
 from tests_dist.support.strategies import specs
@@ -428,3 +429,9 @@ def test_bad_input_says_value_and_rule(case):
 def test_union_with_something_else_is_a_type_error():
     with pytest.raises(TypeError):
         AttnMaskSpec.causal(2) | 3
+
+
+def test_windows_beyond_64_bits_are_far():
+    assert read_window((2**63, None), ahead=None) == (2**62, None)
+    assert read_window(2**70, ahead=0) == (2**62 - 1, 0)
+    assert AttnMaskSpec.sliding_window(np.array(5), 2).total_seqlen == 5
