@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cpattn.runtime.at_exit import rest_at_exit as _rest_at_exit
+from .integrations.hf_register import register_when_imported
 
 if TYPE_CHECKING:
     from cpattn.checks.report import Verification
@@ -82,6 +83,10 @@ _MODULE_OF = {
     "Verification": "checks.report",
     "verify": "checks.verify",
 }
+
+
+# Loads nothing: transformers may come later, or never.
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

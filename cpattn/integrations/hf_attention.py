@@ -1,9 +1,14 @@
-"""What transformers calls: the mask and the attention of each layer, by `attn_implementation="cpattn"`."""
+"""What transformers calls: the mask and the attention of each layer, by `attn_implementation="cpattn"`.
+
+`hf_register` tells transformers of them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +21,7 @@ from cpattn.ops.fetch import local_attention
 
 from .hf_latents import sends_latents
 from .hf_masks import terms_of
-from .shard import LayerMask, active_shard
+from .shard import LayerMask, Shard, active_shard
 
 # Tensors that layers are handed on the way and that say nothing about the mask.
 _HARMLESS = {"position_ids", "position_embeddings", "cache_position", "num_items_in_batch", "input_ids"}
@@ -24,33 +29,25 @@ _BIASES = ("position_bias", "attn_bias", "attention_bias", "bias", "alibi", "hea
 PACKING_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def register_attention(name: str = "cpattn") -> None:
-    """Make `attn_implementation=name` known to transformers, for attention and for masks. Idempotent.
-
-    The mask is registered too, because transformers makes no mask at all, not even for padding, for an
-    attention that has none.
-    """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(name, cpattn_attention)
-    AttentionMaskInterface.register(name, cpattn_mask)
-
-
 def cpattn_mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """Mask interface of transformers: a `LayerMask` for a sharded batch, else SDPA's mask.
+    """Mask interface of transformers: a `LayerMask` for a sharded batch, else none where SDPA needs none, or eager's.
+
+    Eager's, because it can be added to scores: some models do so besides handing it on, and a boolean one would be
+    added as ones and zeros.
 
     Raises:
         ValueError: the batch is sharded and the mask is not one that cpattn can express.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
     mask_function = causal_mask_function if mask_function is None else mask_function
     shard = getattr(attention_mask, "shard", None)
-    if shard is None:
-        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+    if shard is not None:
+        return shard.mask(terms_of(mask_function))
+    kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+    if args or "dtype" not in kwargs:  # older transformers
         return sdpa_mask(*args, **kwargs)
-    return shard.mask(terms_of(mask_function))
+    return None if sdpa_mask(**kwargs) is None else eager_mask(**kwargs)
 
 
 def cpattn_attention(
@@ -79,18 +76,43 @@ def cpattn_attention(
     Raises:
         ValueError: something that the layer asks for would be ignored; names the layer.
     """
+    observer = _observer.get()
     if isinstance(attention_mask, LayerMask):
         out = _sharded_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-        return out, None
+    else:
+        if observer is None or active_shard.get() is not None:
+            _refuse_unsharded(module, attention_mask)
+        out = _whole_attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    if observer is not None:
+        if isinstance(attention_mask, LayerMask) and sends_latents(module):  # of rows as they were fetched
+            key, value = (attention_mask.shard.in_own_order(t.transpose(0, 2)).transpose(0, 2) for t in (key, value))
+        observer(module, query, key, value, out)
+    return out, None
+
+
+@contextlib.contextmanager
+def observe_attention(observer: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Hand module, query, key, value and output of every attention inside to the observer."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+_observer: contextvars.ContextVar[Any] = contextvars.ContextVar("cpattn_observer", default=None)
+
+
+def _refuse_unsharded(module: nn.Module, mask: Any) -> None:
+    """Raise where a layer runs without the shard's mask and should have it; warn once where it may be an oversight."""
     shard = active_shard.get()
     if shard is not None and shard.decoder is not None and _is_part(module, shard.decoder):
         raise ValueError(
-            f"{_name(module)}: transformers made no sharded mask for it (it has "
-            f"{type(attention_mask).__name__}), so it would see this rank's tokens only"
+            f"{_name(module)}: transformers made no sharded mask for it (it has {type(mask).__name__}), so it would "
+            f"see this rank's tokens only"
         )
     _refuse_lost_shard(module)
     _warn_unsharded()
-    return _whole_attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
 
 
 def _sharded_attention(
@@ -112,8 +134,12 @@ def _sharded_attention(
             f"{_name(module)}: query {tuple(query.shape)} and key {tuple(key.shape)} do not have this rank's "
             f"{tokens} tokens; a key-value cache or cross-attention is not supported"
         )
+    shard = mask.shard
+    query = _with_true_temperature(module, query, shard)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    q = q[: mask.key.num_tokens]
+    q = shard.in_key_order(q[: mask.key.num_tokens])
+    if not fetched:
+        k, v = (shard.in_key_order(t[: len(q)]) for t in (k, v))
     bound = mask.key.with_heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2])
     mask.shard.num_layers_run += 1
     numbers: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sink": sink}
@@ -122,16 +148,35 @@ def _sharded_attention(
     if fetched:
         out = local_attention(q, k, v, bound, **numbers)
     else:
-        out = attention(q, k[: len(q)], v[: len(q)], bound, layer=layer, **numbers)
+        out = attention(q, k, v, bound, layer=layer, **numbers)
     assert isinstance(out, Tensor)
+    out = shard.in_own_order(out)
     stand_in = tokens - mask.key.num_tokens
     return F.pad(out, (0, 0, 0, 0, 0, stand_in)).unsqueeze(0) if stand_in else out.unsqueeze(0)
 
 
+def _with_true_temperature(module: nn.Module, query: Tensor, shard: Shard) -> Tensor:
+    """Queries [1, heads, L, dim] whose layer scaled them by their place in the local tensor, by their position instead.
+
+    Llama 4's layers without RoPE count places from 0 on: log1p(floor((place + 1) / floor_scale)) * attn_scale + 1.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+    floor_scale, attn_scale = float(module.floor_scale), float(module.attn_scale)  # type: ignore[arg-type]
+    places = torch.arange(query.shape[2], device=query.device)
+
+    def scales(positions: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((positions.float() + 1.0) / floor_scale)) * attn_scale + 1.0
+
+    ratio = scales(shard.positions.to(query.device)) / scales(places)
+    return (query * ratio[None, None, :, None]).to(query.dtype)
+
+
 def _refuse_other_window(module: nn.Module, mask: LayerMask, extra: Mapping[str, Any]) -> None:
-    window = extra.get("sliding_window") or getattr(module, "sliding_window", None)
+    # A layer that passes None has none, whatever its attributes say.
+    window = extra["sliding_window"] if "sliding_window" in extra else getattr(module, "sliding_window", None)
     left = (mask.window or (None, None))[0]
-    if isinstance(window, int) and window < mask.shard.layout.longest_text and left not in (window - 1, window):
+    if isinstance(window, int) and 0 < window < mask.shard.layout.longest_text and left not in (window - 1, window):
         raise ValueError(
             f"{_name(module)}: the layer has a sliding window of {window} and its mask has the window {mask.window}: "
             f"one of the two would be ignored"

@@ -60,6 +60,6 @@ def _expand_fetched(
     expand: Any, mask: LayerMask, layer: nn.Module, kv_nope: Tensor, k_rot: Tensor
 ) -> tuple[Tensor, Tensor]:
     """kv_nope [1, 1, L, rank] and k_rot [1, 1, L, rope dim] as keys and values of all rows that are needed here."""
-    rows = torch.cat([kv_nope, k_rot], dim=-1)[0, 0, : mask.key.num_keys]
+    rows = mask.shard.in_key_order(torch.cat([kv_nope, k_rot], dim=-1)[0, 0, : mask.key.num_keys])
     needed = fetch(rows, mask.key)[None, None]
     return expand(layer, *needed.split([kv_nope.shape[-1], k_rot.shape[-1]], dim=-1))  # type: ignore[no-any-return]

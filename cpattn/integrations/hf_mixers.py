@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpattn.keys.key import AttnKey
 from cpattn.mixers import causal_conv1d, linear_attention
 
 from .current import answering, watch_layer
@@ -89,19 +88,20 @@ def _recurrent_mask(original: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
         shard = getattr(given, "shard", None)
-        return original(*args, **kwargs) if shard is None else LayerMask(shard.key, None, shard)
+        return original(*args, **kwargs) if shard is None else LayerMask.over(shard)
 
     mask._cpattn_original = original  # type: ignore[attr-defined]
     return mask
 
 
-def _rows(x: Tensor, key: AttnKey) -> Tensor:
+def _rows(x: Tensor, mask: LayerMask) -> Tensor:
     """[1, L, ...] as this rank's rows: without the stand-in of a rank that has none."""
-    return x[0, : key.num_tokens]
+    return mask.shard.in_key_order(x[0, : mask.key.num_tokens])
 
 
-def _layers_view(rows: Tensor, like: Tensor) -> Tensor:
+def _layers_view(rows: Tensor, like: Tensor, mask: LayerMask) -> Tensor:
     """Rows as [1, L, ...], with a stand-in where `like` has one."""
+    rows = mask.shard.in_own_order(rows)
     missing = like.shape[1] - rows.shape[0]
     return (torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows).unsqueeze(0)
 
@@ -116,9 +116,9 @@ def _causal_conv1d(
 ) -> Tensor:
     """hidden_states [1, C, L], weight [C, W]; by the layers' own reckoning the result has hidden_states' dtype."""
     key, by_row = mask.key, hidden_states.transpose(1, 2)
-    x = _rows(by_row, key).to(weight.dtype)
+    x = _rows(by_row, mask).to(weight.dtype)
     out = causal_conv1d(x, weight, key, bias_C=bias, activation=activation)  # type: ignore[arg-type]
-    return _layers_view(out.to(hidden_states.dtype), by_row).transpose(1, 2)
+    return _layers_view(out.to(hidden_states.dtype), by_row, mask).transpose(1, 2)
 
 
 def _gated_delta_rule(
@@ -137,13 +137,13 @@ def _gated_delta_rule(
     """query, keys [1, L, G, K], value [1, L, H, V], g [1, L, H] or [1, L, H, K], beta [1, L, H]."""
     _refuse_state(initial_state, output_final_state)
     key = mask.key
-    q, k = (_rows(x, key).to(torch.promote_types(x.dtype, torch.float32)) for x in (query, keys))
+    q, k = (_rows(x, mask).to(torch.promote_types(x.dtype, torch.float32)) for x in (query, keys))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     out = linear_attention(
-        q, k, _rows(value, key), key, decay=_rows(g, key), beta_TH=_rows(beta, key), scale=query.shape[-1] ** -0.5
+        q, k, _rows(value, mask), key, decay=_rows(g, mask), beta_TH=_rows(beta, mask), scale=query.shape[-1] ** -0.5
     )
-    return _layers_view(out.to(query.dtype), value), None
+    return _layers_view(out.to(query.dtype), value, mask), None
 
 
 def _mamba2_scan(
@@ -172,13 +172,13 @@ def _mamba2_scan(
     if dt_softplus:
         dt = F.softplus(dt)
     key = mask.key
-    step = _rows(dt.clamp(*dt_limit), key).float()
-    x = _rows(hidden_states, key).float()
-    keys, queries = (_rows(t, key).float() for t in (B, C))
+    step = _rows(dt.clamp(*dt_limit), mask).float()
+    x = _rows(hidden_states, mask).float()
+    keys, queries = (_rows(t, mask).float() for t in (B, C))
     out = linear_attention(queries, keys, x * step[..., None], key, decay=A.float() * step)
     if D is not None:
         out = out + D[..., None] * x
-    return _layers_view(out, hidden_states)
+    return _layers_view(out, hidden_states, mask)
 
 
 def _lightning_attention(
@@ -192,9 +192,10 @@ def _lightning_attention(
     """The whole layer of MiniMax, which is written in one piece: q, k and v by head, one constant decay a head."""
     key = mask.key
     qkv = layer.act_fn(layer.qkv_proj(hidden_states)).unflatten(-1, (layer.num_attention_heads, -1))
-    q, k, v = (_rows(x, key) for x in qkv.split(layer.head_dim, dim=-1))
+    q, k, v = (_rows(x, mask) for x in qkv.split(layer.head_dim, dim=-1))
     decay = -layer.slope_rate.flatten().expand(len(q), -1)
-    out = layer.norm(_layers_view(linear_attention(q, k, v, key, decay=decay).flatten(1), hidden_states))
+    mixed = linear_attention(q, k, v, key, decay=decay).flatten(1)
+    out = layer.norm(_layers_view(mixed, hidden_states, mask))
     return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * out), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from cpattn.planning.options import LayerKind
 
 from .batch_layout import BatchLayout, MaskTerm
 
+_INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget", "indexer_head_dim")
 # Kinds of layers that mix tokens in another way than by attention; "hybrid" ones have both.
 _TOKEN_MIXERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding", "ssm"}
 _WITH_ATTENTION = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
@@ -61,18 +63,44 @@ def layers_that_mix(decoder: nn.Module) -> int:
     return (1 if config is None else len(attention_kinds(config))) + served
 
 
-def refuse_router_loss(config: Any) -> None:
-    if getattr(config, "output_router_logits", False):
+def refuse_indexers(decoder: nn.Module, config: Any) -> None:
+    """Raise if layers choose keys by an indexer: it would choose among this rank's tokens only.
+
+    A short sequence does not show it (all keys are chosen), so the placement probe cannot.
+    """
+    fields = [name for name in _INDEXERS if getattr(config, name, None)]
+    if fields:
         raise ValueError(
-            "output_router_logits: the router's balance loss is over the whole batch and would be left out; "
-            "set output_router_logits=False and add a balance loss of your own"
+            f"{type(decoder).__name__} has sparse layers that choose keys by an indexer over the tokens they are given "
+            f"({', '.join(fields)} in its config): a shard holds some of the tokens, so such layers cannot run on it"
         )
 
 
 def unwrapped(model: nn.Module) -> Any:
+    """The model with a config inside wrappers such as DDP."""
     while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
     return model
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside wrappers and adapters (PEFT)."""
+    root = unwrapped(model)
+    return root.get_base_model() if hasattr(root, "get_base_model") else root
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward names an argument; one that it would swallow in **kwargs does not count."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def read(config: Any, name: str, default: Any = None) -> Any:
+    """A field of a config; the default where there is none, it is None, or it differs by layer (Gemma 4's head_dim)."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        value = None
+    return default if value is None else value
 
 
 def layer_kinds(config: Any, layout: BatchLayout) -> list[LayerKind]:
@@ -89,16 +117,16 @@ def layer_kinds(config: Any, layout: BatchLayout) -> list[LayerKind]:
 
 
 def _kind_of_all_layers(config: Any) -> str:
-    sliding = isinstance(getattr(config, "sliding_window", None), int) and getattr(config, "use_sliding_window", True)
+    sliding = bool(read(config, "sliding_window")) and getattr(config, "use_sliding_window", True)
     return "sliding_attention" if sliding else "full_attention"
 
 
 def _term_of(kind: str, config: Any, layout: BatchLayout) -> MaskTerm:
     """The mask of one of transformers' kinds of layers; a limit that is wider than all texts is left out."""
-    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    window, chunk = (read(config, name) for name in ("sliding_window", "attention_chunk_size"))
     if getattr(config, "is_causal", True) is False:
         return MaskTerm(causal=layout.explicit)
-    if kind == "sliding_attention" and isinstance(window, int) and window < layout.longest_text:
+    if kind == "sliding_attention" and isinstance(window, int) and 0 < window < layout.longest_text:
         return MaskTerm(causal=True, left=window - 1)
     if kind == "chunked_attention" and isinstance(chunk, int) and chunk < layout.longest_text and not layout.explicit:
         return MaskTerm(causal=True, chunk=chunk)

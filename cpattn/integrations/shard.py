@@ -6,9 +6,10 @@ import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpattn.keys.key import AttnKey
@@ -43,13 +44,49 @@ class ShardedMask(Tensor):
 class LayerMask:
     """The mask of one kind of layer: a key over the shard's placement, and the shard.
 
+    Planned when a layer first uses it: models ask for masks of every kind, also of those that none of their layers has.
     Not a dataclass: FSDP2 searches those that it finds among a layer's inputs for tensors.
     """
 
-    __slots__ = ("key", "shard", "window")
+    __slots__ = ("_planned", "shard", "terms")
 
-    def __init__(self, key: AttnKey, window: tuple[int | None, int | None] | None, shard: Shard) -> None:
-        self.key, self.window, self.shard = key, window, shard
+    def __init__(self, terms: tuple[MaskTerm, ...], shard: Shard) -> None:
+        self.terms, self.shard = terms, shard
+        self._planned: tuple[AttnKey, tuple[int | None, int | None] | None] | None = None
+
+    @classmethod
+    def over(cls, shard: Shard) -> LayerMask:
+        """The shard's own key, for layers that take no mask but its documents."""
+        mask = cls((), shard)
+        mask._planned = shard.key, None
+        return mask
+
+    def _plan(self) -> tuple[AttnKey, tuple[int | None, int | None] | None]:
+        if self._planned is None:
+            spec, window = self.shard.layout.plan_of(self.terms)
+            self._planned = self.shard.key.with_mask(spec, window=window), window
+        return self._planned
+
+    @property
+    def key(self) -> AttnKey:
+        """The key. Raises ValueError where the terms are none that cpattn can express."""
+        return self._plan()[0]
+
+    @property
+    def window(self) -> tuple[int | None, int | None] | None:
+        """(left, right) of the window, None where there is none."""
+        return self._plan()[1]
+
+
+Cut = Literal["inputs", "decoder", "layers"]
+
+
+class Stage(NamedTuple):
+    """A [rows, columns] batch of which `places` (int64 [L]) are this rank's."""
+
+    rows: int
+    columns: int
+    places: Tensor
 
 
 @dataclass(eq=False)
@@ -62,6 +99,12 @@ class Shard:
         index: int64 [L], for each local token its place row * columns + column in the batch. A rank that
             got no token has one stand-in all the same (models cannot run on none), without a target; it
             takes no part in attention and in `gather`.
+        cut: where the batch is cut down to this rank's tokens: at the model's inputs, where its decoder begins
+            (towers of other modalities place features by token), or where the decoder's layers begin (for models
+            whose positions cannot be passed in: their embeddings run over the whole batch).
+        stage: the batch as the model gets it, where it is cut later than at the inputs.
+        last_position: the largest position of the whole batch: some RoPE takes its frequencies from it.
+        order: int64 [T], for the placement probe: the order in which a single rank has the tokens; else None.
         inputs: what to call the model with, under `active()`.
         targets: int64 [1, L], next-token targets of the local tokens (-100: none); None without labels.
     """
@@ -72,7 +115,10 @@ class Shard:
     inputs: dict[str, Any] = field(default_factory=dict)
     targets: Tensor | None = None
     decoder: nn.Module | None = None
-    splits_embeddings: bool = False
+    cut: Cut = "inputs"
+    stage: Stage | None = None
+    last_position: int = 0
+    order: Tensor | None = None
     num_layers_run: int = 0
     _masks: dict[tuple[MaskTerm, ...], LayerMask] = field(default_factory=dict)
 
@@ -85,7 +131,7 @@ class Shard:
     def positions(self) -> Tensor:
         """int64 [L], positions of the local tokens in their documents: columns, in a padded batch."""
         all_positions = torch.from_numpy(self.layout.positions()).to(self.index.device)
-        local = all_positions[local_tokens(self.key, self.index.device)]
+        local = all_positions[local_tokens(self.key, self.index.device, self.order)]
         return local if len(local) else local.new_zeros(1)
 
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -103,23 +149,39 @@ class Shard:
                 f"take: the tensor has shape {tuple(x.shape)}, expected {(self.layout.rows, self.layout.columns)} "
                 f"at dims {dim} and {dim + 1}, the shape of the batch"
             )
-        return x.flatten(dim, dim + 1).index_select(dim, self.index.to(x.device)).unsqueeze(dim)
+        return take_rows(x, self.index, dim)
 
     def gather(self, x_local: Tensor, fill_value: float = 0.0) -> Tensor:
         """The whole tensor on every rank, in the batch's own order; for evaluation and generation.
 
         Args:
-            x_local: [1, L, ...], values of this rank's tokens (logits, hidden states, losses).
+            x_local: [1, L, ...], values of this rank's tokens (logits, losses). Hidden states of a call of
+                ContextParallel are whole already, and come back as they are.
             fill_value: what padding gets.
 
         Returns:
             [B, S, ...]. Gradient: as of `cpattn.undispatch`.
         """
-        whole = undispatch(x_local[0, : self.key.num_tokens], self.key)
+        if getattr(x_local, "_cpattn_whole", None) is self:
+            return x_local
+        if x_local.shape[:2] != (1, self.num_tokens):
+            raise ValueError(
+                f"gather: the tensor has shape {tuple(x_local.shape)}, expected (1, {self.num_tokens}, ...): this "
+                f"rank's tokens (logits under logits_to_keep are whole on every rank already)"
+            )
+        whole = undispatch(self.in_key_order(x_local[0, : self.key.num_tokens]), self.key)
         layout = self.layout
         out = whole.new_full((layout.rows * layout.columns, *whole.shape[1:]), fill_value)
         out = out.index_copy(0, layout.index_on(whole.device), whole)
         return out.unflatten(0, (layout.rows, layout.columns))
+
+    def in_key_order(self, x: Tensor) -> Tensor:
+        """[T, ...] rows of a shuffled shard as the key has them; others as they are."""
+        return x if self.order is None else x.index_select(0, torch.argsort(self.order))
+
+    def in_own_order(self, x: Tensor) -> Tensor:
+        """The inverse of `in_key_order`."""
+        return x if self.order is None else x.index_select(0, self.order)
 
     def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where tokens of the batch lie on this rank.
@@ -139,10 +201,7 @@ class Shard:
 
     def mask(self, terms: tuple[MaskTerm, ...]) -> LayerMask:
         """The mask of a kind of layer, as a key over this shard's placement."""
-        if terms not in self._masks:
-            spec, window = self.layout.plan_of(terms)
-            self._masks[terms] = LayerMask(self.key.with_mask(spec, window=window), window, self)
-        return self._masks[terms]
+        return self._masks.setdefault(terms, LayerMask(terms, self))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Shard]:
@@ -184,8 +243,7 @@ class Shard:
                     f"{type(decoder).__name__} gets {name} of shape {tuple(value.shape)}: not of the batch's "
                     f"{(rows, columns)} tokens, so cpattn does not know how to shard it"
                 )
-        if local.get("past_key_values") is not None:
-            raise ValueError("past_key_values: a key-value cache is not supported under context parallelism")
+        refuse_cache(local)
         if local.get("position_ids") is None:
             local["position_ids"] = self.positions[None]
         mask = local.get("attention_mask")
@@ -206,29 +264,12 @@ class Shard:
         return self.take(positions.expand(*positions.shape[:-2], rows, columns), positions.ndim - 2)
 
     def local_mask(self) -> ShardedMask:
+        """What the model gets for a mask where it gets local tokens: all ones, with the shard on it."""
         return ShardedMask.of(self.index.new_ones(1, self.num_tokens), self)
 
 
-def split_at_decoder(decoder: nn.Module) -> None:
-    """Make a language model take its shard of inputs that are those of a whole batch. Idempotent.
-
-    The hook finds the shard in the attention mask; inputs without one pass as they are.
-    """
-    if not getattr(decoder, "_cpattn_splits", False):
-        decoder.register_forward_pre_hook(_split_decoder_inputs, with_kwargs=True)
-        decoder._cpattn_splits = True  # type: ignore[assignment]
-
-
-def _split_decoder_inputs(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shard = shard_of(kwargs.get("attention_mask"))
-    if shard is None or not shard.splits_embeddings:
-        return None
-    if args:
-        raise ValueError(f"{type(decoder).__name__} was called with positional arguments: names are needed")
-    return (), shard.decoder_inputs(decoder, kwargs)
-
-
 def shard_of(mask: Any) -> Shard | None:
+    """The shard that a mask (or a dict of masks) belongs to."""
     if isinstance(mask, dict):
         mask = next(iter(mask.values()), None)
     return getattr(mask, "shard", None)
@@ -237,5 +278,44 @@ def shard_of(mask: Any) -> Shard | None:
 active_shard: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("cpattn_shard", default=None)
 
 
-def local_tokens(key: AttnKey, device: torch.device) -> Tensor:
-    return torch.from_numpy(key.q_placement.tokens_of(key.cp_rank)).to(device)
+def local_tokens(key: AttnKey, device: torch.device, order: Tensor | None = None) -> Tensor:
+    """int64, this rank's tokens of the sequence; in another order where one is given."""
+    tokens = torch.from_numpy(key.q_placement.tokens_of(key.cp_rank)).to(device)
+    return tokens if order is None else tokens[order.to(device)]
+
+
+def refuse_cache(inputs: Mapping[str, Any]) -> None:
+    """Raise where inputs hold a key-value cache, under either of the names that transformers has for it."""
+    for name in ("past_key_values", "cache"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name}: a key-value cache is not supported under context parallelism")
+
+
+def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of a group, in place; x itself for None."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+class ShareRows(torch.autograd.Function):
+    """Rows that each rank has some of, whole on every rank; each rank's gradient is that of its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, local: Tensor, which: Tensor, total: int, group: dist.ProcessGroup | None, weight: int
+    ) -> Tensor:
+        """local [n, ...] are rows `which` of [total, ...]; weight multiplies the gradient."""
+        ctx.save_for_backward(which)
+        ctx.weight = weight
+        return sum_over(local.new_zeros(total, *local.shape[1:]).index_copy(0, which, local), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (which,) = ctx.saved_tensors
+        return grad.index_select(0, which) * ctx.weight, None, None, None, None
+
+
+def take_rows(x: Tensor, index: Tensor, dim: int = 0) -> Tensor:
+    """[..., 1, L, ...]: places row * columns + column of the rows and columns at dims dim and dim + 1."""
+    return x.flatten(dim, dim + 1).index_select(dim, index.to(x.device)).unsqueeze(dim)

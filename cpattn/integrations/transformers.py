@@ -22,32 +22,52 @@ taken where the language model begins, and the vision tower runs as it always do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cpattn.keys.key import AttnKey
 from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec
-from cpattn.runtime.agreement import control_device, require_agreement, tensor_digest
 
-from .batch_layout import IGNORE_INDEX, BatchLayout, layout_of_batch, layout_of_spec, shifted_labels
+from .batch_layout import IGNORE_INDEX, BatchLayout, shifted_labels
+from .cuts import split_at_decoder, stage_inputs
+from .group_losses import GroupLosses
 from .hf_attention import (
     PACKING_INPUTS,
     cpattn_attention,
     cpattn_mask,
     refuse_what_would_be_ignored,
-    register_attention,
+)
+from .hf_batch import TEXT_INPUTS, compare_batch, device_of, last_position, layout_of, process_group, tokens_of
+from .hf_heads import (
+    gather_hidden_states,
+    head_kind,
+    kept_places,
+    last_tokens,
+    pooled_logits,
+    refuse_outputs,
+    require_keeps_logits,
 )
 from .hf_latents import serve_latents
 from .hf_mixers import serve_mixers
-from .hf_model import language_model, layer_kinds, refuse_other_mixers, refuse_router_loss, unwrapped
-from .shard import LayerMask, Shard, ShardedMask, local_tokens, split_at_decoder
+from .hf_model import (
+    base_model,
+    language_model,
+    layer_kinds,
+    read,
+    refuse_indexers,
+    refuse_other_mixers,
+    takes,
+    unwrapped,
+)
+from .hf_register import register_attention
+from .placement_probe import placement_cut
+from .shard import Cut, LayerMask, Shard, ShardedMask, ShareRows, local_tokens, refuse_cache, sum_over
+from .weights import require_equal_weights
 
 __all__ = [
     "ContextParallel",
@@ -62,15 +82,17 @@ __all__ = [
     "refuse_other_mixers",
     "refuse_what_would_be_ignored",
     "register_attention",
-    "split_at_decoder",
 ]
 
-_TEXT_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
-
-
 class ParallelOutput(NamedTuple):
-    """loss: scalar, the same on all ranks; None without labels. logits: [1, L, V] of this rank's tokens.
-    outputs: all that the model returned. shard: to gather with."""
+    """What a call returns.
+
+    loss: scalar, the same on all ranks; None without labels.
+    logits: [1, L, V] of this rank's tokens; under logits_to_keep [B, k, V], of a sequence classification head [B, C],
+    both whole on every rank.
+    outputs: all that the model returned; hidden states that were asked for are whole, [B, S, hidden].
+    shard: to gather with.
+    """
 
     loss: Tensor | None
     logits: Tensor
@@ -78,8 +100,11 @@ class ParallelOutput(NamedTuple):
     shard: Shard
 
 
-class ContextParallel:
-    """Runs a transformers causal language model with each batch spread over the ranks of a group.
+class ContextParallel(GroupLosses):
+    """Runs a transformers model with each batch spread over the ranks of a group.
+
+    Causal LMs, and heads of token classification and sequence classification (reward and value models). A module whose
+    parameters, `state_dict`, `train` and `eval` are the model's: the same names, without a prefix.
 
     Args:
         model: loaded with attn_implementation="cpattn"; may be wrapped by FSDP2, DDP or PEFT.
@@ -92,9 +117,14 @@ class ContextParallel:
         layout, backend, search_effort: as in `make_key`.
         check_batch: compare the batch between the ranks of cp_group before it is used (one small
             all-gather): different data on two ranks would give wrong numbers without a word.
+        check: try the model before it is trusted: a small batch runs in its natural order and in a shuffled one on
+            this rank (two small forwards; all ranks together where the model is wrapped by FSDP2 or tensor
+            parallelism), once for each configuration. False trusts it, and cuts at the inputs.
+        broadcast: give every rank of loss_group the weights of its first; False compares them, once.
 
     Raises:
-        ValueError: the model has layers that mix tokens in another way than by attention.
+        ValueError: the model depends on where a token lies in the local tensor: names the first layer where it shows,
+            and why it may; layers mix tokens in another way than by attention; or ranks have different weights.
     """
 
     def __init__(
@@ -109,27 +139,47 @@ class ContextParallel:
         backend: str = "auto",
         search_effort: int = 0,
         check_batch: bool = True,
+        check: bool = True,
+        broadcast: bool = False,
     ) -> None:
         if grad_reduction not in ("sum", "mean"):
             raise ValueError(f"grad_reduction is {grad_reduction!r}: 'sum' or 'mean'")
-        self.model = model
-        self.cp_group = _process_group(cp_group)
-        self.loss_group = self.cp_group if loss_group is None else _process_group(loss_group, flatten=True)
+        super().__init__(model)
+        self.cp_group = process_group(cp_group)
+        self.loss_group = self.cp_group if loss_group is None else process_group(loss_group, flatten=True)
         self.grad_reduction = grad_reduction
         self.max_chunk_size = max_chunk_size
         self.options: dict[str, Any] = {"layout": layout, "backend": backend, "search_effort": search_effort}
         self.check_batch = check_batch
-        self.decoder = language_model(model)
         config = unwrapped(model).config
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.has_other_modalities = self.text_config is not config
+        # Not submodules: parts of the model have their names in it.
+        self._parts = _Parts(language_model(model), base_model(model))
+        self.head = head_kind(self.root)
         refuse_other_mixers(self.decoder, self.text_config, serve_mixers(self.decoder))
         self.latents = serve_latents(self.decoder)
-        refuse_router_loss(self.text_config)
-        if self.has_other_modalities:
-            split_at_decoder(self.decoder)
+        refuse_indexers(self.decoder, self.text_config)
+        split_at_decoder(self.decoder)
+        if not getattr(self.decoder, "_cpattn_weights_agree", False) or broadcast:
+            require_equal_weights(model, self.loss_group, broadcast=broadcast)
+            self.decoder._cpattn_weights_agree = True
+        self.cut: Cut = "decoder" if self.has_other_modalities else "inputs"
+        self._unchecked = check
+        if check and not any(p.is_meta for p in model.parameters()):
+            self._check_placement()
 
-    def __call__(
+    @property
+    def decoder(self) -> Any:
+        """The stack of decoder layers."""
+        return self._parts.decoder
+
+    @property
+    def root(self) -> Any:
+        """The transformers model inside wrappers and adapters."""
+        return self._parts.root
+
+    def forward(
         self,
         batch: Mapping[str, Any],
         *,
@@ -142,53 +192,142 @@ class ContextParallel:
         Args:
             batch: as for the model, whole, the same on all ranks of cp_group: input_ids [B, S] and,
                 where there are, attention_mask ([B, S], or 4-D), position_ids, labels (shifted here,
-                within each document) or shift_labels (shifted already), cu_seq_lens_q, pixel values and
-                whatever else the model takes.
+                within each document; of a token classification head as they are, of a sequence classification head
+                [B]) or shift_labels (shifted already), cu_seq_lens_q, pixel values and whatever else the model takes.
             spec: the mask of a batch of one row, in place of attention_mask: a prefix tree, for example.
             num_targets: what to divide the summed loss by; None is the number of this batch's targets
                 over loss_group. Under gradient accumulation pass that of all micro-batches together
                 (`count_targets`), and the losses and gradients add up to those of one large batch.
-            model_kwargs: passed on to the model.
+            model_kwargs: passed on to the model. logits_to_keep counts columns of the batch; with output_router_logits
+                the balance loss is that of all ranks' tokens, times the model's coefficient (a mean over data-parallel
+                replicas); hidden states are gathered.
 
         Returns:
             The loss has the value of the whole mean on every rank; its backward gives gradients whose
             sum (or mean, see `grad_reduction`) over loss_group is the gradient of that value.
+
+        Raises:
+            ValueError: something that is asked for cannot be given; says what.
         """
         if not isinstance(num_targets, Tensor) and num_targets is not None and num_targets < 0:
             raise ValueError(f"num_targets is {num_targets}: it is a count, at least 0")
+        if self._unchecked and any(p.is_meta for p in self.model.parameters()):
+            raise ValueError("the model's parameters are on the meta device: load or initialise them first")
+        if self._unchecked:
+            self._check_placement()
+        batch = dict(batch)
+        refuse_outputs({**batch, **model_kwargs}, self.text_config)
+        keep, router = self._take_requests(batch, model_kwargs)
+        rows = last_tokens(self.root, batch) if self.head == "sequence" else None
+        labels = batch.pop("labels", None) if self.head == "sequence" else None
         shard = self.shard(batch, spec=spec)
         taken = sorted(({"labels", "shift_labels"} | set(shard.inputs)) & set(model_kwargs))
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be given as keywords: cpattn makes them from the batch")
-        with shard.active():
-            outputs = self.model(**shard.inputs, **model_kwargs)
+        places = None
+        if keep is not None:
+            require_keeps_logits(self.root, shard.targets is not None)
+            places = kept_places(keep, shard)
+            which, model_kwargs["logits_to_keep"] = shard.local_rows(places)
+        if router:
+            model_kwargs["output_router_logits"] = True
+        outputs, logits = self._run(self.model, shard, rows, model_kwargs)
         shard.inputs = {}  # pixel values need not live as long as the graph
-        loss = None if shard.targets is None else self.mean_loss(outputs.logits, shard.targets, num_targets)
-        return ParallelOutput(loss, outputs.logits, outputs, shard)
+        loss = None if shard.targets is None else self.mean_loss(logits, shard.targets, num_targets)
+        if labels is not None:
+            loss = self._row_loss(logits, labels, num_targets)
+        if router:
+            loss = self._add_router_loss(loss, outputs, shard)
+        if places is not None:
+            shared = ShareRows.apply(logits[0], which, len(places), self.cp_group, self._share_weight)
+            logits = shared.unflatten(0, (shard.layout.rows, -1))
+        gather_hidden_states(outputs, shard)
+        return ParallelOutput(loss, logits, outputs, shard)
+
+    def _check_placement(self) -> None:
+        self.cut = placement_cut(self)
+        self._unchecked = False
+
+    def _take_requests(self, batch: dict[str, Any], keywords: dict[str, Any]) -> tuple[int | Tensor | None, bool]:
+        """logits_to_keep (None: all), and whether the router's loss is asked for; taken out of both."""
+        asked = {**batch, **keywords}
+        keep = asked.get("logits_to_keep")
+        router = asked.get("output_router_logits")
+        for holder in (batch, keywords):
+            holder.pop("logits_to_keep", None)
+            holder.pop("output_router_logits", None)
+        if router is None:
+            router = getattr(self.text_config, "output_router_logits", False)
+        return None if isinstance(keep, int) and not keep else keep, bool(router)
+
+    def _run(
+        self, model: Callable[..., Any], shard: Shard, rows: Tensor | None, keywords: Mapping[str, Any]
+    ) -> tuple[Any, Tensor]:
+        """The model's outputs on a shard, and its logits: by local token, or [B, C] of a head that pools."""
+        scores: list[Tensor] = []
+        hook = None if rows is None else self.root.score.register_forward_hook(lambda *args: scores.append(args[2]))
+        try:
+            with shard.active():
+                outputs = model(**shard.inputs, **keywords)
+        finally:
+            if hook is not None:
+                hook.remove()
+        if rows is not None:
+            return outputs, pooled_logits(scores[-1], rows, shard, self._share_weight)
+        if not isinstance(getattr(outputs, "logits", None), Tensor):
+            raise ValueError(
+                f"{type(self.root).__name__} returned no logits ({type(outputs).__name__}): ContextParallel runs "
+                f"models with a head"
+            )
+        return outputs, outputs.logits
 
     def shard(self, batch: Mapping[str, Any], *, spec: AttnMaskSpec | None = None) -> Shard:
-        """This rank's part of a batch, with what to call the model with. Arguments as for `__call__`."""
+        """This rank's part of a batch, with what to call the model with. Arguments as for a call."""
+        for name in ("logits_to_keep", "output_router_logits"):
+            if isinstance(batch.get(name), Tensor) or batch.get(name):
+                raise ValueError(f"{name} is served by a call of ContextParallel, not by shard(): leave it out")
+        if self.check_batch:
+            compare_batch(batch, self.cp_group)
+        cut: Cut = self.cut if self.cut != "decoder" or self.has_other_modalities else "inputs"
+        return self._shard(batch, spec, self.cp_group, cut)
+
+    def _shard(
+        self,
+        batch: Mapping[str, Any],
+        spec: AttnMaskSpec | None,
+        cp_group: dist.ProcessGroup | None,
+        cut: Cut,
+        order: Tensor | None = None,
+    ) -> Shard:
         inputs = dict(batch)
-        if inputs.get("past_key_values") is not None:
-            raise ValueError("past_key_values: a key-value cache is not supported under context parallelism")
+        refuse_cache(inputs)
         labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         packing = {name: inputs.pop(name, None) for name in PACKING_INPUTS}
-        tokens = _tokens_of(inputs)
-        if self.check_batch:
-            self._compare_ranks({**inputs, "labels": labels, "shift_labels": targets})
-        layout = _layout(inputs, tokens, spec, packing["cu_seq_lens_q"])
-        key = self._make_key(layout)
-        local = layout.index_on(tokens.device)[local_tokens(key, tokens.device)]
+        tokens, sums = tokens_of(inputs), packing["cu_seq_lens_q"]
+        layout = layout_of(inputs, tokens, spec, sums)
+        key = self._make_key(layout, cp_group)
+        local = layout.index_on(tokens.device)[local_tokens(key, tokens.device, order)]
         if not len(local):
             local = local.new_zeros(1)
-        shard = Shard(key, layout, local, decoder=self.decoder, splits_embeddings=self.has_other_modalities)
+        last = last_position(layout, inputs.get("position_ids"), sums is not None or spec is not None)
+        shard = Shard(key, layout, local, decoder=self.decoder, cut=cut, last_position=last, order=order)
         if targets is None and labels is not None:
-            targets = shifted_labels(labels, layout)
+            targets = self._targets(labels, layout)
         if targets is not None:
             shard.targets = shard.take(targets)
             shard.targets[:, key.num_tokens :] = IGNORE_INDEX
         shard.inputs = self._model_inputs(inputs, tokens, shard)
         return shard
+
+    def _targets(self, labels: Tensor, layout: BatchLayout) -> Tensor:
+        if self.head == "causal":
+            return shifted_labels(labels, layout)
+        if self.head == "sequence" or tuple(labels.shape) != (layout.rows, layout.columns):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, input_ids {(layout.rows, layout.columns)}: a "
+                f"{self.head} classification head has no such labels by token"
+            )
+        return labels
 
     def count_targets(
         self, batches: Iterable[Mapping[str, Any]], *, specs: Iterable[AttnMaskSpec | None] | None = None
@@ -210,119 +349,31 @@ class ContextParallel:
             raise ValueError(f"count_targets got {len(batches)} batches and {len(specs)} specs: one for each, or none")
         count = 0
         for batch, spec in zip(batches, specs, strict=True):
-            targets, tokens = batch.get("shift_labels"), _tokens_of(batch)
+            targets, tokens = batch.get("shift_labels"), tokens_of(batch)
             if targets is None:
                 if batch.get("labels") is None:
                     raise ValueError("count_targets: a batch has neither labels nor shift_labels")
-                targets = shifted_labels(batch["labels"], _layout(batch, tokens, spec, batch.get("cu_seq_lens_q")))
+                targets = self._targets(batch["labels"], layout_of(batch, tokens, spec, batch.get("cu_seq_lens_q")))
             count += int((targets != IGNORE_INDEX).sum())
         cp_size = 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
-        total = torch.tensor(count, device=_device(self.loss_group, self.model))
+        total = torch.tensor(count, device=device_of(self.loss_group, self.model))
         # Every rank of a context-parallel group counts the same batches.
-        return int(_sum_over(total, self.loss_group)) // (cp_size if self.loss_group is not None else 1)
+        return int(sum_over(total, self.loss_group)) // (cp_size if self.loss_group is not None else 1)
 
-    def mean_loss(
-        self, logits: Tensor, targets: Tensor, num_targets: int | Tensor | None = None
-    ) -> Tensor:
-        """Cross entropy of this rank's tokens, as its share of the mean over loss_group.
-
-        Args:
-            logits: [1, L, V]; computed on in fp32 (fp64 for fp64).
-            targets: [1, L], -100 where there is none.
-            num_targets: what to divide by; None counts the targets of all ranks. None anywhere: loss 0.
-        """
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        flat = logits.flatten(0, 1).to(dtype), targets.flatten().to(logits.device)
-        total = F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum")
-        if num_targets is None:
-            num_targets = _sum_over((targets != IGNORE_INDEX).sum().to(logits.device), self.loss_group)
-        divisor = torch.as_tensor(num_targets, device=logits.device).clamp(min=1)
-        return self.replicate(total / divisor)
-
-    def token_logprobs(self, out: ParallelOutput, places: Tensor, tokens: Tensor) -> Tensor:
-        """Log-probabilities of tokens, on every rank: what policy-gradient losses are made from.
-
-        Args:
-            out: of a call of this object.
-            places: int64 [N], where in the batch (row * columns + column) the logits are that predict; the same on
-                all ranks of cp_group, as tokens are.
-            tokens: int64 [N], the tokens whose log-probabilities are wanted.
-
-        Returns:
-            [N], fp32 (fp64 for fp64 logits), the same on all ranks of cp_group. Gradient: for a loss
-            that every rank computes alike from it; it need not be divided by the number of ranks.
-
-        Raises:
-            ValueError: the ranks pass different ones, there is no such place or token, or a place is padding.
-        """
-        self._check_wanted(out, places, tokens)
-        which, rows = out.shard.local_rows(places.to(out.logits.device))
-        logits = out.logits[0].index_select(0, rows)
-        logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-        local = logprobs.gather(1, tokens.to(logits.device)[which, None]).squeeze(1)
-        size = 1 if self.loss_group is None else dist.get_world_size(self.loss_group)
-        weight = size if self.grad_reduction == "mean" else 1
-        return _ShareRows.apply(local, which, len(places), self.cp_group, weight)  # type: ignore[no-any-return]
-
-    def _check_wanted(self, out: ParallelOutput, places: Tensor, tokens: Tensor) -> None:
-        layout, vocab = out.shard.layout, out.logits.shape[-1]
-        if places.ndim != 1 or places.shape != tokens.shape or {places.dtype, tokens.dtype} != {torch.int64}:
-            raise ValueError(
-                f"token_logprobs: places is {places.dtype} {tuple(places.shape)} and tokens {tokens.dtype} "
-                f"{tuple(tokens.shape)}: both are int64 [N]"
-            )
-        if self.check_batch:
-            fields = {"places": tensor_digest(places), "tokens": tensor_digest(tokens)}
-            require_agreement("token_logprobs", fields, self.cp_group)
-        wanted = places.cpu().numpy()
-        wrong = wanted[~np.isin(wanted, layout.index)]
-        if len(wrong):
-            raise ValueError(
-                f"token_logprobs: place {wrong[0]} holds no token of the batch: it has {layout.rows} x "
-                f"{layout.columns} places (row * columns + column), and those of padding have no logits"
-            )
-        outside = tokens[(tokens < 0) | (tokens >= vocab)]
-        if len(outside):
-            raise ValueError(f"token_logprobs: token {int(outside[0])} is not among the model's {vocab}")
-
-    def replicate(self, local: Tensor) -> Tensor:
-        """A local loss as the sum over loss_group: that value on all ranks, the local gradient on each.
-
-        For losses of your own: pass this rank's share (already divided as it should be).
-        """
-        size = 1 if self.loss_group is None else dist.get_world_size(self.loss_group)
-        own = local * (size if self.grad_reduction == "mean" else 1)
-        return own + (_sum_over(local.detach().clone(), self.loss_group) - own.detach())
-
-    def reduce_gradients(self) -> None:
-        """Sum the gradients of all parameters over loss_group, where no wrapper does (grad_reduction "sum").
-
-        Parameters that got no gradient on this rank take part with zeros.
-        """
-        if self.grad_reduction != "sum":
-            raise ValueError("reduce_gradients with grad_reduction='mean': the wrapper of the model reduces them")
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and self.loss_group is not None:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grad: Any = parameter.grad
-                # The share of a tensor-parallel rank: its peers in loss_group have the same share.
-                dist.all_reduce(grad.to_local() if hasattr(grad, "to_local") else grad, group=self.loss_group)
-
-    def _make_key(self, layout: BatchLayout) -> AttnKey:
-        config, cp_size = self.text_config, 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
+    def _make_key(self, layout: BatchLayout, cp_group: dist.ProcessGroup | None) -> AttnKey:
+        config, cp_size = self.text_config, 1 if cp_group is None else dist.get_world_size(cp_group)
         first, *others = layer_kinds(config, layout)
-        heads = int(getattr(config, "num_attention_heads", 1))
+        heads = int(read(config, "num_attention_heads", 1))
         assert first.spec is not None
         dims = {
-            "num_heads_kv": int(getattr(config, "num_key_value_heads", None) or heads),
-            "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            "num_heads_kv": int(read(config, "num_key_value_heads", heads)),
+            "head_dim": int(read(config, "head_dim", max(config.hidden_size // heads, 1))),
         }
         return make_key(
             first.spec,
             num_heads_q=heads,
             **dims | self.latents,
-            cp_group=self.cp_group,
+            cp_group=cp_group,
             chunk_size=max(1, min(self.max_chunk_size, layout.num_tokens // (16 * cp_size))),
             window=first.window,
             num_layers=first.num_layers,
@@ -332,7 +383,12 @@ class ContextParallel:
 
     def _model_inputs(self, inputs: dict[str, Any], tokens: Tensor, shard: Shard) -> dict[str, Any]:
         inputs["use_cache"] = False
-        if shard.splits_embeddings:
+        if shard.cut == "layers":
+            pad = read(self.text_config, "pad_token_id", 0)
+            takes_positions = takes(self.root, "position_ids")
+            shard.stage, inputs = stage_inputs(inputs, shard, takes_positions=takes_positions, pad=pad)
+            return inputs
+        if shard.cut == "decoder":
             mask = inputs.get("attention_mask")
             if mask is None or mask.ndim != 2:
                 mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
@@ -343,89 +399,18 @@ class ContextParallel:
             if inputs.get(name) is not None:
                 inputs[name] = shard.take(inputs[name])
         for name, value in inputs.items():
-            if name not in _TEXT_INPUTS and isinstance(value, Tensor) and value.ndim:
+            if name not in TEXT_INPUTS and isinstance(value, Tensor) and value.ndim:
                 raise ValueError(
                     f"the batch has {name} of shape {tuple(value.shape)}: cpattn does not know how to shard it; "
                     f"leave it out, or pass it to the model by a keyword that is not a tensor"
                 )
-        if positions is not None:
-            inputs["position_ids"] = shard.local_positions(positions)
-        else:
-            inputs["position_ids"] = shard.positions[None]
+        inputs["position_ids"] = shard.positions[None] if positions is None else shard.local_positions(positions)
         inputs["attention_mask"] = shard.local_mask()
         return inputs
 
-    def _compare_ranks(self, batch: Mapping[str, Any]) -> None:
-        if self.cp_group is None:
-            return
-        fields = {name: _digest(batch.get(name)) for name in (*sorted(_TEXT_INPUTS), "labels", "shift_labels")}
-        require_agreement("the batch of a context-parallel group", fields, self.cp_group)
 
+class _Parts(NamedTuple):
+    """Modules that are found again in the model, kept out of the module's own list of children."""
 
-class _ShareRows(torch.autograd.Function):
-    """Rows that each rank has some of, whole on every rank; each rank's gradient is that of its rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, local: Tensor, which: Tensor, total: int, group: dist.ProcessGroup | None, weight: int
-    ) -> Tensor:
-        ctx.save_for_backward(which)
-        ctx.weight = weight
-        return _sum_over(local.new_zeros(total).index_copy(0, which, local), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (which,) = ctx.saved_tensors
-        return grad.index_select(0, which) * ctx.weight, None, None, None, None
-
-
-def _tokens_of(batch: Mapping[str, Any]) -> Tensor:
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.shape[:2].numel():
-        raise ValueError("the batch needs input_ids [B, S] (or inputs_embeds [B, S, hidden]), B and S at least 1")
-    return tokens
-
-
-def _layout(
-    batch: Mapping[str, Any], tokens: Tensor, spec: AttnMaskSpec | None, cu_seqlens: Tensor | None
-) -> BatchLayout:
-    rows, columns = tokens.shape[:2]
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    if spec is not None:
-        if mask is not None or cu_seqlens is not None:
-            raise ValueError("spec is the whole mask: leave out attention_mask and cu_seq_lens_q")
-        return layout_of_spec(rows, columns, spec)
-    if positions is not None and positions.ndim == 3:  # multimodal: text positions come first of four
-        positions = positions[0] if positions.shape[0] == 4 else None
-    return layout_of_batch(rows, columns, attention_mask=mask, positions=positions, cu_seqlens=cu_seqlens)
-
-
-def _digest(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return None if value is None else type(value).__name__
-    if value.is_floating_point():  # embeddings may differ in the last bit and are large
-        return tuple(value.shape)
-    return tensor_digest(value)
-
-
-def _process_group(group: Any, flatten: bool = False) -> dist.ProcessGroup | None:
-    """The group of a mesh axis (of all axes together with `flatten`); None for a single rank."""
-    if group is None:
-        return None
-    if hasattr(group, "mesh_dim_names"):
-        if group.ndim > 1 and flatten:
-            whole_world = group.size() == dist.get_world_size()
-            group = dist.group.WORLD if whole_world else group._flatten().get_group()
-        else:
-            group = (group["cp"] if group.ndim > 1 else group).get_group()
-    return group if dist.get_world_size(group) > 1 else None
-
-
-def _sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None:
-        dist.all_reduce(x, group=group)
-    return x
-
-
-def _device(group: dist.ProcessGroup | None, model: nn.Module) -> torch.device:
-    return control_device(group) if group is not None else next(model.parameters()).device
+    decoder: nn.Module
+    root: Any

@@ -1,0 +1,93 @@
+"""transformers is told of "cpattn": when it is asked to be, and by itself as soon as both are imported.
+
+`attn_implementation="cpattn"` then works in a script that forgot `register_attention()`, whatever is imported first.
+This module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_MODELING = "transformers.modeling_utils"
+_names: set[str] = set()
+
+
+def register_attention(name: str = "cpattn") -> None:
+    """Make `attn_implementation=name` known to transformers, for attention and for masks. Idempotent.
+
+    The mask is registered too, because transformers makes no mask at all, not even for padding, for an
+    attention that has none. From then on loading a model by this name is refused, by the model's name, where
+    the model does not attend through transformers' attention interface (it would run, or fail, without cpattn).
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import PreTrainedModel
+
+    from .hf_attention import cpattn_attention, cpattn_mask
+
+    AttentionInterface.register(name, cpattn_attention)
+    AttentionMaskInterface.register(name, cpattn_mask)
+    if not _names:
+        PreTrainedModel._check_and_adjust_attn_implementation = _checking(  # type: ignore[method-assign]
+            PreTrainedModel._check_and_adjust_attn_implementation
+        )
+    _names.add(name)
+
+
+def register_when_imported() -> None:
+    """Register "cpattn" now if transformers has been imported, else when it is."""
+    if _MODELING in sys.modules:
+        register_attention()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds nothing itself: registers once transformers' models can be imported."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _MODELING:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register_attention()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _checking(check: Any) -> Any:
+    """transformers' check of an attention implementation when a model is built or changed, and ours."""
+
+    @functools.wraps(check)
+    def checked(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        applied = check(self, attn_implementation, *args, **kwargs)
+        if attn_implementation in _names and not _attends_by_interface(type(self)):
+            raise ValueError(
+                f"{type(self).__name__} does not attend through transformers' attention interface, so "
+                f"attn_implementation={attn_implementation!r} would not be used, and cpattn cannot shard it: load it "
+                f"with attn_implementation='eager'"
+            )
+        return applied
+
+    return checked
+
+
+def _attends_by_interface(kind: Any) -> bool:
+    """As transformers itself judges, by the model's source; a model that it cannot read is trusted."""
+    module = sys.modules.get(kind.__module__)
+    if module is None or not getattr(module, "__file__", None):
+        return True
+    judge = getattr(kind, "_can_set_attn_implementation", None)
+    return True if judge is None else bool(judge())
