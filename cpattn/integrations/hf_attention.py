@@ -78,6 +78,7 @@ def cpattn_attention(
     """
     observer = _observer.get()
     if isinstance(attention_mask, LayerMask):
+        query = _with_true_temperature(module, query, attention_mask.shard)
         out = _sharded_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     else:
         if observer is None or active_shard.get() is not None:
@@ -135,7 +136,6 @@ def _sharded_attention(
             f"{tokens} tokens; a key-value cache or cross-attention is not supported"
         )
     shard = mask.shard
-    query = _with_true_temperature(module, query, shard)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     q = shard.in_key_order(q[: mask.key.num_tokens])
     if not fetched:

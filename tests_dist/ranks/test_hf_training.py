@@ -232,7 +232,7 @@ def test_a_mask_of_unknown_make_is_refused():
 def test_a_model_that_does_not_use_the_interface_is_noticed():
     """As with a prefix-tree spec that no layer consumes: an error, not causal attention."""
     model = make_model("llama", "sdpa")
-    with pytest.raises(ValueError, match="0 of 2 attention layers ran under context parallelism"):
+    with pytest.raises(ValueError, match="0 of 2 layers that mix tokens ran under context parallelism"):
         ContextParallel(model)(text_batch("plain"))
 
 
