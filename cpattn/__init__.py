@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cpattn.runtime.at_exit import rest_at_exit as _rest_at_exit
+
 from .integrations.hf_register import register_when_imported
 
 if TYPE_CHECKING:
