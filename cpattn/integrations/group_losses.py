@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,7 @@ from cpattn.runtime.agreement import require_agreement, tensor_digest
 from .batch_layout import IGNORE_INDEX
 from .hf_heads import classification_loss, router_coefficient, router_loss_share
 from .pass_through import PassThrough
-from .shard import Shard, ShareRows, sum_over
-
-if TYPE_CHECKING:
-    from .transformers import ParallelOutput
+from .shard import ParallelOutput, Shard, ShareRows, sum_over
 
 
 class GroupLosses(PassThrough):

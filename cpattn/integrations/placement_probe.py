@@ -17,7 +17,7 @@ import hashlib
 import inspect
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from .hf_heads import last_tokens
 from .hf_model import takes
 from .shard import Cut, Shard
 
-if TYPE_CHECKING:
-    from .transformers import ContextParallel
+# The object being made; its class stands above this file.
+ContextParallel = Any
 
 COLUMNS, PADDING = 12, (0, 4, -5)  # of each row: none, left, right
 _NUM_PROJECTIONS = 4

@@ -268,6 +268,22 @@ class Shard:
         return ShardedMask.of(self.index.new_ones(1, self.num_tokens), self)
 
 
+class ParallelOutput(NamedTuple):
+    """What a call returns.
+
+    loss: scalar, the same on all ranks; None without labels.
+    logits: [1, L, V] of this rank's tokens; under logits_to_keep [B, k, V], of a sequence classification head [B, C],
+    both whole on every rank.
+    outputs: all that the model returned; hidden states that were asked for are whole, [B, S, hidden].
+    shard: to gather with.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    outputs: Any
+    shard: Shard
+
+
 def shard_of(mask: Any) -> Shard | None:
     """The shard that a mask (or a dict of masks) belongs to."""
     if isinstance(mask, dict):

@@ -66,7 +66,7 @@ from .hf_model import (
 )
 from .hf_register import register_attention
 from .placement_probe import placement_cut
-from .shard import Cut, LayerMask, Shard, ShardedMask, ShareRows, local_tokens, refuse_cache, sum_over
+from .shard import Cut, LayerMask, ParallelOutput, Shard, ShardedMask, ShareRows, local_tokens, refuse_cache, sum_over
 from .weights import require_equal_weights
 
 __all__ = [
@@ -83,22 +83,6 @@ __all__ = [
     "refuse_what_would_be_ignored",
     "register_attention",
 ]
-
-class ParallelOutput(NamedTuple):
-    """What a call returns.
-
-    loss: scalar, the same on all ranks; None without labels.
-    logits: [1, L, V] of this rank's tokens; under logits_to_keep [B, k, V], of a sequence classification head [B, C],
-    both whole on every rank.
-    outputs: all that the model returned; hidden states that were asked for are whole, [B, S, hidden].
-    shard: to gather with.
-    """
-
-    loss: Tensor | None
-    logits: Tensor
-    outputs: Any
-    shard: Shard
-
 
 class ContextParallel(GroupLosses):
     """Runs a transformers model with each batch spread over the ranks of a group.
