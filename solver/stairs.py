@@ -56,8 +56,8 @@ def cut_stairs(table: SliceTable) -> SliceTable:
 
 
 def _table(steps: list[_Step]) -> SliceTable:
-    columns = np.array(steps, dtype=np.int64).reshape(-1, 4).T
-    return SliceTable.from_columns(*columns, -UNBOUNDED, UNBOUNDED)
+    q0, q1, k0, k1 = np.array(steps, dtype=np.int64).reshape(-1, 4).T
+    return SliceTable.from_columns(q0, q1, k0, k1, -UNBOUNDED, UNBOUNDED)
 
 
 def _joined(steps: list[_Step]) -> list[_Step]:
@@ -92,9 +92,13 @@ def _stairs(steps: list[_Step], *, left: bool) -> tuple[list[list[_Step]], list[
     left: the common edge is the first key, else the last.
     """
     by_edge = sorted(steps, key=lambda s: (s.k0 if left else s.k1, s.q0))
-    stairs, rest = [], []
+    stairs: list[list[_Step]] = []
+    rest: list[_Step] = []
     for run in _runs(by_edge, left=left):
-        (stairs.append if len({(s.k0, s.k1) for s in run}) > 2 else rest.extend)(run)  # type: ignore[arg-type]
+        if len({(s.k0, s.k1) for s in run}) > 2:
+            stairs.append(run)
+        else:
+            rest.extend(run)
     return stairs, rest
 
 

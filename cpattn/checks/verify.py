@@ -153,7 +153,8 @@ def _step(
     """out, dq, dk and dv of this rank's rows, where the loss is that of the sampled rows."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     with torch.enable_grad():
-        out = attention(*leaves, key, **numbers.options())
+        q, k, v = leaves
+        out = attention(q, k, v, key, **numbers.options())
         dout = torch.zeros_like(out)
         dout[samples.rows] = dout_MNE[samples.mine]
         grads = torch.autograd.grad(out, leaves, dout)

@@ -47,7 +47,7 @@ def new_handle(key: Any) -> Tensor:
     handle.attn_key = key  # type: ignore[attr-defined]
     # What torch asks for the attributes that go into a file with a tensor: hooks that put saved tensors on disk save
     # the number, and the key is found by it.
-    handle.__getstate__ = dict  # type: ignore[attr-defined]
+    handle.__getstate__ = dict  # type: ignore[method-assign]
     _keys_by_handle[number] = key
     return handle
 

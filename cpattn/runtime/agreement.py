@@ -35,7 +35,7 @@ def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessG
 def tensor_digest(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     """Shape and a hash of the values: what ranks compare of data."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tuple(tensor.shape), hashlib.blake2b(data, digest_size=8).hexdigest()
+    return tuple(tensor.shape), hashlib.blake2b(data.data, digest_size=8).hexdigest()
 
 
 def require_replicated(tensors: Mapping[str, Tensor], cp_group: dist.ProcessGroup | None) -> None:

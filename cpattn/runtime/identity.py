@@ -154,8 +154,8 @@ class Calls:
         told = {rank: Saying.decoded(headers[rank]) for rank in present}
         for rank, theirs in told.items():
             if _FAILED in theirs.fields:
-                here = saying.in_words()
-                raise LostRankError(f"rank {self.rank} is in {here}, and rank {rank} of the group {theirs.what}")
+                here_now = saying.in_words()
+                raise LostRankError(f"rank {self.rank} is in {here_now}, and rank {rank} of the group {theirs.what}")
         # Of the two that are shown, one is this rank.
         here, there = (first, self.rank) if self.rank in different else (self.rank, different[0])
         one, other = told[here], told[there]

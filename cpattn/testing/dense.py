@@ -5,7 +5,7 @@ Shape legend: Q, K tokens, N query heads, G key heads, D, E head dims.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,11 +86,12 @@ def dense_attention(
     return torch.einsum("nqk,kne->qne", probabilities, v), lse.T
 
 
-def oracle(spec: AttnMaskSpec, inputs: Inputs, *, scale: float | None = None, **options: object) -> Results:
+def oracle(spec: AttnMaskSpec, inputs: Inputs, *, scale: float | None = None, **options: Any) -> Results:
     """Results in fp64."""
     leaves = [t.detach().double().clone().requires_grad_() for t in inputs[:3]]
     scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = dense_attention(*leaves, spec.to_dense(), scale=scale, **options)  # type: ignore[arg-type]
+    q, k, v = leaves
+    out, lse = dense_attention(q, k, v, spec.to_dense(), scale=scale, **options)
     grads = torch.autograd.grad(out, leaves, inputs.dout.double())
     return Results(out.detach(), lse.detach(), *grads)
 
@@ -115,9 +116,8 @@ def torch_sdpa(spec: AttnMaskSpec, inputs: Inputs) -> Results:
 def assert_exact(got: Results, truth: Results, what: str = "", tolerance: float = 1e-11) -> None:
     """Results in fp64 equal the oracle's: a pair that is lost, doubled or masked wrongly is off by far more."""
     for name, mine, exact in zip(Results._fields, got, truth, strict=True):
-        torch.testing.assert_close(
-            mine.double(), exact, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{what} {n}: {m}"
-        )
+        prefix = f"{what} {name}: "
+        torch.testing.assert_close(mine.double(), exact, rtol=tolerance, atol=tolerance, msg=prefix.__add__)
 
 
 def assert_as_exact_as_sdpa(got: Results, spec: AttnMaskSpec, inputs: Inputs, what: str = "") -> None:

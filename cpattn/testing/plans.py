@@ -73,7 +73,7 @@ def used(axis: int, tables: list[SliceTable], shape: tuple[int, int]) -> np.ndar
     seen = np.zeros(shape, dtype=bool)
     for table in tables:
         seen |= table.to_dense(*shape)
-    return seen.any(axis)
+    return np.asarray(seen.any(axis))
 
 
 def replay(plan: Plan, shape: tuple[int, int]) -> np.ndarray:

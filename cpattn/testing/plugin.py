@@ -23,7 +23,7 @@ _MARK = "ranks(n, *, backend='gloo', timeout=120): run the test's body on n proc
 class _Ranks(NamedTuple):
     """What the mark says."""
 
-    count: int
+    number: int
     backend: str
     timeout: float
 
@@ -73,8 +73,8 @@ def _require_devices(ranks: _Ranks) -> None:
         import torch
 
         found = torch.cuda.device_count()
-        if found < ranks.count:
-            pytest.skip(f"{ranks.count} ranks on nccl need as many CUDA devices, and here are {found}")
+        if found < ranks.number:
+            pytest.skip(f"{ranks.number} ranks on nccl need as many CUDA devices, and here are {found}")
 
 
 def _run_in_pool(function: Any, arguments: dict[str, Any], ranks: _Ranks) -> None:
@@ -83,7 +83,7 @@ def _run_in_pool(function: Any, arguments: dict[str, Any], ranks: _Ranks) -> Non
     try:
         # Bound, as a fixture may have the name of an option of run_on_ranks.
         body = functools.partial(function, **arguments)
-        run_on_ranks(ranks.count, body, timeout=ranks.timeout, backend=ranks.backend)
+        run_on_ranks(ranks.number, body, timeout=ranks.timeout, backend=ranks.backend)
     except RankError as error:
         # The rank's own traceback says it all: that of this process leads to the pipe alone.
         pytest.fail(str(error), pytrace=False)
@@ -95,8 +95,8 @@ def _run_here(function: Any, arguments: dict[str, Any], ranks: _Ranks) -> None:
     import torch.distributed as dist
 
     size = int(os.environ["WORLD_SIZE"])
-    if size != ranks.count:
-        pytest.skip(f"a test of {ranks.count} ranks, and torchrun started {size}")
+    if size != ranks.number:
+        pytest.skip(f"a test of {ranks.number} ranks, and torchrun started {size}")
     if not dist.is_initialized():
         if ranks.backend == "nccl":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

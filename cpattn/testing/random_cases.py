@@ -62,7 +62,8 @@ def random_case(rng: np.random.Generator, cp_size: int) -> Case:
     num_q = num_kv * int(rng.integers(1, 5))
     options = random_plan_options(rng, spec, cp_size)
     divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
-    degree: Any = rng.choice([1, 1, "auto", *(n for n in divisors if n <= num_q)])
+    degrees: Any = [1, 1, "auto", *(n for n in divisors if n <= num_q)]
+    degree: Any = rng.choice(degrees)
     degree = "auto" if degree == "auto" else int(degree)
     per_node = int(rng.choice(divisors))
     if degree != "auto" and per_node % degree and degree % per_node:

@@ -8,6 +8,7 @@ import torch
 
 import cpattn
 from cpattn import AttnMaskSpec
+from cpattn.ops.layout import Side
 
 from .dense import Inputs, Results
 
@@ -33,9 +34,9 @@ def run_with_key(key: cpattn.AttnKey, inputs: Inputs, **call: Any) -> Results:
     """The same with a key at hand."""
     q, dout = (cpattn.dispatch(t, key) for t in (inputs.q, inputs.dout))
     k, v = (cpattn.dispatch(t, key, side="k") for t in (inputs.k, inputs.v))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    out, lse = cpattn.attention(*leaves, key, return_lse=True, **call)
-    grads = torch.autograd.grad(out, leaves, dout)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    out, lse = cpattn.attention(q, k, v, key, return_lse=True, **call)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
     local = (out.detach(), lse, *grads)
-    sides = ("q", "q", "q", "k", "k")
+    sides: tuple[Side, ...] = ("q", "q", "q", "k", "k")
     return Results(*(cpattn.undispatch(t, key, side=s) for t, s in zip(local, sides, strict=True)))

@@ -162,7 +162,7 @@ def count_case(case: str) -> list[Row]:
                 slowest = max(slowest, time.perf_counter() - start)
                 counts.append(count_plan(_still(bound)))
         worst = [max((c[i] for c in counts), key=lambda c: (c.launches, c.bytes)) for i in range(2)]
-        rows.append(Row(case, way, *worst, slowest))
+        rows.append(Row(case, way, worst[0], worst[1], slowest))
         print(rows[-1], flush=True)
     return rows
 

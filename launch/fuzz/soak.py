@@ -116,8 +116,8 @@ def _use_group(seed: int) -> None:
     group = dist.new_group(list(range(dist.get_world_size())))
     spec = AttnMaskSpec.varlen([5 + seed % 7, 40, seed % 3])
     key = cpattn.make_key(spec, num_heads_q=2, num_heads_kv=1, head_dim=8, cp_group=group)
-    leaves = [torch.randn(key.num_tokens, heads, 8, requires_grad=True) for heads in (2, 1, 1)]
-    cpattn.attention(*leaves, key).sum().backward()
+    q, k, v = (torch.randn(key.num_tokens, heads, 8, requires_grad=True) for heads in (2, 1, 1))
+    cpattn.attention(q, k, v, key).sum().backward()
     clear_key_cache()
     dist.destroy_process_group(group)
 
@@ -157,8 +157,8 @@ def die_in_backward(rank: int, number: int) -> None:
     key = cpattn.make_key(
         AttnMaskSpec.causal(60), num_heads_q=2, num_heads_kv=1, head_dim=8, cp_group=fresh_group(timeout=30)
     )
-    leaves = [torch.randn(key.num_tokens, heads, 8, requires_grad=True) for heads in (2, 1, 1)]
-    out = cpattn.attention(*leaves, key)
+    q, k, v = (torch.randn(key.num_tokens, heads, 8, requires_grad=True) for heads in (2, 1, 1))
+    out = cpattn.attention(q, k, v, key)
     if dist.get_rank() == rank:
         out.register_hook(lambda grad: os.kill(os.getpid(), number))
     out.sum().backward()
