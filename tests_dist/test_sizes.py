@@ -16,8 +16,6 @@ MOST_IN_A_BODY, MOST_IN_A_FILE = 50, 500
 # Stand for files of other projects, whose names they have.
 CONTRACTS = ("cpattn/automodel/", "cpattn/magi_api.py")
 STILL_LONGER = {
-    "cpattn/backends/cudnn.py _build",
-    "cpattn/backends/sdpa_cuda.py backward",
     "solver/place/divide.py _divisions",
     "solver/place/peel.py _best_fillers",
 }

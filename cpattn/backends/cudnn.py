@@ -261,45 +261,56 @@ def _filled(x: Tensor, length: int, value: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, length - len(x)), value=value).view(-1, 1, 1, 1)
 
 
-def _build(cudnn: Any, handle: Any, key: _GraphKey) -> _Graph:
-    """Describe the operation, let cuDNN choose an engine, compile it."""
-    kind = cudnn.data_type
-    io = kind.BFLOAT16 if key.dtype == torch.bfloat16 else kind.HALF
-    graph = cudnn.pygraph(
-        io_data_type=io, intermediate_data_type=kind.FLOAT, compute_data_type=kind.FLOAT, handle=handle
-    )
-    tensors: dict[str, Any] = {}
-    for name, length, data_type in (
-        ("seqlen_q", key.batch, kind.INT32),
-        ("seqlen_k", key.batch, kind.INT32),
-        (_PER_QUERY, key.batch + 1, kind.INT64),
-        (_PER_KEY, key.batch + 1, kind.INT64),
-        (_PER_STATISTIC, key.batch + 1, kind.INT64),
-    ):
-        tensors[name] = graph.tensor(
-            name=name, dim=[length, 1, 1, 1], stride=[1, 1, 1, 1], data_type=data_type
-        )
+class _Description:
+    """A graph that is being described: the tensors of the call, by name."""
 
-    def sized(tensor: Any, role: str) -> Any:
+    def __init__(self, cudnn: Any, handle: Any, key: _GraphKey) -> None:
+        kind = cudnn.data_type
+        self.key, self.io = key, kind.BFLOAT16 if key.dtype == torch.bfloat16 else kind.HALF
+        self.graph = cudnn.pygraph(
+            io_data_type=self.io, intermediate_data_type=kind.FLOAT, compute_data_type=kind.FLOAT, handle=handle
+        )
+        self.tensors: dict[str, Any] = {}
+        for name, length, data_type in (
+            ("seqlen_q", key.batch, kind.INT32),
+            ("seqlen_k", key.batch, kind.INT32),
+            (_PER_QUERY, key.batch + 1, kind.INT64),
+            (_PER_KEY, key.batch + 1, kind.INT64),
+            (_PER_STATISTIC, key.batch + 1, kind.INT64),
+        ):
+            self.tensors[name] = self._tensor(name, [length, 1, 1, 1], data_type)
+
+    def given(self, name: str, role: str, data_type: Any = None) -> Any:
+        """An input, of the dtype of the call if of no other."""
+        tensor = self._tensor(name, [1, 1, 1, 1], self.io if data_type is None else data_type)
+        self.tensors[name] = self._sized(tensor, role)
+        return self.tensors[name]
+
+    def asked(self, name: str, tensor: Any, role: str, data_type: Any = None) -> None:
+        """An output."""
+        tensor = tensor.set_output(True).set_data_type(self.io if data_type is None else data_type)
+        self.tensors[name] = self._sized(tensor, role)
+
+    def _tensor(self, name: str, dim: list[int], data_type: Any) -> Any:
+        return self.graph.tensor(name=name, dim=dim, stride=[1, 1, 1, 1], data_type=data_type)
+
+    def _sized(self, tensor: Any, role: str) -> Any:
         """Dims [B, heads, max_seqlen, head_dim] over rows [tokens, heads, head_dim]."""
+        key = self.key
         heads = key.num_heads_kv if role == _PER_KEY else key.num_heads_q
         seqlen = key.max_seqlen_k if role == _PER_KEY else key.max_seqlen_q
         dim = 1 if role == _PER_STATISTIC else key.head_dim
         tensor.set_dim([key.batch, heads, seqlen, dim])
         tensor.set_stride([seqlen * heads * dim, dim, heads * dim, 1])
-        tensor.set_ragged_offset(tensors[role])
+        tensor.set_ragged_offset(self.tensors[role])
         return tensor
 
-    def given(name: str, role: str, data_type: Any) -> Any:
-        tensors[name] = sized(
-            graph.tensor(name=name, dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=data_type), role
-        )
-        return tensors[name]
 
-    def asked(name: str, tensor: Any, role: str, data_type: Any) -> None:
-        tensors[name] = sized(tensor.set_output(True).set_data_type(data_type), role)
-
-    inputs = {"q": given("q", _PER_QUERY, io), "k": given("k", _PER_KEY, io), "v": given("v", _PER_KEY, io)}
+def _build(cudnn: Any, handle: Any, key: _GraphKey) -> _Graph:
+    """Describe the operation, let cuDNN choose an engine, compile it."""
+    described = _Description(cudnn, handle, key)
+    graph, tensors, given = described.graph, described.tensors, described.given
+    inputs = {"q": given("q", _PER_QUERY), "k": given("k", _PER_KEY), "v": given("v", _PER_KEY)}
     options = {
         "attn_scale": key.scale,
         "use_padding_mask": True,
@@ -311,20 +322,20 @@ def _build(cudnn: Any, handle: Any, key: _GraphKey) -> _Graph:
         grads = graph.sdpa_backward(
             name="attention_backward",
             **inputs,
-            o=given("out", _PER_QUERY, io),
-            dO=given("dout", _PER_QUERY, io),
-            stats=given("stats", _PER_STATISTIC, kind.FLOAT),
+            o=given("out", _PER_QUERY),
+            dO=given("dout", _PER_QUERY),
+            stats=given("stats", _PER_STATISTIC, cudnn.data_type.FLOAT),
             max_total_seq_len_q=key.total_q,
             max_total_seq_len_kv=key.total_k,
             use_deterministic_algorithm=key.deterministic,
             **options,
         )
         for name, grad, role in zip(("dq", "dk", "dv"), grads, (_PER_QUERY, _PER_KEY, _PER_KEY), strict=True):
-            asked(name, grad, role, io)
+            described.asked(name, grad, role)
     else:
         out, stats = graph.sdpa(name="attention", **inputs, generate_stats=True, **options)
-        asked("out", out, _PER_QUERY, io)
-        asked("stats", stats, _PER_STATISTIC, kind.FLOAT)
+        described.asked("out", out, _PER_QUERY)
+        described.asked("stats", stats, _PER_STATISTIC, cudnn.data_type.FLOAT)
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])

@@ -220,36 +220,31 @@ class CudaSdpaBackend:
         dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # read only with dropout
         for piece in work.pieces:
-            rows = (t[piece.rows] for t in (dout, q, out))
-            dout_, q_, out_ = (_turned(t, piece) for t in rows)
-            k_, v_ = _turned(k[piece.keys], piece), _turned(v[piece.keys], piece)
-            lse = _turned(lse_QN[piece.rows], piece).transpose(1, 2)
-            lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGN), value=torch.inf)
-            dq, dk, dv, _ = _efficient_backward(
-                self.ops,
-                dout_,
-                q_,
-                k_,
-                v_,
-                None,
-                out_,
-                None,
-                None,
-                q_.shape[1],
-                k_.shape[1],
-                lse.contiguous(),
-                0.0,
-                seed,
-                seed,
-                _mask_type(piece),
-                False,
-                scale=scale,
-            )
-            if piece.kind == INV_PIECE:
-                dq, dk, dv = (t.flip(1) for t in (dq, dk, dv))
+            dq, dk, dv = _piece_backward(self.ops, piece, (dout, q, out), (k, v), lse_QN, seed, scale)
             add_rows(dq_QND, piece.rows, dq[0, ..., :d])
             add_rows(dk_KGD, piece.keys, dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d])
             add_rows(dv_KGE, piece.keys, dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e])
+
+
+def _piece_backward(
+    ops: Any,
+    piece: _Piece,
+    queries: tuple[Tensor, Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    lse_QN: Tensor,
+    seed: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of the rows of one call, [1, rows, heads, head dim]; queries: dout, q and out, keys: k and v."""
+    dout, q, out = (_turned(t[piece.rows], piece) for t in queries)
+    k, v = (_turned(t[piece.keys], piece) for t in keys)
+    lse = _turned(lse_QN[piece.rows], piece).transpose(1, 2)
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGN), value=torch.inf).contiguous()
+    lengths, no_dropout = (q.shape[1], k.shape[1]), (0.0, seed, seed)
+    *gradients, _ = _efficient_backward(
+        ops, dout, q, k, v, None, out, None, None, *lengths, lse, *no_dropout, _mask_type(piece), False, scale=scale
+    )
+    return tuple(t.flip(1) if piece.kind == INV_PIECE else t for t in gradients)
 
 
 def _ungrouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
