@@ -286,8 +286,8 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels get lse -inf in backward", f"{BACKENDS}conformance.py minus_infinity",
     ),
     "e2": Mutation(
-        "cpattn/runtime", "wide.abs().amax(-1, keepdim=True)", "torch.ones_like(delta).unsqueeze(-1)",
-        "very small gradients underflow where queries travel", f"{RANKS}runtime.py gradients_scale",
+        "cpattn/runtime", "topk(min(3, dout.shape[-1])", "topk(min(1, dout.shape[-1])",
+        "delta rounded to 16 bits where queries travel", f"{RANKS}transforms.py saturated",
     ),
     "e3": Mutation(
         "cpattn/runtime", "while len(self._pending) >= self._num_hops:", "while len(self._pending) > self._num_hops:",
@@ -334,8 +334,8 @@ MUTATIONS: dict[str, Mutation] = {
         "with_heads loses the plans of the other masks", f"{RANKS}key.py",
     ),
     "g1": Mutation(
-        "cpattn/runtime/agreement.py", "everyone[: len(fields)]", "everyone[-len(fields) :]",
-        "ranks compare with the last rank and name the wrong ones", f"{RANKS}bad_input.py",
+        "cpattn/runtime/identity.py", "first, *others = present", "*others, first = present",
+        "ranks compare with the last rank and name the wrong ones", f"{RANKS}identity.py",
     ),
     # ---- decoding
     "k1": Mutation(
