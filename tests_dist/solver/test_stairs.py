@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpattn.solver import UNBOUNDED, SliceTable, disjoint_union
@@ -50,7 +50,6 @@ def test_a_staircase_takes_a_logarithm_of_its_steps(steps: int, way: str) -> Non
     assert (_count(cut, size) == _count(table, size)).all()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 14))
 def test_pairs_stay_and_rounds_do_not_grow(seed: int, number: int) -> None:
     """Random rectangles, many of them steps of one staircase; edges and steps of size 0 included."""
