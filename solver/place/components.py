@@ -14,7 +14,6 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from ..slices import IntArray, SliceTable
-from .bundles import BundledLayout
 from .density import AreaRamp, DensityProfile, Line
 
 # How one component is listed in by_need, by_density, by_size and by_bottom.
@@ -42,21 +41,32 @@ def find_components(table: SliceTable, total_seqlen: int) -> tuple[IntArray, Int
     return starts[order], ends[order]
 
 
+def join_small(starts: IntArray, ends: IntArray, size: int) -> tuple[IntArray, IntArray]:
+    """Components of fewer than `size` tokens joined to neighbours of that kind, up to `size` tokens together.
+
+    Planning then does not pay for each of thousands of tiny documents. One of them may come to be cut between two
+    ranks, which costs few rows.
+    """
+    lengths = ends - starts
+    small = lengths < size
+    # The first of a stretch of small ones, and any whose start lies past another multiple of `size` in it.
+    opens = np.append(True, ~small[:-1]) | ~small
+    begin = np.maximum.accumulate(np.where(opens, starts, 0))
+    block = (ends - begin - 1) // max(size, 1)
+    opens[1:] |= block[1:] != block[:-1]
+    return starts[opens], np.append(starts[opens][1:], ends[-1:])
+
+
 class TokenPool:
     """Components with tokens left, sorted by top need, density, size and bottom need.
 
     Mutable on purpose: it is the working state of one placement and never leaves it.
     """
 
-    def __init__(
-        self, table: SliceTable, profile: DensityProfile, total_seqlen: int, *, bundle_size: int = 0
-    ) -> None:
-        """bundle_size: components of at most half as many tokens are joined; see BundledLayout."""
-        starts, ends = find_components(table, total_seqlen)
-        self.layout = BundledLayout.make(profile, starts, ends, bundle_size=bundle_size)
-        self.ramp: AreaRamp = self.layout.profile.ramp()
-        starts, ends = self.layout.starts, self.layout.ends
-        below = self.layout.profile.area_below()
+    def __init__(self, profile: DensityProfile, starts: IntArray, ends: IntArray) -> None:
+        """starts, ends: components, in order, from token 0 to the last one; tiny ones may be joined."""
+        self.ramp: AreaRamp = profile.ramp()
+        below = profile.area_below()
         below_starts, below_ends = below(starts), below(ends)
         areas = below_ends - below_starts
         # Components whose first half is the denser one have their top at the start.

@@ -29,6 +29,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from ..placement import Placement
 from .components import TokenPool
@@ -36,38 +39,30 @@ from .density import last_within
 
 # Fillers looked at for one gap. More find better fits and cost time; results hardly change past 64.
 _LOOKAHEAD = 64
-# Candidates for the piece that closes a rank's token count.
-_NUM_CLOSERS = 16
-# The loss by closing a gap is computed for gaps rounded up to this many bits, once for each. Never
-# down: no gap may look free, a single token costs as much as a cut.
-_GAP_BITS = 3
 # Ranks that need this share of what the dearest one needs set the time of the exchange: they take
 # their component's own bottom, which they would receive otherwise, even where it is less sparse.
 _DEAREST = 0.985
+# Candidates for the piece that closes a rank's token count.
+_NUM_CLOSERS = 16
 
 # Area left unused on a rank, and the components and token counts whose tops fill it.
 _Tops = tuple[float, list[tuple[int, int]]]
 
 
-@dataclass(frozen=True, slots=True)
-class PeelOptions:
-    """Knobs of `place_peeled`; different ones suit different masks, so several are tried.
+class PeelOptions(NamedTuple):
+    """What differs between peelings; different ones suit different masks, so several are tried.
 
-    area_slack: largest area of a rank over the mean, less one.
     lean: 0 to 1, how far the token counts of early ranks are kept low (they hold dense pieces).
     run_ahead: gaps longer than this many next fillers are filled without choosing.
     gap_price: weight of area, against rows, when a rank's token count is closed.
     own_bias: the own bottom goes before fillers while its area is at most this many times theirs.
-    tops_from: components of this share of a rank's tokens are paired, on ranks without fillers.
     tops_spend: share of all area slack that ranks without fillers may use up; 0 for no such ranks.
     """
 
-    area_slack: float = 0.019
     lean: float = 0.8
     run_ahead: float = 3.2
     gap_price: float = 1.0
     own_bias: float = 1.0
-    tops_from: float = 0.5
     tops_spend: float = 0.4
 
 
@@ -82,31 +77,35 @@ class _Budget:
 
 
 def place_peeled(
-    pool: TokenPool, *, total_seqlen: int, cp_size: int, chunk_size: int, options: PeelOptions
+    pool: TokenPool, *, cp_size: int, chunk_size: int, area_slack: float, options: PeelOptions
 ) -> Placement:
     """Owner of every token; token counts lie within one chunk of each other.
 
-    The area limit is kept where the fillers allow it, which the caller has to check. Empties `pool`.
+    Empties `pool`.
+
+    Args:
+        area_slack: largest area of a rank over the mean, less one; kept where the fillers allow it.
     """
-    return _Peeler(pool, total_seqlen, cp_size, chunk_size, options).place()
+    return _Peeler(pool, cp_size, chunk_size, area_slack, options).place()
 
 
 class _Peeler:
     """Working state of one run of `place_peeled`."""
 
     def __init__(
-        self, pool: TokenPool, total_seqlen: int, cp_size: int, chunk_size: int, options: PeelOptions
+        self, pool: TokenPool, cp_size: int, chunk_size: int, area_slack: float, options: PeelOptions
     ) -> None:
         self.pool, self.options = pool, options
-        self.total_seqlen, self.cp_size = total_seqlen, cp_size
+        self.total_seqlen = total_seqlen = pool.hi[-1]
+        self.cp_size, self.area_slack = cp_size, area_slack
         self.tokens_left, self.area_left = total_seqlen, sum(pool.areas)
         self.mean_area = self.area_left / cp_size
-        self.mean_density = self.area_left / max(total_seqlen, 1)
+        self.mean_density = self.area_left / total_seqlen
         self.least = max(0, total_seqlen // cp_size - chunk_size // 2)
         self.most = self.least + chunk_size
         self.rank = 0
         self.budget = _Budget(0, 0, 0.0, 0.0)
-        self.dearest_need = pool.by_need[-1][0] if pool.by_need else 0
+        self.dearest_need = pool.by_need[-1][0]
         self.area_price = 0.0  # rows that one pair of area is worth on this rank
         self.ends: list[int] = []
         self.owners: list[int] = []
@@ -119,7 +118,9 @@ class _Peeler:
                 self._fill_rank()
         while self.pool.by_need:
             self._give(*self.pool.take_all(self.pool.by_need[-1][1]))
-        return self.pool.layout.placement(self.ends, self.owners, cp_size=self.cp_size)
+        runs = sorted(zip(self.ends, self.owners, strict=True))
+        ends, owners = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+        return Placement.from_runs(ends, owners, cp_size=self.cp_size)
 
     def _next_budget(self, ranks_left: int) -> _Budget:
         """Bounds that leave the ranks after this one inside theirs."""
@@ -130,7 +131,7 @@ class _Peeler:
         lean_mean = mean + self.options.lean * (self.most - mean)
         least = max(self.least, self.tokens_left - rest * self.most, int(self.tokens_left - rest * lean_mean))
         most = min(self.most, self.tokens_left - rest * self.least)
-        limit = self.mean_area * (1 + self.options.area_slack)
+        limit = self.mean_area * (1 + self.area_slack)
         floor = max(0.0, self.area_left - rest * limit)
         return _Budget(min(least, most), most, limit, floor)
 
@@ -188,8 +189,8 @@ class _Peeler:
         fillers can be. Such a rank may hold less than its share of area as long as the slack of all
         ranks together makes up for it; the fullest come first.
         """
-        spare = self.options.tops_spend * self.cp_size * self.mean_area * self.options.area_slack
-        limit = self.mean_area * (1 + self.options.area_slack)
+        spare = self.options.tops_spend * self.cp_size * self.mean_area * self.area_slack
+        limit = self.mean_area * (1 + self.area_slack)
         for short, tops in sorted(self._single_tops(limit) + self._paired_tops(limit)):
             spare -= short
             if spare < 0 or self.rank >= self.cp_size - 1:
@@ -218,9 +219,9 @@ class _Peeler:
         return count <= 0 or 4 * self.pool.bottom_need(i, count) <= 3 * self.pool.top_need(i)
 
     def _paired_tops(self, limit: float) -> list[_Tops]:
-        """Pairs of a large and a small component of `tops_from` ranks' tokens or more."""
+        """Pairs of a large and a small component of half a rank's tokens or more."""
         pool, most, pairs = self.pool, self.most, []
-        low = bisect_left(pool.by_size, (int(self.options.tops_from * most), -1))
+        low = bisect_left(pool.by_size, (most // 2, -1))
         high = bisect_left(pool.by_size, (most, -1))
         order = [i for size, i in pool.by_size[low:high] if self._is_cheap_cut(i, size // 4)]
         while len(order) > 1:
@@ -260,7 +261,7 @@ class _Peeler:
             self._close(top, budget.least - count)
 
     def _choose_fillers(self, top: int, gap: int, need: int) -> list[int] | None:
-        """Components to take whole into the gap; None when a closing piece is better."""
+        """Components to take whole into the gap, maybe none; None when a closing piece is better."""
         pool, budget = self.pool, self.budget
         by_density = pool.by_density
         first = 1 if by_density[0][2] == top else 0
@@ -283,8 +284,7 @@ class _Peeler:
             if i != top and pool.areas[i] <= budget.area and size <= budget.most:
                 # A filler also takes area from the top, so it closes less of the gap than its size.
                 items.append((size * (1 - density / need), i, pool.areas[i], size))
-        items.sort()
-        return self._best_fillers(top, gap, items)
+        return self._best_filler(top, gap, sorted(items))
 
     def _run_ahead(self, top: int, gap: int, first: int) -> list[int]:
         """The next fillers in order: one, or as many small ones as a quarter of the gap holds."""
@@ -299,69 +299,38 @@ class _Peeler:
                 chosen.append(i)
         return chosen
 
-    def _best_fillers(self, top: int, gap: int, items: list[tuple[float, int, int, int]]) -> list[int] | None:
-        """One or two of `items`, or none, so that the least area is lost to the top.
+    def _best_filler(self, top: int, gap: int, items: list[tuple[float, int, int, int]]) -> list[int] | None:
+        """One of `items`, or None, so that the least area is lost to the top.
 
         Fillers that close more than the gap leave area unused; that counts as lost, and is allowed
-        as long as the later ranks can take what this one leaves (budget.floor).
+        as long as the later ranks can take what this one leaves.
         """
         pool, budget = self.pool, self.budget
         room = gap + budget.most - budget.least
         # What may stay unused: the ranks after this one should be left with 2% less than the mean.
         rest = self.cp_size - self.rank - 1
         spare = budget.area - max(0.0, self.area_left - rest * 0.98 * self.mean_area)
-        size_of_top = pool.size(top)
-
-        def lost_by_overfull(size: int, area: int) -> float:
-            count = budget.most - size
-            return max(area, budget.area - pool.top_area(top, count)) if count <= size_of_top else float("inf")
-
-        known: dict[int, float] = {}
-
-        def loss(open_gap: float) -> float:
-            tokens = math.ceil(open_gap)
-            shift = max(tokens.bit_length() - _GAP_BITS, 0)
-            tokens = -(-tokens >> shift) << shift
-            if tokens not in known:
-                known[tokens] = self._closing_loss(top, tokens)
-            return known[tokens]
-
-        best, choice = loss(gap), None
-        closes = [item[0] for item in items]
-        for x, (closed, i, area, size) in enumerate(items):
+        best, choice = self._closing_loss(top, gap), None
+        for closed, i, area, size in items:
             if area >= best:
                 continue
-            if closed > room:
-                lost = lost_by_overfull(size, area)
-                if lost < best and lost - area <= spare:
-                    best, choice = lost, [i]
+            if closed <= room:
+                lost = area + self._closing_loss(top, math.ceil(gap - closed))
+            elif (count := budget.most - size) <= pool.size(top):
+                lost = max(area, budget.area - pool.top_area(top, count))
+                if lost - area > spare:
+                    continue
+            else:
                 continue
-            lost = area + loss(gap - closed)
             if lost < best:
                 best, choice = lost, [i]
-            partner = bisect_left(closes, gap - closed, x + 1)
-            for y in (partner - 1, partner):
-                if not x < y < len(items):
-                    continue
-                closed_y, j, area_y, size_y = items[y]
-                # Closing what is left of the gap never gains area.
-                if size + size_y > budget.most or area + area_y > min(budget.area, best):
-                    continue
-                if closed + closed_y > room:
-                    lost = lost_by_overfull(size + size_y, area + area_y)
-                    if lost - area - area_y > spare:
-                        continue
-                else:
-                    lost = area + area_y + loss(gap - closed - closed_y)
-                if lost < best:
-                    best, choice = lost, [i, j]
         return choice
 
-    def _closing_loss(self, top: int, gap: float) -> float:
+    def _closing_loss(self, top: int, gap: int) -> float:
         """Area that closing a gap costs, rows counted as area: own bottom or that of another component."""
         if gap <= 0:
             return 0.0
-        pool, count = self.pool, max(int(gap), 1)
+        pool, count = self.pool, gap
         full = max(pool.top_need(top) * count, 1)  # area of the gap if the top filled it
         loss = float("inf")
         if count <= pool.size(top):

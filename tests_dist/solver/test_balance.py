@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, disjoint_union, place_zigzag
 from cpattn.solver.place.balance import AREA_LIMIT, kv_rows_received, place_balanced, rank_areas
-from cpattn.solver.place.bundles import BundledLayout
-from cpattn.solver.place.components import TokenPool, find_components
+from cpattn.solver.place.components import TokenPool, find_components, join_small
 from cpattn.solver.place.density import DensityProfile, last_within
+from cpattn.solver.place.even import even_out
 from cpattn.solver.place.peel import PeelOptions, place_peeled
 from cpattn.solver.place.queues import place_by_density, place_in_levels
-from cpattn.solver.place.repair import even_out
 
 
 def documents(lengths, *, causal=True):
@@ -285,7 +284,7 @@ def test_components_cover_the_sequence():
 def test_pool_gives_each_token_once_and_keeps_its_sums(mask, moves):
     table, seqlen = mask
     density = table.to_dense(seqlen, seqlen).sum(axis=1)
-    pool = TokenPool(table, DensityProfile.from_table(table, seqlen), seqlen)
+    pool = TokenPool(DensityProfile.from_table(table, seqlen), *find_components(table, seqlen))
     given_out = []
     for from_top, count in moves:
         if not pool.by_need:
@@ -303,26 +302,19 @@ def test_pool_gives_each_token_once_and_keeps_its_sums(mask, moves):
     assert sorted(given_out) == list(range(seqlen))
 
 
-@given(random_masks(), st.integers(0, 20), st.integers(0, 10**6))
-def test_bundles_move_components_there_and_back(mask, bundle_size, seed):
-    """What a run sees in the bundled order is what its owner sees in the sequence."""
-    table, seqlen = mask
-    density = table.to_dense(seqlen, seqlen).sum(axis=1)
-    profile = DensityProfile.from_table(table, seqlen)
-    starts, ends = find_components(table, seqlen)
-    layout = BundledLayout.make(profile, starts, ends, bundle_size=bundle_size)
-    np.testing.assert_array_equal(layout.starts[1:], layout.ends[:-1])
-    bundled = [n for n in (layout.ends - layout.starts) if n not in set(ends - starts)]
-    assert all(n < max(bundle_size, 1) for n in bundled)
-    rng = np.random.default_rng(seed)
-    cuts = np.unique(np.append(rng.integers(1, seqlen + 1, 4), seqlen))
-    owners = rng.permutation(len(cuts))
-    placement = layout.placement(cuts.tolist(), owners.tolist(), cp_size=len(cuts))
-    ramp = layout.profile.ramp()
-    for start, end, owner in zip([0, *cuts[:-1].tolist()], cuts.tolist(), owners.tolist(), strict=True):
-        tokens = placement.tokens_of(owner)
-        assert len(tokens) == end - start
-        assert density[tokens].sum() == ramp.below(end) - ramp.below(start)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(0, 20))
+def test_small_components_are_joined_to_neighbours_of_their_kind(lengths, size):
+    """Cuts only where components meet; large ones stay as they are, and joined ones have fewer than 2 * size tokens."""
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    new_starts, new_ends = join_small(starts, ends, size)
+    assert set(new_starts) <= set(starts)
+    np.testing.assert_array_equal(new_ends, [*new_starts[1:], ends[-1]])
+    kept = set(zip(new_starts.tolist(), new_ends.tolist(), strict=True))
+    assert kept >= {(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a >= size}
+    assert all(b - a < 2 * size for a, b in kept - set(zip(starts.tolist(), ends.tolist(), strict=True)))
+    num_large = int((np.array(lengths) >= size).sum())
+    assert len(new_starts) <= ends[-1] / max(size, 1) + 2 * num_large + 1
 
 
 def test_thousands_of_tiny_documents_stay_whole_and_even():
@@ -343,8 +335,8 @@ def test_ranks_of_tops_alone_save_rows():
         total = 0
         for seed in range(4):
             table = documents(lognormal_lengths(seqlen, seed))
-            pool = TokenPool(table, DensityProfile.from_table(table, seqlen), seqlen)
-            size = {"total_seqlen": seqlen, "cp_size": 64, "chunk_size": 1024}
+            pool = TokenPool(DensityProfile.from_table(table, seqlen), *find_components(table, seqlen))
+            size = {"cp_size": 64, "chunk_size": 1024, "area_slack": 0.019}
             total += kv_rows_received(table, place_peeled(pool, **size, options=options)).sum()
         rows.append(total)
     assert rows[0] < 0.995 * rows[1]
@@ -355,8 +347,8 @@ def test_full_documents_are_not_cut_for_their_bottoms():
     table = documents(lognormal_lengths(1 << 18, 2), causal=False)
     owners = []
     for spend in (0.0, 0.7):
-        pool = TokenPool(table, DensityProfile.from_table(table, 1 << 18), 1 << 18)
-        size = {"total_seqlen": 1 << 18, "cp_size": 16, "chunk_size": 1024}
+        pool = TokenPool(DensityProfile.from_table(table, 1 << 18), *find_components(table, 1 << 18))
+        size = {"cp_size": 16, "chunk_size": 1024, "area_slack": 0.019}
         owners.append(place_peeled(pool, **size, options=PeelOptions(tops_spend=spend)).owners)
     np.testing.assert_array_equal(owners[0], owners[1])
 
