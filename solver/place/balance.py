@@ -32,7 +32,7 @@ from .components import TokenPool, find_components, join_small
 from .density import DensityProfile
 from .divide import Allowed
 from .even import even_out
-from .improve import BUSY_SENDER, relieve_senders, repack
+from .improve import BUSY_SENDER, relieve_heaviest, relieve_senders, repack
 from .measure import kv_rows_received, kv_rows_sent, rank_areas
 from .peel import PeelOptions, place_peeled
 from .queues import place_by_density, place_in_levels
@@ -42,7 +42,7 @@ from .queues import place_by_density, place_in_levels
 AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.004
 
-# Contiguous pieces are evened out only where they start near enough to balance: packed documents
+# Contiguous pieces are evened out only where they start near enough to balance: long packed documents
 # do not, and evening them out one exchange at a time would take long and scatter them.
 _EVENED_BELOW = 1.5
 
@@ -60,8 +60,8 @@ _PEELINGS = (
 )
 
 # Milliseconds for the search; those for each rank, if that is more; and those for a unit of search effort. Peelings
-# get three fifths. (Counted as what peelings and rounds take on one core of 2024; never measured.)
-_SEARCH_MS, _SEARCH_MS_PER_RANK, _EFFORT_MS = 80.0, 0.22, 25.0
+# get up to 45 %. (Counted as what peelings and rounds take on one core of 2024; never measured.)
+_SEARCH_MS, _SEARCH_MS_PER_RANK, _EFFORT_MS = 106.0, 0.22, 25.0
 _MOST_ROUNDS = 48
 
 
@@ -118,8 +118,7 @@ class _Problem:
 
     def constructions(self, contiguous: _Scored) -> Iterator[Placement]:
         """The placements that suit this mask's structure, except the one that suits any."""
-        few = self.num_components <= self.cp_size
-        if few and self.limit < contiguous.imbalance < _EVENED_BELOW:
+        if self.limit < contiguous.imbalance < _EVENED_BELOW:
             yield self.even_out(contiguous.placement)
         if self.num_components == 1 and len(self.profile) > 2:
             yield place_in_levels(
@@ -141,10 +140,16 @@ class _Problem:
         time = max(_SEARCH_MS - 0.15 * self.cp_size, _SEARCH_MS_PER_RANK * self.cp_size)
         peeling = 0.11 * self.cp_size + 0.014 * self.num_components
         a_round = 0.5 + 0.0075 * self.cp_size + 0.0007 * self.num_components
-        peelings = 1 if self.num_components == 1 else min(max(int(0.6 * time / peeling), 1), len(_PEELINGS))
+        peelings = 1 if self.num_components == 1 else min(max(int(0.45 * time / peeling), 1), len(_PEELINGS))
         rounds = max(int((time - peelings * peeling) / a_round), 2)
         starts = min(max(rounds // _MOST_ROUNDS, 1), 2)
         return _Effort(peelings, starts, min(rounds, _MOST_ROUNDS) + int(_EFFORT_MS * search_effort / a_round))
+
+    def lightened(self, scored: _Scored) -> _Scored:
+        """The placement with its heaviest ranks within the limit, where that works."""
+        allowed = self._allowed(scored.placement)._replace(area=(self.limit - 0.0001) * self.mean_area)
+        parts = (scored.placement, self.profile, self.components[0], allowed)
+        return self.score(relieve_heaviest(*parts, num_divisions=self.cp_size))
 
     def repacked(self, scored: _Scored, num_rounds: int) -> _Scored:
         """The placement with what pairs of ranks hold divided anew, no less balanced."""
@@ -220,7 +225,11 @@ def place_balanced(
     if start.key[:2] == (0.0, 0):
         return contiguous
     found = [start, *map(problem.score, problem.constructions(start))]
-    if min(scored.key for scored in found)[0] > 0 or problem.num_components == 1:
+    best = min(found, key=_key)
+    if best.key[0] > 0 and problem.num_components > 1:
+        best = problem.lightened(best)
+        found.append(best)
+    if best.key[0] > 0 or problem.num_components == 1:
         even = place_by_density(problem.profile, total_seqlen=total_seqlen, cp_size=cp_size)
         found.append(problem.score(even))
     found.sort(key=_key)

@@ -10,7 +10,9 @@ or for many at once; the price is rows needed, plus `PIECE_PRICE` for each piece
 - `relieve_senders`: the busiest sender with ranks that have area left or see the same keys. A step waits for the
   busiest link, and the keys near the start of a long document go to all its ranks.
 
-(`even_out` takes the heaviest rank, and moves ends of runs.) A rank's rows are counted as the keys that its densest
+- `relieve_heaviest`: the heaviest rank with the lightest ones, whatever rows it takes, until areas are within bounds.
+
+A rank's rows are counted as the keys that its densest
 token of each component sees, from the component's sparse end on. That is exact for packed documents; for other masks
 the caller compares what comes out by the exact count.
 """
@@ -50,12 +52,11 @@ def repack(
     state = Holdings(placement, profile, components, allowed)
     rng = np.random.default_rng(0)
     hot = _TEMPERATURE * float(state.costs.sum()) / state.cp_size
-    gain = best = 0.0
-    kept = state.pieces
+    best, kept = 0.0, state.pieces
     for i in range(num_rounds):
-        gain += state.divide(state.partners(rng), temperature=hot * (1 - i / num_rounds) ** 2, rng=rng)
-        if gain > best:
-            best, kept = gain, state.pieces
+        state.divide(state.partners(rng), temperature=hot * (1 - i / num_rounds) ** 2, rng=rng)
+        if state.gained > best:
+            best, kept = state.gained, state.pieces
     return Placement.from_runs(kept.end, kept.owner, cp_size=state.cp_size)
 
 
@@ -78,9 +79,28 @@ def relieve_senders(
         settled[busiest] = sent[busiest]
         for other in _takers(state, sharing, busiest, sent):
             num_pairs -= 1
-            if state.divide(np.array([[busiest, other]]), sharing=sharing) > 0:
+            if state.divide(np.array([[busiest, other]]), sharing=sharing):
                 settled[:] = 0
                 break
+    return Placement.from_runs(state.pieces.end, state.pieces.owner, cp_size=state.cp_size)
+
+
+def relieve_heaviest(
+    placement: Placement, profile: DensityProfile, components: IntArray, allowed: Allowed, *, num_divisions: int
+) -> Placement:
+    """The placement with the heaviest ranks brought to allowed.area, as far as up to num_divisions divisions do it.
+
+    Args:
+        components, allowed: as in `repack`, but areas may be larger.
+    """
+    state = Holdings(placement, profile, components, allowed)
+    for _ in range(num_divisions):
+        area = _sums(state.pieces.owner, state.pieces.area, state.cp_size)
+        heaviest = int(area.argmax())
+        lightest = np.argsort(area, kind="stable")[:NUM_PARTNERS].tolist()
+        pairs = (np.array([[heaviest, other]]) for other in lightest if other != heaviest)
+        if area[heaviest] <= allowed.area or not any(state.divide(pair, at_any_price=True) for pair in pairs):
+            break
     return Placement.from_runs(state.pieces.end, state.pieces.owner, cp_size=state.cp_size)
 
 
@@ -158,6 +178,7 @@ class Holdings:
         component = np.searchsorted(components, starts, side="right") - 1
         self.pieces = self._make(component, starts, ends, placement.owner_of(starts))
         self.costs, received = self._costs_of(self.pieces)
+        self.gained = 0.0
         # Where queries see fewer keys than their component has, this may count less than nothing.
         self.most_received = max(float(received.max()), 0.0)
 
@@ -204,16 +225,18 @@ class Holdings:
         temperature: float = 0.0,
         rng: np.random.Generator | None = None,
         sharing: _Sharing | None = None,
-    ) -> float:
+        at_any_price: bool = False,
+    ) -> bool:
         """Divide what each pair of `ranks` holds, where that gains or costs not much more than the temperature.
 
         Args:
             ranks: pairs, [M, 2]; no rank is in two of them.
             rng: for the temperature, and for which pieces are looked at; without it the longest are.
             sharing: who needs what now, if rows sent are to count; needs a single pair.
+            at_any_price: divide wherever it is allowed.
 
         Returns:
-            The price gained.
+            Whether any pair's was divided; what all pairs gained is added to `gained`.
         """
         joined = self._join(ranks, rng)
         sending = None if sharing is None else _sending(joined, ranks, sharing, self.most_received)
@@ -227,11 +250,11 @@ class Holdings:
                 sent = _sums(pieces.owner, sharing.sent(pieces, ranks), self.cp_size)
                 gain += sign * sending_price(sent[ranks], self.most_received)
         pair_gain = gain.sum(axis=1)
-        taken = divisions.found & (pair_gain > 0)
-        if rng is not None:
-            taken = divisions.found & (pair_gain > -temperature * rng.standard_exponential(len(ranks)))
-        # The busiest receiver sets the time of the exchange.
-        taken &= (received[ranks] <= self.most_received).all(axis=1)
+        taken = divisions.found
+        if not at_any_price:
+            patience = 0.0 if rng is None else temperature * rng.standard_exponential(len(ranks))
+            # The busiest receiver sets the time of the exchange.
+            taken &= (pair_gain > -patience) & (received[ranks] <= self.most_received).all(axis=1)
         # A piece whose density is no straight line may break a limit.
         taken &= (_sums(new.owner, new.area, self.cp_size)[ranks] <= self.allowed.area).all(axis=1)
         changed = np.zeros(self.cp_size, dtype=np.bool_)
@@ -239,7 +262,8 @@ class Holdings:
         together = Pieces.concat(self.pieces.take(~changed[self.pieces.owner]), new.take(changed[new.owner]))
         self.pieces = together.take(np.argsort(together.start))
         self.costs = np.where(changed, costs, self.costs)
-        return float(pair_gain[taken].sum())
+        self.gained += float(pair_gain[taken].sum())
+        return bool(taken.any())
 
     def _join(self, ranks: IntArray, rng: np.random.Generator | None) -> _Joined:
         pair_of = np.full(self.cp_size, -1)
