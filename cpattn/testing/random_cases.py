@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from cpattn import AttnMaskSpec, LayerKind
 from cpattn.masks.spec import RECT_TYPES
@@ -82,6 +81,8 @@ def random_case(rng: np.random.Generator, cp_size: int) -> Case:
         options["also"] = [random_layer(rng, spec) for _ in range(rng.integers(1, 3))]
     call: dict[str, Any] = {}
     if rng.integers(3) == 0:
+        import torch  # here: masks and plans are drawn in processes that load no torch
+
         call["sink"] = torch.from_numpy(rng.normal(size=num_q))
     if rng.integers(3) == 0:
         call["softcap"] = float(rng.uniform(0.5, 5))
