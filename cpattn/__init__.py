@@ -6,9 +6,8 @@ The public names load on first use (PEP 562): `import cpattn.solver` in a planni
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cpattn.runtime.at_exit import rest_at_exit as _rest_at_exit
-
 from .integrations.hf_register import register_when_imported
+from .runtime.at_exit import rest_at_exit as _rest_at_exit
 
 if TYPE_CHECKING:
     from cpattn.checks.report import Verification
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from cpattn.planning.ahead import plan_ahead
     from cpattn.planning.options import LayerKind
     from cpattn.planning.ready import ReadyPlan, make_plan
+    from cpattn.runtime.agreement import require_replicated
     from cpattn.runtime.recording import profile
 
 __version__ = "0.1.0"

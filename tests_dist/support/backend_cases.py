@@ -185,7 +185,9 @@ def check_backend(
         error = (mine.double() - truth)[finite].abs().max().item()
         allowed = 2 * (theirs.double() - truth)[finite].abs().max().item()
         # In fp64 the truth itself is rounded, by the order of its sums; and long sums round more often on one thread.
-        steps = (100 if dtype == torch.float64 else 4) * max(1.0, math.sqrt(CASES[name].num_queries / 256))
+        # Gradients are differences of dO.V and dO.O, which are larger than they are: as in the runtime's oracle.
+        steps = (100 if dtype == torch.float64 else 8 if field.startswith("d") else 4)
+        steps *= max(1.0, math.sqrt(CASES[name].num_queries / 256))
         rounding = steps * eps * max(1.0, truth[finite].abs().max().item())
         assert error <= allowed + rounding, (
             f"{field} is off by {error:.3g}, plain attention by {allowed / 2:.3g}, rounding {rounding:.3g}"

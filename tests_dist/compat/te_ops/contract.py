@@ -153,6 +153,7 @@ def visible(case: Case, sq: int, sk: int) -> Tensor:
     return seen
 
 
+@torch.enable_grad()  # also inside an operation that makes no graph, as the fake's are
 def reference(case: Case, s: Sequences, keep: list[Tensor] | None = None, *, backward: bool = True) -> Results:
     """Dense fp64 attention of each sequence on its own, differentiated by autograd.
 
