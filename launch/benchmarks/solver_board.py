@@ -311,15 +311,119 @@ EFFORT: list[dict[str, Any]] = [
 ]
 
 
+def _path(n: int) -> AttnMaskSpec:
+    return AttnMaskSpec.prefix_tree([3] * n, [list(range(n))])[0]
+
+
+def _random_tree(n: int) -> AttnMaskSpec:
+    """Nodes of seven tokens, depth first, each below one of the fifty before it."""
+    rng = np.random.default_rng(0)
+    parents = [-1, *(int(rng.integers(max(0, i - 50), i)) for i in range(1, n))]
+    children: list[list[int]] = [[] for _ in range(n)]
+    for node in range(1, n):
+        children[parents[node]].append(node)
+    paths: list[list[int]] = []
+    waiting: list[tuple[int, list[int]]] = [(0, [])]
+    seen = 0
+    while waiting:
+        node, above = waiting.pop()
+        path, seen = [*above, seen], seen + 1
+        if not children[node]:
+            paths.append(path)
+        waiting += [(child, path) for child in reversed(children[node])]
+    return AttnMaskSpec.prefix_tree([7] * n, paths)[0]
+
+
+def _rectangles(n: int) -> AttnMaskSpec:
+    """Random rectangles of all types over 64K tokens, most of which overlap hundreds of others."""
+    rng = np.random.default_rng(0)
+    q, k = np.sort(rng.integers(0, 64 * K + 1, (2, n, 2)), axis=-1).tolist()
+    return AttnMaskSpec(q, k, rng.choice(["full", "causal", "inv_causal", "bi_causal"], n).tolist(), 64 * K)
+
+
+def _windows_and_sinks(n: int) -> AttnMaskSpec:
+    """Documents of 64 tokens, each with a window of 8 and its first four tokens seen by all."""
+    sinks = [[64 * i, 64 * i + 4] for i in range(n)]
+    documents = [[64 * i, 64 * i + 64] for i in range(n)]
+    return AttnMaskSpec.sliding_window([64] * n, 8) | AttnMaskSpec(documents, sinks, ["causal"] * n, 64 * n)
+
+
+def _columns(n: int) -> AttnMaskSpec:
+    """Strided: every fourth key, seen by all."""
+    return AttnMaskSpec([[0, 4 * n]] * n, [[4 * i, 4 * i + 1] for i in range(n)], ["full"] * n, 4 * n)
+
+
+FAMILIES: dict[str, tuple[int, Callable[[int], AttnMaskSpec]]] = {
+    "path of nodes": (75, _path),
+    "random tree": (500, _random_tree),
+    "overlapping rectangles": (375, _rectangles),
+    "documents of 64 tokens": (8 * K, lambda n: AttnMaskSpec.varlen([64] * n)),
+    "documents of 1 to 63 tokens": (
+        8 * K,
+        lambda n: AttnMaskSpec.varlen(np.random.default_rng(0).integers(1, 64, n).tolist()),
+    ),
+    "block-causal, blocks of 1": (8 * K, lambda n: AttnMaskSpec.block_causal(n, 1)),
+    "block-causal, blocks of 2": (4 * K, lambda n: AttnMaskSpec.block_causal(2 * n, 2)),
+    "windows with sinks": (500, _windows_and_sinks),
+    "strided columns": (500, _columns),
+}
+
+
+def measure_growth(family: str, size: int) -> dict[str, Any]:
+    """CPU seconds of making a spec of a family, of lowering it and of planning it on 8 ranks."""
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = [time.process_time()]
+    spec = FAMILIES[family][1](size)
+    times.append(time.process_time())
+    table = lower_mask(spec)
+    times.append(time.process_time())
+    plan = make_dispatch_plan(table, total_seqlen=spec.total_seqlen, cp_size=8)
+    times.append(time.process_time())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+    seconds = dict(zip(("spec", "lower", "plan"), np.diff(times).tolist(), strict=True))
+    return {
+        "family": family,
+        "size": size,
+        "rectangles": len(spec.q_ranges),
+        "slices": len(table),
+        "imbalance": plan.imbalance(),
+        "memory_mb": memory / 1024,
+        **seconds,
+    }
+
+
+def growth_table(out: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Every family at four sizes, each twice the one before."""
+    out("\n## Growth with the mask, on 8 ranks\n")
+    out("| mask | size | rectangles | slices | CPU s: spec | lower | plan | times the size before | MB |")
+    out("|---|---|---|---|---|---|---|---|---|")
+    results = []
+    for family, (first, _) in FAMILIES.items():
+        before = 0.0
+        for size in (first, 2 * first, 4 * first, 8 * first):
+            got = cold(family=family, size=size)
+            results.append(got)
+            total = got["spec"] + got["lower"] + got["plan"]
+            ratio = f"{total / before:.1f}" if before else "-"
+            out(
+                f"| {family} | {size:,} | {got['rectangles']:,} | {got['slices']:,} | {got['spec']:.3f} | "
+                f"{got['lower']:.3f} | {got['plan']:.3f} | {ratio} | {got['memory_mb']:.0f} |"
+            )
+            before = total
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="seeds of each other distribution")
     parser.add_argument("--quick", action="store_true", help="only the two tables of the board")
+    parser.add_argument("--growth", action="store_true", help="only the growth with the mask")
     parser.add_argument("--out", type=Path, help="folder in which to store the tables and their JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(**json.loads(options.one))))
+        arguments = json.loads(options.one)
+        print(json.dumps((measure_growth if "family" in arguments else measure)(**arguments)))
         return
     lines: list[str] = []
 
@@ -335,13 +439,15 @@ def main() -> None:
         f"process, from the spec to every rank's routes, cold; MB above its size after imports. Equal tokens within "
         f"one chunk of S / (16 P)."
     )
-    results: dict[str, Any] = {"board": board(out)}
-    if not options.quick:
+    results: dict[str, Any] = {} if options.growth else {"board": board(out)}
+    if not options.quick and not options.growth:
         title = "Other seeds, lengths and masks: rows against a replayed min-heap dispatch"
         results["others"] = plain_rows(title, other_cases(options.seeds), out)
         results["growth"] = plain_rows("Growth with ranks and documents", GROWTH, out)
         results["effort"] = plain_rows("What a longer search buys", EFFORT, out)
     every = [row for rows in results.values() for row in rows if not row["search_effort"]]
+    if not options.quick:
+        results["families"] = growth_table(out)
     late = [r for r in every if r["ranks"] in TIMES and r["seqlen"] == M and r["cpu_seconds"] > TIMES[r["ranks"]]]
     large = [r for r in every if r["memory_mb"] > MEMORY_MB and r["ranks"] <= 1024]
     slow = [f"{r['mask']} on {r['ranks']} ({r['schedule']}): {r['cpu_seconds']:.3f} s" for r in late]
