@@ -63,12 +63,17 @@ def layers_that_mix(decoder: nn.Module) -> int:
     return (1 if config is None else len(attention_kinds(config))) + served
 
 
+def indexers(config: Any) -> list[str]:
+    """The fields of a config by which layers choose keys."""
+    return [name for name in _INDEXERS if read(config, name)]
+
+
 def refuse_indexers(decoder: nn.Module, config: Any) -> None:
     """Raise if layers choose keys by an indexer: it would choose among this rank's tokens only.
 
     A short sequence does not show it (all keys are chosen), so the placement probe cannot.
     """
-    fields = [name for name in _INDEXERS if getattr(config, name, None)]
+    fields = indexers(config)
     if fields:
         raise ValueError(
             f"{type(decoder).__name__} has sparse layers that choose keys by an indexer over the tokens they are given "

@@ -79,9 +79,22 @@ def _checking(check: Any) -> Any:
                 f"attn_implementation={attn_implementation!r} would not be used, and cpattn cannot shard it: load it "
                 f"with attn_implementation='eager'"
             )
+        if attn_implementation in _names:
+            _refuse_indexers(self)
         return applied
 
     return checked
+
+
+def _refuse_indexers(model: Any) -> None:
+    from .hf_model import indexers
+
+    fields = indexers(model.config)
+    if fields:
+        raise ValueError(
+            f"{type(model).__name__} has layers that choose keys by an indexer ({', '.join(fields)} in its config) "
+            f"and use the mask themselves: load it with attn_implementation='eager'; cpattn cannot shard it"
+        )
 
 
 def _attends_by_interface(kind: Any) -> bool:

@@ -7,7 +7,7 @@ Each type is a tiny random model (`tiny_models`), fp32. Four batches: one text, 
 packed documents (what each document is alone). Compared by norm: logits at real tokens, the loss, every parameter's
 gradient, and the model outside a shard. One of:
 
-    exact      all within 1e-5
+    exact      all within 1e-5, or within 4 times eager's own rounding (its fp32 against its fp64), where that is more
     refused    cpattn raised ValueError by a name of its own, and says why
     wrong      anything else that came back
     crash      an error that is not cpattn's, a dead process or one that hangs
@@ -189,7 +189,9 @@ def _try_sharded(outcome: Outcome, model: nn.Module, wanted: dict[str, Step]) ->
         for name, batch in batches().items():
             step = sharded_step(model, parallel, batch)
             if wanted:
-                _note(outcome, name, *step.error(wanted[name]))
+                error, what = step.error(wanted[name])
+                limit = TOLERANCE if error < TOLERANCE else 4 * _rounding(outcome.model_type, batch, wanted[name])
+                _note(outcome, name, error, what, limit)
     except Exception as error:
         _fail(outcome, error)
 
@@ -217,9 +219,15 @@ def _make(model_type: str, attention: str) -> nn.Module:
     return model
 
 
-def _note(outcome: Outcome, name: str, error: float, what: str) -> None:
+def _rounding(model_type: str, batch: dict[str, Tensor], want: Step) -> float:
+    """Eager's own error in fp32: some tiny random models amplify rounding (gradients through loops of layers)."""
+    precise = eager_step(_make(model_type, "eager").double(), batch)
+    return max(TOLERANCE / 4, want.error(precise)[0])
+
+
+def _note(outcome: Outcome, name: str, error: float, what: str, limit: float = TOLERANCE) -> None:
     outcome.errors[name] = error
-    if not error < TOLERANCE:
+    if not error < limit:
         outcome.kind = "wrong"
         outcome.reason = "; ".join(filter(None, [outcome.reason, f"{name}: {what} off by {error:.2g}"]))
 
@@ -240,7 +248,7 @@ def _rank_main(rank: int, model_type: str, world: int, port: int, path: str) -> 
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=300))
     outcome = try_type(model_type)
     outcomes: list[Any] = [None] * world
     dist.all_gather_object(outcomes, outcome)

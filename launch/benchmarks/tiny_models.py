@@ -98,6 +98,7 @@ def tiny_config(model_type: str) -> Any:
     default = kind().to_dict()
     fields = {n: v for n, v in SIZES.items() if isinstance(default.get(n), int) or _is_left_open(n, default)}
     fields |= {name: 0.0 for name, value in default.items() if _is_dropout(name, value)}
+    fields |= {"is_decoder": True} if default.get("is_decoder") is False else {}
     if "qk_rope_head_dim" in default:  # latent attention: as many heads of keys, and the other widths follow
         fields = {name: value for name, value in fields.items() if name not in ("head_dim", "qk_head_dim")}
         fields |= {"num_key_value_heads": 4} if "num_key_value_heads" in default else {}

@@ -296,8 +296,9 @@ def test_processes_that_would_train_alone_are_told(monkeypatch):
 
 
 def test_models_that_attend_by_themselves_are_refused_at_load():
-    for name in ("bloom", "falcon", "gpt_neo"):
-        with pytest.raises(ValueError, match="does not attend through transformers' attention interface"):
+    own = "does not attend through transformers' attention interface"
+    for name, why in {"bloom": own, "falcon": own, "gpt_neo": own, "deepseek_v32": "choose keys by an indexer"}.items():
+        with pytest.raises(ValueError, match=why):
             hf.AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="cpattn")
 
 
