@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import row_kernels
 from .devices import backend_of
@@ -87,7 +88,12 @@ class RowRoutes:
         return replace(self, relay=Relay(local, local_at, landed, landed_at, distinct, rows))
 
     def with_segments(self) -> RowRoutes:
-        """The same, prepared for row kernels. The host waits for the device: done once, when routes are bound."""
+        """The same, prepared for row kernels. The host waits for the device: done once, when routes are bound.
+
+        Indices without data (memory stated beforehand) cannot be sorted and stay as they are.
+        """
+        if isinstance(self.send_index, FakeTensor):
+            return self
         relay = self.relay
         if relay is not None:
             relay = relay._replace(segments=RowSegments.of(relay.rows))

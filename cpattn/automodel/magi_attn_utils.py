@@ -410,9 +410,12 @@ def _packed_cp_doc_seqlens(batch: dict, total_len: int) -> list:
 
 
 def _parallel(model: nn.Module, cp_group: Any, chunk_size: int) -> ContextParallel:
+    from cpattn.integrations.hf_model import unwrapped
     from cpattn.integrations.transformers import ContextParallel
 
-    return ContextParallel(model, cp_group, max_chunk_size=chunk_size)
+    # The probe is for transformers' models; of a custom one the next step says if no layer used the mask.
+    probed = hasattr(getattr(unwrapped(model), "config", None), "to_dict")
+    return ContextParallel(model, cp_group, max_chunk_size=chunk_size, check=probed)
 
 
 def _shard_text(model: nn.Module, batch: dict, cp_group: Any, chunk_size: int) -> Shard:
