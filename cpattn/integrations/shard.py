@@ -163,7 +163,7 @@ class Shard:
             [B, S, ...]. Gradient: as of `cpattn.undispatch`.
         """
         if getattr(x_local, "_cpattn_whole", None) is self:
-            return x_local
+            return x_local.view_as(x_local)  # without the mark, which holds the shard: it can be sent on
         if x_local.shape[:2] != (1, self.num_tokens):
             raise ValueError(
                 f"gather: the tensor has shape {tuple(x_local.shape)}, expected (1, {self.num_tokens}, ...): this "

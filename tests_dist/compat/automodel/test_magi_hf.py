@@ -151,6 +151,7 @@ def test_12_without_a_cp_axis_the_engine_still_attends(monkeypatch):
     model, batch = make_model("llama", "magi"), text_batch("right", 2)
     _, new = state.prepare_llm_batch(model, batch, None, False, 0, 1)
     new.pop("labels")
+    calls.clear()  # of the placement probe
     out = model(**new)
     assert len(calls) == 2
     real, logits = real_tokens(batch), magi._LAST_STEP[model].gather(out.logits.detach())
