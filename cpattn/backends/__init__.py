@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Backend, Problem
+from .base import Attending, Backend, KeyRows, Problem, Returning, Scoring
 from .cudnn import CudnnBackend
 from .ffa import FfaBackend
 from .flash_attn import FlashAttnBackend
@@ -18,9 +18,13 @@ from .triton import TritonBackend
 
 __all__ = [
     "KERNEL_SCRATCH",
+    "Attending",
     "Backend",
     "FlexBackend",
+    "KeyRows",
     "Problem",
+    "Returning",
+    "Scoring",
     "backend_names",
     "choose_backend",
     "device_kind",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,44 @@ class Problem:
     head_dim: int
     head_dim_v: int
     softcap: bool = False
+
+
+class Scoring(NamedTuple):
+    """What becomes of q . k before the softmax. softcap: None is no cap."""
+
+    scale: float
+    softcap: float | None = None
+
+
+class KeyRows(NamedTuple):
+    """Keys [K, G, D] and values [K, G, E], or their gradients."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Attending(NamedTuple):
+    """Queries [T, N, D] in forward, with what they have seen so far; after it, with their results.
+
+    out: [T, N, E]. lse: [T, N], natural log; -inf (and out 0) in rows that have seen no key.
+    """
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class Returning(NamedTuple):
+    """Queries in backward: the gradient of out, q, the global out and lse, and the accumulator of dq.
+
+    lse is +inf in rows that see nothing.
+    """
+
+    dout: Tensor
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
 
 
 class Backend(Protocol):
@@ -54,23 +92,11 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: Any,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: Any, scoring: Scoring, *, fresh: bool = False
     ) -> None:
-        """Attention over the slices of `work`, merged into (out, lse) in place.
+        """Attention over the slices of `work`, merged into the queries' out and lse in place.
 
-        out_QNE: accumulator; 0 in rows that have seen no key yet. In the dtype of q only where
-            `fresh` and `writes_once(work)`.
-        lse_QN: accumulator, natural log; -inf in such rows.
+        queries: out and lse are accumulators; out is in the dtype of q only where `fresh` and `writes_once(work)`.
         fresh: no row has seen a key yet, so a row's first result can be stored instead of merged.
         """
         ...
@@ -80,24 +106,11 @@ class Backend(Protocol):
         ...
 
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: Any,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: Any, scoring: Scoring, dkeys: KeyRows
     ) -> None:
-        """Gradients of the slices of `work`, added to the accumulators dq, dk, dv in place.
+        """Gradients of the slices of `work`, added to the queries' dq and to dkeys in place.
 
-        out_QNE, lse_QN: of the whole attention, not of this part: with them the gradients of the
+        queries: out and lse are those of the whole attention, not of this part: with them the gradients of the
             parts add up to the gradient of the whole. lse is +inf in rows that see no key at all,
             so that their probabilities are 0.
         """

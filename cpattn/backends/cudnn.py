@@ -25,7 +25,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
-from .base import Problem, bucket, kernel_head_dim, pad_head_dim
+from .base import Attending, KeyRows, Problem, Returning, Scoring, bucket, kernel_head_dim, pad_head_dim
 from .installed import device_capability, failing_import, missing_package
 from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, refuse_cudnn, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
@@ -119,18 +119,9 @@ class CudnnBackend:
         return writes_once(work)
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: OffsetWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: OffsetWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
         head_dim, head_dim_v = kernel_head_dim(k_KGD, v_KGE, _ALIGN_DIM), v_KGE.shape[-1]
         q, k, v = (pad_head_dim(t, head_dim).contiguous() for t in (q_QND, k_KGD, v_KGE))
         for call in work.forward:
@@ -138,7 +129,7 @@ class CudnnBackend:
             out = torch.empty_like(q_)
             stats = torch.empty(q_.shape[:2], dtype=torch.float32, device=q.device)
             self._execute(
-                _graph_key(call, q_, k_, scale, backward=False),
+                _graph_key(call, q_, k_, scoring.scale, backward=False),
                 call,
                 {"q": q_, "k": k_, "v": v_, "out": out, "stats": stats},
             )
@@ -147,21 +138,9 @@ class CudnnBackend:
             merge_rows(out_QNE, lse_QN, call.rows, *part, first=fresh and call.first)
 
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: OffsetWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: OffsetWork, scoring: Scoring, dkeys: KeyRows
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         head_dim, d, e = kernel_head_dim(k_KGD, v_KGE, _ALIGN_DIM), k_KGD.shape[-1], v_KGE.shape[-1]
         q, k, v, dout, out = (
             pad_head_dim(t.to(q_QND.dtype), head_dim).contiguous()
@@ -171,7 +150,7 @@ class CudnnBackend:
             q_, k_, v_ = q[call.q_span], k[call.k_span], v[call.k_span]
             dq, dk, dv = torch.empty_like(q_), torch.empty_like(k_), torch.empty_like(v_)
             self._execute(
-                _graph_key(call, q_, k_, scale, backward=True),
+                _graph_key(call, q_, k_, scoring.scale, backward=True),
                 call,
                 {
                     "q": q_,

@@ -23,7 +23,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import corner_pieces
 
-from .base import HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, pad_head_dim, refuse_dtype
 from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
 from .rows import merge_rows
 
@@ -78,18 +78,9 @@ class FfaBackend:
         return True
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: _Work, scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
         if not len(work.kinds):
             return
         function = importlib.import_module(_MODULE)._flex_flash_attn_forward
@@ -103,7 +94,7 @@ class FfaBackend:
                 "v": v,
                 "out": out,
                 "lse": None,
-                **_arguments(work, scale, softcap),
+                **_arguments(work, scoring),
                 "out_type": torch.float32,
                 "disable_fwd_atomic_reduction": False,
             },
@@ -118,21 +109,9 @@ class FfaBackend:
         )
 
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: _Work, scoring: Scoring, dkeys: KeyRows
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         if not len(work.kinds):
             return
         function = importlib.import_module(_MODULE)._flex_flash_attn_backward
@@ -155,7 +134,7 @@ class FfaBackend:
                 "dq": grads[0],
                 "dk": grads[1],
                 "dv": grads[2],
-                **_arguments(work, scale, softcap),
+                **_arguments(work, scoring),
                 "dq_type": torch.float32,
                 "dk_type": torch.float32,
                 "dv_type": torch.float32,
@@ -174,13 +153,13 @@ def _head_dim(k: Tensor, v: Tensor) -> int:
     return next(d for d in _HEAD_DIMS if d >= widest)
 
 
-def _arguments(work: _Work, scale: float, softcap: float | None) -> dict[str, Any]:
+def _arguments(work: _Work, scoring: Scoring) -> dict[str, Any]:
     return {
         "q_ranges": work.q_ranges,
         "k_ranges": work.k_ranges,
         "attn_type_map": work.kinds,
-        "softmax_scale": scale,
-        "softcap": softcap or 0.0,
+        "softmax_scale": scoring.scale,
+        "softcap": scoring.softcap or 0.0,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "sm_margin": 0,
     }

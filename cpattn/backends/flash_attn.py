@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cpattn.solver import SliceTable
 
-from .base import HALF_DTYPES, Problem, kernel_head_dim, refuse_dtype
+from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, kernel_head_dim, refuse_dtype
 from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
 from .varlen import VarlenCall, VarlenKernel, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward
 from .varlen import writes_once as varlen_writes_once
@@ -50,11 +50,11 @@ class FlashAttn2Kernel:
     module: Any
 
     def forward(
-        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         result = call_known(
             self.module._flash_attn_varlen_forward,
-            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_packed2(call), **_numbers2(call, scale, softcap)},
+            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_packed2(call), **_numbers2(call, scoring)},
             {"return_softmax": False},
         )
         # Releases before 2.7 return the padded inputs too, with lse in sixth place.
@@ -69,8 +69,7 @@ class FlashAttn2Kernel:
         out_TNE: Tensor,
         lse_NT: Tensor,
         call: VarlenCall,
-        scale: float,
-        softcap: float,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (t.new_empty(t.shape) for t in (q_TND, k_SGD, v_SGE))
         call_known(
@@ -86,7 +85,7 @@ class FlashAttn2Kernel:
                 "dk": dk,
                 "dv": dv,
                 **_packed2(call),
-                **_numbers2(call, scale, softcap),
+                **_numbers2(call, scoring),
                 "deterministic": torch.are_deterministic_algorithms_enabled(),
             },
             {"rng_state": None},
@@ -94,14 +93,14 @@ class FlashAttn2Kernel:
         return dq, dk, dv
 
 
-def _numbers2(call: VarlenCall, scale: float, softcap: float) -> dict[str, Any]:
+def _numbers2(call: VarlenCall, scoring: Scoring) -> dict[str, Any]:
     return {
         "dropout_p": 0.0,
-        "softmax_scale": scale,
+        "softmax_scale": scoring.scale,
         "causal": False,  # the window says it
         "window_size_left": call.left,
         "window_size_right": call.right,
-        "softcap": softcap,
+        "softcap": scoring.softcap or 0.0,
         "alibi_slopes": None,
     }
 
@@ -137,13 +136,13 @@ class FlashAttn3Kernel:
     module: Any
 
     def forward(
-        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         function = self.module._flash_attn_forward
         known = known_parameters(function)
         result = call_known(
             function,
-            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_packed(call), **_numbers3(call, scale, softcap, known)},
+            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_packed(call), **_numbers3(call, scoring, known)},
             {**_ABSENT3, "causal": False},
         )
         return result[0], result[1]
@@ -157,8 +156,7 @@ class FlashAttn3Kernel:
         out_TNE: Tensor,
         lse_NT: Tensor,
         call: VarlenCall,
-        scale: float,
-        softcap: float,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (t.new_empty(t.shape) for t in (q_TND, k_SGD, v_SGE))
         function = self.module._flash_attn_backward
@@ -176,7 +174,7 @@ class FlashAttn3Kernel:
                 "dk": dk,
                 "dv": dv,
                 **_packed(call),
-                **_numbers3(call, scale, softcap, known),
+                **_numbers3(call, scoring, known),
             },
             {
                 "sequed_q": None,  # so spelt there
@@ -189,13 +187,11 @@ class FlashAttn3Kernel:
         return dq, dk, dv
 
 
-def _numbers3(
-    call: VarlenCall, scale: float, softcap: float, known: frozenset[str] | None
-) -> dict[str, Any]:
+def _numbers3(call: VarlenCall, scoring: Scoring, known: frozenset[str] | None) -> dict[str, Any]:
     window: dict[str, Any] = {"window_size_left": call.left, "window_size_right": call.right}
     if known is not None and "window_size" in known:
         window = {"window_size": (call.left, call.right)}
-    return {"softmax_scale": scale, "softcap": softcap, **window}
+    return {"softmax_scale": scoring.scale, "softcap": scoring.softcap or 0.0, **window}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +201,11 @@ class FlashAttn4Kernel:
     module: Any
 
     def forward(
-        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         result = call_known(
             self.module._flash_attn_fwd,
-            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_numbers4(call, scale), "return_lse": True},
+            {"q": q_TND, "k": k_SGD, "v": v_SGE, **_numbers4(call, scoring.scale), "return_lse": True},
             _lengths4(call),
         )
         return result[0], result[1]
@@ -223,8 +219,7 @@ class FlashAttn4Kernel:
         out_TNE: Tensor,
         lse_NT: Tensor,
         call: VarlenCall,
-        scale: float,
-        softcap: float,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv, *_ = call_known(
             self.module._flash_attn_bwd,
@@ -235,7 +230,7 @@ class FlashAttn4Kernel:
                 "out": out_TNE.contiguous(),
                 "dout": dout_TNE.contiguous(),
                 "lse": lse_NT,
-                **_numbers4(call, scale),
+                **_numbers4(call, scoring.scale),
             },
             {**_lengths4(call), "deterministic": torch.are_deterministic_algorithms_enabled()},
         )
@@ -318,64 +313,16 @@ class FlashAttnBackend:
         return varlen_writes_once(work)
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: VarlenWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: VarlenWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
-        run_varlen_forward(
-            self._kernel(),
-            q_QND,
-            k_KGD,
-            v_KGE,
-            work.forward,
-            scale=scale,
-            softcap=softcap,
-            out_QNE=out_QNE,
-            lse_QN=lse_QN,
-            fresh=fresh,
-            head_dim=kernel_head_dim(k_KGD, v_KGE),
-        )
+        head_dim = kernel_head_dim(*keys)
+        run_varlen_forward(self._kernel(), queries, keys, work.forward, scoring, fresh=fresh, head_dim=head_dim)
 
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: VarlenWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: VarlenWork, scoring: Scoring, dkeys: KeyRows
     ) -> None:
-        run_varlen_backward(
-            self._kernel(),
-            dout_QNE,
-            q_QND,
-            k_KGD,
-            v_KGE,
-            out_QNE,
-            lse_QN,
-            work.backward,
-            scale=scale,
-            softcap=softcap,
-            dq_QND=dq_QND,
-            dk_KGD=dk_KGD,
-            dv_KGE=dv_KGE,
-            head_dim=kernel_head_dim(k_KGD, v_KGE),
-        )
+        head_dim = kernel_head_dim(*keys)
+        run_varlen_backward(self._kernel(), queries, keys, work.backward, scoring, dkeys, head_dim=head_dim)
 
     def _kernel(self) -> VarlenKernel:
         what = _GENERATIONS[self.generation]

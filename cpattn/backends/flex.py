@@ -32,7 +32,18 @@ from torch import Tensor
 
 from cpattn.solver import SliceTable
 
-from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, bucket, pad_head_dim, refuse_dtype
+from .base import (
+    FLOAT_DTYPES,
+    HALF_DTYPES,
+    Attending,
+    KeyRows,
+    Problem,
+    Returning,
+    Scoring,
+    bucket,
+    pad_head_dim,
+    refuse_dtype,
+)
 from .nonfinite import (
     Sight,
     contained_backward,
@@ -120,19 +131,10 @@ class FlexBackend:
 
     @contained_forward(_slices_of, but_on="cuda")
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: _Work, scoring: Scoring, *, fresh: bool = False
     ) -> None:
-        score_mod = self._score_mod(softcap)
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
+        scale, score_mod = scoring.scale, self._score_mod(scoring.softcap)
         # Inside an operation of `torch.library` they still require gradients, and flex_attention looks at that.
         q, k, v = (t.detach() for t in (q_QND, k_KGD, v_KGE))
         run = _forward_cpu if q.device.type == "cpu" else _forward_cuda
@@ -145,28 +147,14 @@ class FlexBackend:
 
     @contained_backward(_slices_of, but_on="cuda")
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: _Work, scoring: Scoring, dkeys: KeyRows
     ) -> None:
-        score_mod = self._score_mod(softcap)
-        run = _backward_cpu if q_QND.device.type == "cpu" else _backward_cuda
+        score_mod = self._score_mod(scoring.softcap)
+        run = _backward_cpu if queries.q.device.type == "cpu" else _backward_cuda
         for step in work.passes:
-            grads = run(dout_QNE, q_QND, k_KGD, v_KGE, out_QNE, lse_QN, step, scale, score_mod)
-            dq_QND += grads[0]
-            dk_KGD += grads[1]
-            dv_KGE += grads[2]
+            grads = run(queries, keys, step, scoring.scale, score_mod)
+            for total, grad in zip((queries.dq, *dkeys), grads, strict=True):
+                total.add_(grad)
 
     def _score_mod(self, softcap: float | None) -> ScoreMod | None:
         if softcap is None:
@@ -330,26 +318,18 @@ def _forward_cuda(
 
 
 def _backward_cuda(
-    dout_QNE: Tensor,
-    q_QND: Tensor,
-    k_KGD: Tensor,
-    v_KGE: Tensor,
-    out_QNE: Tensor,
-    lse_QN: Tensor,
-    step: Pass,
-    scale: float,
-    score_mod: ScoreMod | None,
+    queries: Returning, keys: KeyRows, step: Pass, scale: float, score_mod: ScoreMod | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through autograd, with the gradients of out and lse that the file's docstring derives.
 
     What is not finite is 0 to the kernel, and its results are NaN for what sees it or is seen by it.
     """
-    rows, e = len(q_QND), v_KGE.shape[-1]
-    bad_keys = unfinite_rows(k_KGD, v_KGE)
-    bad_rows = unfinite_rows(q_QND, dout_QNE, out_QNE) | lse_QN.isnan()
-    k_KGD, v_KGE = zeroed(k_KGD, bad_keys), zeroed(v_KGE, bad_keys)
-    q_QND, dout_QNE, out_QNE = (zeroed(t, bad_rows) for t in (q_QND, dout_QNE, out_QNE))
-    lse_QN = lse_QN.masked_fill(bad_rows, torch.inf)  # probabilities of 0
+    rows, e = len(queries.q), keys.v.shape[-1]
+    bad_keys = unfinite_rows(*keys)
+    bad_rows = unfinite_rows(queries.q, queries.dout, queries.out) | queries.lse.isnan()
+    k_KGD, v_KGE = (zeroed(t, bad_keys) for t in keys)
+    q_QND, dout_QNE, out_QNE = (zeroed(t, bad_rows) for t in (queries.q, queries.dout, queries.out))
+    lse_QN = queries.lse.masked_fill(bad_rows, torch.inf)  # probabilities of 0
     with _autograd():
         leaves = [t.detach().requires_grad_() for t in (q_QND, k_KGD, v_KGE)]
         q, k, v = _padded(leaves[0], leaves[1], leaves[2], step)
@@ -435,20 +415,12 @@ def _shifted(score_mod: ScoreMod, shift: int) -> ScoreMod:
 
 
 def _backward_cpu(
-    dout_QNE: Tensor,
-    q_QND: Tensor,
-    k_KGD: Tensor,
-    v_KGE: Tensor,
-    out_QNE: Tensor,
-    lse_QN: Tensor,
-    step: Pass,
-    scale: float,
-    score_mod: ScoreMod | None,
+    queries: Returning, keys: KeyRows, step: Pass, scale: float, score_mod: ScoreMod | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the formulas, a block of rows at a time, in the dtype of lse."""
-    dtype, groups = lse_QN.dtype, q_QND.shape[1] // k_KGD.shape[1]
-    q, dout, out = (t.to(dtype) for t in (q_QND, dout_QNE, out_QNE))
-    k, v = (t.to(dtype).repeat_interleave(groups, 1) for t in (k_KGD, v_KGE))
+    dtype, groups = queries.lse.dtype, queries.q.shape[1] // keys.k.shape[1]
+    q, dout, out = (t.to(dtype) for t in (queries.q, queries.dout, queries.out))
+    k, v = (t.to(dtype).repeat_interleave(groups, 1) for t in keys)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     mask = step.blocks.mask_mod
     at_keys = torch.arange(len(k))
@@ -462,7 +434,7 @@ def _backward_cpu(
         slope = None
         if score_mod is not None:
             scores, slope = _with_slope(score_mod, scores, at_rows, at_keys)
-        p = torch.exp(scores.masked_fill(~visible, -torch.inf) - lse_QN[rows].T[..., None])
+        p = torch.exp(scores.masked_fill(~visible, -torch.inf) - queries.lse[rows].T[..., None])
         delta = (dout[rows] * out[rows]).sum(-1).T[..., None]
         ds = p * (torch.einsum("qne,kne->nqk", dout[rows], v) - delta) * scale
         if slope is not None:

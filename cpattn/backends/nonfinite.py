@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from cpattn.solver import SliceTable, expand_counts
 
+from .base import Attending, KeyRows, Returning, Scoring
+
 
 class Sight(NamedTuple):
     """What rows see: row rows[i] sees keys first[i] up to end[i]; int64 [n] each, on one device."""
@@ -102,19 +104,19 @@ def contained_forward(
     def decorate(forward: Callable[..., None]) -> Callable[..., None]:
         @wraps(forward)
         def contained(
-            self: Any, q: Tensor, k: Tensor, v: Tensor, work: Any, *, out_QNE: Tensor, lse_QN: Tensor, **options: Any
+            self: Any, queries: Attending, keys: KeyRows, work: Any, scoring: Scoring, *, fresh: bool = False
         ) -> None:
-            if q.device.type == but_on or _surely_finite(k, v):
-                forward(self, q, k, v, work, **options, out_QNE=out_QNE, lse_QN=lse_QN)
+            q, out, lse = queries
+            if q.device.type == but_on or _surely_finite(*keys):
+                forward(self, queries, keys, work, scoring, fresh=fresh)
                 return
-            bad = unfinite_rows(k, v)
-            clean = out_QNE.clone(), lse_QN.clone()
-            forward(self, q, k, v, work, **options, out_QNE=out_QNE, lse_QN=lse_QN)
-            inputs = (q, zeroed(k, bad), zeroed(v, bad), work)
-            forward(self, *inputs, **options, out_QNE=clean[0], lse_QN=clean[1])
+            bad = unfinite_rows(*keys)
+            clean = Attending(q, out.clone(), lse.clone())
+            forward(self, queries, keys, work, scoring, fresh=fresh)
+            forward(self, clean, KeyRows(*(zeroed(t, bad) for t in keys)), work, scoring, fresh=fresh)
             hit = per_query_head(Sight.of(slices_of(work), q.device).sees_any(bad, len(q)), q.shape[1])
-            out_QNE.copy_(torch.where(hit.unsqueeze(-1), out_QNE, clean[0]))
-            lse_QN.copy_(torch.where(hit, lse_QN, clean[1]))
+            out.copy_(torch.where(hit.unsqueeze(-1), out, clean.out))
+            lse.copy_(torch.where(hit, lse, clean.lse))
 
         return contained
 
@@ -131,35 +133,24 @@ def contained_backward(
     def decorate(backward: Callable[..., None]) -> Callable[..., None]:
         @wraps(backward)
         def contained(
-            self: Any,
-            dout: Tensor,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            out: Tensor,
-            lse: Tensor,
-            work: Any,
-            *,
-            dq_QND: Tensor,
-            dk_KGD: Tensor,
-            dv_KGE: Tensor,
-            **options: Any,
+            self: Any, queries: Returning, keys: KeyRows, work: Any, scoring: Scoring, dkeys: KeyRows
         ) -> None:
-            grads = {"dq_QND": dq_QND, "dk_KGD": dk_KGD, "dv_KGE": dv_KGE}
-            if q.device.type == but_on or (_surely_finite(dout, q, k, v, out) and not _has_nan(lse)):
-                backward(self, dout, q, k, v, out, lse, work, **options, **grads)
+            dout, q, out, lse, dq = queries
+            if q.device.type == but_on or (_surely_finite(dout, q, *keys, out) and not _has_nan(lse)):
+                backward(self, queries, keys, work, scoring, dkeys)
                 return
-            keys, rows = unfinite_rows(k, v), unfinite_rows(q, dout, out) | lse.isnan()
+            bad, rows = unfinite_rows(*keys), unfinite_rows(q, dout, out) | lse.isnan()
             sight = Sight.of(slices_of(work), q.device)
-            hit_rows = rows | per_query_head(sight.sees_any(keys, len(q)), q.shape[1])
-            hit_keys = keys | sight.seen_by_any(per_key_head(rows, k.shape[1]), len(k))
-            clean = {name: grad.clone() for name, grad in grads.items()}
-            backward(self, dout, q, k, v, out, lse, work, **options, **grads)
-            inputs = (zeroed(dout, rows), zeroed(q, rows), zeroed(k, keys), zeroed(v, keys), zeroed(out, rows))
+            hit_rows = rows | per_query_head(sight.sees_any(bad, len(q)), q.shape[1])
+            hit_keys = bad | sight.seen_by_any(per_key_head(rows, keys.k.shape[1]), len(keys.k))
             # A row with lse = inf has probabilities of 0.
-            backward(self, *inputs, lse.masked_fill(rows, torch.inf), work, **options, **clean)
-            for name, hit in (("dq_QND", hit_rows), ("dk_KGD", hit_keys), ("dv_KGE", hit_keys)):
-                grads[name].copy_(torch.where(hit.unsqueeze(-1), grads[name], clean[name]))
+            hidden = (*(zeroed(t, rows) for t in (dout, q, out)), lse.masked_fill(rows, torch.inf))
+            clean, clean_dkeys = Returning(*hidden, dq.clone()), KeyRows(*(t.clone() for t in dkeys))
+            backward(self, queries, keys, work, scoring, dkeys)
+            backward(self, clean, KeyRows(*(zeroed(t, bad) for t in keys)), work, scoring, clean_dkeys)
+            pairs = ((dq, clean.dq, hit_rows), *((*two, hit_keys) for two in zip(dkeys, clean_dkeys, strict=True)))
+            for grad, without, hit in pairs:
+                grad.copy_(torch.where(hit.unsqueeze(-1), grad, without))
 
         return contained
 

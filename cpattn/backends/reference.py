@@ -12,7 +12,7 @@ from torch import Tensor
 from cpattn.collectives import merge_partials
 from cpattn.solver import MaskSlice, SliceTable
 
-from .base import FLOAT_DTYPES, Problem, refuse_dtype
+from .base import FLOAT_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, refuse_dtype
 from .nonfinite import contained_backward, contained_forward
 
 # Scores of a block, over all heads, that are held in memory at a time.
@@ -42,52 +42,31 @@ class ReferenceBackend:
 
     @contained_forward(_slices_of)
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: tuple[MaskSlice, ...],
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: tuple[MaskSlice, ...], scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
         groups = q_QND.shape[1] // k_KGD.shape[1]
         for rows, keys, masked in row_blocks(work, q_QND):
             k, v = per_query_head(k_KGD[keys], groups, out_QNE), per_query_head(v_KGE[keys], groups, out_QNE)
-            scores, _ = masked_scores(q_QND[rows].to(out_QNE.dtype), k, masked, scale, softcap)
+            scores, _ = masked_scores(q_QND[rows].to(out_QNE.dtype), k, masked, *scoring)
             lse = torch.logsumexp(scores, dim=-1)
             out = torch.einsum("nqk,kne->qne", torch.exp(scores - lse[..., None]), v)
             merge_partials(out_QNE[rows], lse_QN[rows], out, lse.T)
 
     @contained_backward(_slices_of)
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: tuple[MaskSlice, ...],
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: tuple[MaskSlice, ...], scoring: Scoring, dkeys: KeyRows
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         groups = q_QND.shape[1] // k_KGD.shape[1]
         for rows, keys, masked in row_blocks(work, q_QND):
             k, v = per_query_head(k_KGD[keys], groups, dq_QND), per_query_head(v_KGE[keys], groups, dq_QND)
             q, dout = q_QND[rows].to(dq_QND.dtype), dout_QNE[rows].to(dq_QND.dtype)
-            scores, slope = masked_scores(q, k, masked, scale, softcap)
+            scores, slope = masked_scores(q, k, masked, *scoring)
             p = torch.exp(scores - lse_QN[rows].T[..., None])
             delta = (dout * out_QNE[rows].to(dq_QND.dtype)).sum(-1)
             dp = torch.einsum("qne,kne->nqk", dout, v)
-            ds = p * (dp - delta.T[..., None]) * scale
+            ds = p * (dp - delta.T[..., None]) * scoring.scale
             if slope is not None:
                 ds = ds * slope
             dq_QND[rows].add_(torch.einsum("nqk,knd->qnd", ds, k))

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from cpattn.solver import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, SliceTable, kernel_tiles
 
-from .base import FLOAT_DTYPES, HALF_DTYPES, Problem, pad_head_dim, refuse_dtype
+from .base import FLOAT_DTYPES, HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, pad_head_dim, refuse_dtype
 from .nonfinite import contained_backward, contained_forward
 from .rows import merge_rows
 
@@ -128,43 +128,22 @@ class CpuSdpaBackend:
 
     @contained_forward(_slices_of)
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: _Work, scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
         if not len(work.slices):
             return
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
         for call in work.calls(q.dtype):
             for n, g in _heads_of_calls(call, q.shape[1], k.shape[1]):
                 inputs = (q[:, n], k[:, g], v[:, g])
-                _add_forward(call, *inputs, scale, out_QNE[:, n], lse_QN[:, n], fresh=fresh and call.first)
+                _add_forward(call, *inputs, scoring.scale, out_QNE[:, n], lse_QN[:, n], fresh=fresh and call.first)
 
     @contained_backward(_slices_of)
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: _Work, scoring: Scoring, dkeys: KeyRows
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         if not len(work.slices):
             return
         q, k, v = _same_head_dim(q_QND, k_KGD, v_KGE)
@@ -172,7 +151,7 @@ class CpuSdpaBackend:
         for call in work.calls(q.dtype, backward=True):
             for n, g in _heads_of_backward(call, q.dtype, q.shape[1], k.shape[1]):
                 inputs = (dout[:, n], q[:, n], k[:, g], v[:, g], out[:, n], lse_QN[:, n])
-                _add_backward(call, *inputs, scale, (dq_QND[:, n], dk_KGD[:, g], dv_KGE[:, g]))
+                _add_backward(call, *inputs, scoring.scale, (dq_QND[:, n], dk_KGD[:, g], dv_KGE[:, g]))
 
 
 # One call each, in a function of its own: what a call made is gone when the next one begins.

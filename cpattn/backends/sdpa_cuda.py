@@ -23,7 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE, square_pieces
 
-from .base import HALF_DTYPES, Problem, kernel_head_dim, pad_head_dim, refuse_dtype
+from .base import (
+    HALF_DTYPES,
+    Attending,
+    KeyRows,
+    Problem,
+    Returning,
+    Scoring,
+    kernel_head_dim,
+    pad_head_dim,
+    refuse_dtype,
+)
 from .rows import add_rows, first_writers, merge_rows
 from .varlen import VarlenCall, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
 
@@ -39,10 +49,10 @@ class AtenFlashKernel:
     ops: Any
 
     def forward(
-        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self.ops._flash_attention_forward(
-            q_TND, k_SGD, v_SGE, *_lengths(call), 0.0, False, False, scale=scale, **_window(call)
+            q_TND, k_SGD, v_SGE, *_lengths(call), 0.0, False, False, scale=scoring.scale, **_window(call)
         )
         return out, lse
 
@@ -55,8 +65,7 @@ class AtenFlashKernel:
         out_TNE: Tensor,
         lse_NT: Tensor,
         call: VarlenCall,
-        scale: float,
-        softcap: float,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.empty(2, dtype=torch.uint64, device=q_TND.device)  # read only with dropout
         dq, dk, dv = self.ops._flash_attention_backward(
@@ -71,7 +80,7 @@ class AtenFlashKernel:
             False,
             seed,
             seed[0],
-            scale=scale,
+            scale=scoring.scale,
             **_window(call),
         )
         return dq, dk, dv
@@ -140,32 +149,12 @@ class CudaSdpaBackend:
         return writes_once(work.flash)
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: _Work, scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE), scale = queries, keys, scoring.scale
         if q_QND.dtype in HALF_DTYPES:
-            run_varlen_forward(
-                AtenFlashKernel(self.ops),
-                q_QND,
-                k_KGD,
-                v_KGE,
-                work.flash.forward,
-                scale=scale,
-                softcap=softcap,
-                out_QNE=out_QNE,
-                lse_QN=lse_QN,
-                fresh=fresh,
-                head_dim=kernel_head_dim(k_KGD, v_KGE),
-            )
+            kernel, head_dim = AtenFlashKernel(self.ops), kernel_head_dim(*keys)
+            run_varlen_forward(kernel, queries, keys, work.flash.forward, scoring, fresh=fresh, head_dim=head_dim)
             return
         head_dim_v = v_KGE.shape[-1]
         q, k, v = _ungrouped(q_QND, k_KGD, v_KGE)
@@ -182,45 +171,19 @@ class CudaSdpaBackend:
             )
 
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: _Work,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: _Work, scoring: Scoring, dkeys: KeyRows
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         if q_QND.dtype in HALF_DTYPES:
-            run_varlen_backward(
-                AtenFlashKernel(self.ops),
-                dout_QNE,
-                q_QND,
-                k_KGD,
-                v_KGE,
-                out_QNE,
-                lse_QN,
-                work.flash.backward,
-                scale=scale,
-                softcap=softcap,
-                dq_QND=dq_QND,
-                dk_KGD=dk_KGD,
-                dv_KGE=dv_KGE,
-                head_dim=kernel_head_dim(k_KGD, v_KGE),
-            )
+            kernel, head_dim = AtenFlashKernel(self.ops), kernel_head_dim(*keys)
+            run_varlen_backward(kernel, queries, keys, work.flash.backward, scoring, dkeys, head_dim=head_dim)
             return
         d, e, groups = k_KGD.shape[-1], v_KGE.shape[-1], q_QND.shape[1] // k_KGD.shape[1]
         q, k, v = _ungrouped(q_QND, k_KGD, v_KGE)
         dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # read only with dropout
         for piece in work.pieces:
-            dq, dk, dv = _piece_backward(self.ops, piece, (dout, q, out), (k, v), lse_QN, seed, scale)
+            dq, dk, dv = _piece_backward(self.ops, piece, (dout, q, out), (k, v), lse_QN, seed, scoring.scale)
             add_rows(dq_QND, piece.rows, dq[0, ..., :d])
             add_rows(dk_KGD, piece.keys, dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d])
             add_rows(dv_KGE, piece.keys, dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e])

@@ -25,7 +25,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import CAUSAL_PIECE, INV_PIECE
 
-from .base import Problem, kernel_head_dim, pad_head_dim
+from .base import Attending, KeyRows, Problem, Returning, Scoring, kernel_head_dim, pad_head_dim
 from .installed import failing_import, known_parameters, missing_package
 from .offsets import Mask, OffsetCall, OffsetWork, plan_offsets, refuse_cudnn, within, writes_once
 from .rows import add_rows, merge_rows, take_rows
@@ -59,18 +59,9 @@ class TeBackend:
         return writes_once(work)
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: OffsetWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: OffsetWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
         te, head_dim, head_dim_v = importlib.import_module(_MODULE), kernel_head_dim(k_KGD, v_KGE), v_KGE.shape[-1]
         q, k, v = (pad_head_dim(t, head_dim).contiguous() for t in (q_QND, k_KGD, v_KGE))
         for call in work.forward:
@@ -82,7 +73,7 @@ class TeBackend:
                 v=v[call.k_span],
                 fake_dtype=q.dtype,
                 fused_attention_backend=te.FusedAttnBackend["F16_arbitrary_seqlen"],
-                attn_scale=scale,
+                attn_scale=scoring.scale,
                 **_layout(te.fused_attn_fwd),
                 **_mask(call.mask),
             )
@@ -96,21 +87,9 @@ class TeBackend:
             merge_rows(out_QNE, lse_QN, call.rows, *part, first=fresh and call.first)
 
     def backward(
-        self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        work: OffsetWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
+        self, queries: Returning, keys: KeyRows, work: OffsetWork, scoring: Scoring, dkeys: KeyRows
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         te, head_dim = importlib.import_module(_MODULE), kernel_head_dim(k_KGD, v_KGE)
         d, e = k_KGD.shape[-1], v_KGE.shape[-1]
         q, k, v, dout, out = (
@@ -133,7 +112,7 @@ class TeBackend:
                 fake_dtype=q.dtype,
                 aux_ctx_tensors=[stats, rng_state],
                 fused_attention_backend=te.FusedAttnBackend["F16_arbitrary_seqlen"],
-                attn_scale=scale,
+                attn_scale=scoring.scale,
                 **more,
                 **_layout(te.fused_attn_bwd),
                 **_mask(call.mask),

@@ -23,7 +23,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable
 from cpattn.solver.block_lists import BlockLists, make_block_lists
 
-from .base import HALF_DTYPES, Problem, refuse_dtype
+from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, refuse_dtype
 from .installed import device_capability, missing_package
 from .triton_tiles import Tile, Tiles, choose_tiles
 
@@ -113,65 +113,44 @@ class TritonBackend:
         return True
 
     def forward(
-        self,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        work: TritonWork,
-        *,
-        scale: float,
-        softcap: float | None,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
-        fresh: bool = False,
+        self, queries: Attending, keys: KeyRows, work: TritonWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
+        (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE) = queries, keys
         tile = _tiles(q_QND, v_KGE).forward
         lists = work.by_query(tile)
         inputs = tuple(_rows_contiguous(t) for t in (q_QND, k_KGD, v_KGE))
-        _run("forward", (*inputs, out_QNE, lse_QN), lists, tile, scale, softcap, fresh)
+        _run("forward", (*inputs, out_QNE, lse_QN), lists, tile, scoring, fresh)
 
     def backward(
         self,
-        dout_QNE: Tensor,
-        q_QND: Tensor,
-        k_KGD: Tensor,
-        v_KGE: Tensor,
-        out_QNE: Tensor,
-        lse_QN: Tensor,
+        queries: Returning,
+        keys: KeyRows,
         work: TritonWork,
+        scoring: Scoring,
+        dkeys: KeyRows,
         *,
-        scale: float,
-        softcap: float | None,
-        dq_QND: Tensor,
-        dk_KGD: Tensor,
-        dv_KGE: Tensor,
         fresh_dq: bool = False,
         fresh_dkv: bool = False,
     ) -> None:
+        (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE) = queries, keys
         tiles = _tiles(q_QND, v_KGE)
         inputs = tuple(_rows_contiguous(t) for t in (dout_QNE, q_QND, k_KGD, v_KGE))
         delta = torch.empty(lse_QN.shape[::-1], dtype=torch.float32, device=lse_QN.device)
         by_query, by_key = work.by_query(tiles.dq), work.by_key(tiles.dkv)
         tensors = (*inputs, _rows_contiguous(out_QNE), lse_QN, delta, dq_QND)
-        _run("dq", tensors, by_query, tiles.dq, scale, softcap, fresh_dq)
-        _run("dkv", (*inputs, lse_QN, delta, dk_KGD, dv_KGE), by_key, tiles.dkv, scale, softcap, fresh_dkv)
+        _run("dq", tensors, by_query, tiles.dq, scoring, fresh_dq)
+        _run("dkv", (*inputs, lse_QN, delta, *dkeys), by_key, tiles.dkv, scoring, fresh_dkv)
 
 
 def _run(
-    kernel: str,
-    tensors: tuple[Tensor, ...],
-    lists: DeviceLists,
-    tile: Tile,
-    scale: float,
-    softcap: float | None,
-    fresh: bool,
+    kernel: str, tensors: tuple[Tensor, ...], lists: DeviceLists, tile: Tile, scoring: Scoring, fresh: bool
 ) -> None:
     """One launch; none where there is nothing to do. fresh: rows that see nothing are written too."""
     num_blocks = lists.num_blocks if fresh else lists.num_busy
     if num_blocks:
         getattr(torch.ops.cpattn, f"triton_{kernel}")(
             *tensors, lists.blocks, lists.full, lists.edges, num_blocks,
-            scale, softcap or 0.0, lists.mixed, fresh, list(tile),
+            scoring.scale, scoring.softcap or 0.0, lists.mixed, fresh, list(tile),
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from cpattn.solver import SliceTable, window_params
 from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
-from .base import pad_head_dim
+from .base import Attending, KeyRows, Returning, Scoring, pad_head_dim
 from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_rows
 
 # Runs of slices with fewer rows than this are gathered with others of their window: a launch costs
@@ -77,7 +77,7 @@ class VarlenKernel(Protocol):
     """A packed kernel. lse is [N, T], natural log, fp32; grads have the dtype of q."""
 
     def forward(
-        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scale: float, softcap: float
+        self, q_TND: Tensor, k_SGD: Tensor, v_SGE: Tensor, call: VarlenCall, scoring: Scoring
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -89,8 +89,7 @@ class VarlenKernel(Protocol):
         out_TNE: Tensor,
         lse_NT: Tensor,
         call: VarlenCall,
-        scale: float,
-        softcap: float,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -158,58 +157,45 @@ def _cu_seqlens(lengths: np.ndarray, device: torch.device) -> Tensor:
 
 def run_varlen_forward(
     kernel: VarlenKernel,
-    q_QND: Tensor,
-    k_KGD: Tensor,
-    v_KGE: Tensor,
+    queries: Attending,
+    keys: KeyRows,
     calls: tuple[VarlenCall, ...],
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None,
-    out_QNE: Tensor,
-    lse_QN: Tensor,
     fresh: bool,
     head_dim: int,
 ) -> None:
     """All forward calls, merged into the accumulators. head_dim: what the kernel's rows are padded to."""
-    head_dim_v = v_KGE.shape[-1]
-    q, k, v = (pad_head_dim(t, head_dim) for t in (q_QND, k_KGD, v_KGE))
+    head_dim_v = keys.v.shape[-1]
+    q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
     for call in calls:
         rows = (take_rows(q, call.q_rows), take_rows(k, call.k_rows), take_rows(v, call.k_rows))
-        out, lse = kernel.forward(*rows, call, scale, softcap or 0.0)
-        merge_rows(
-            out_QNE, lse_QN, call.q_rows, out[..., :head_dim_v], lse.T, first=fresh and call.first
-        )
+        out, lse = kernel.forward(*rows, call, scoring)
+        part = out[..., :head_dim_v], lse.T
+        merge_rows(queries.out, queries.lse, call.q_rows, *part, first=fresh and call.first)
 
 
 def run_varlen_backward(
     kernel: VarlenKernel,
-    dout_QNE: Tensor,
-    q_QND: Tensor,
-    k_KGD: Tensor,
-    v_KGE: Tensor,
-    out_QNE: Tensor,
-    lse_QN: Tensor,
+    queries: Returning,
+    keys: KeyRows,
     calls: tuple[VarlenCall, ...],
+    scoring: Scoring,
+    dkeys: KeyRows,
     *,
-    scale: float,
-    softcap: float | None,
-    dq_QND: Tensor,
-    dk_KGD: Tensor,
-    dv_KGE: Tensor,
     head_dim: int,
 ) -> None:
     """All backward calls, added to the accumulators."""
-    d, e = k_KGD.shape[-1], v_KGE.shape[-1]
-    q, k, v = (pad_head_dim(t, head_dim) for t in (q_QND, k_KGD, v_KGE))
-    dout, out = (pad_head_dim(t.to(q.dtype), head_dim) for t in (dout_QNE, out_QNE))
+    dtype, d, e = queries.q.dtype, keys.k.shape[-1], keys.v.shape[-1]
+    q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
+    dout, out = (pad_head_dim(t.to(dtype), head_dim) for t in (queries.dout, queries.out))
     for call in calls:
-        dout_, q_, out_, lse_ = (take_rows(t, call.q_rows) for t in (dout, q, out, lse_QN))
+        dout_, q_, out_, lse_ = (take_rows(t, call.q_rows) for t in (dout, q, out, queries.lse))
         k_, v_ = take_rows(k, call.k_rows), take_rows(v, call.k_rows)
-        lse_ = lse_.T.contiguous()
-        dq, dk, dv = kernel.backward(dout_, q_, k_, v_, out_, lse_, call, scale, softcap or 0.0)
-        add_rows(dq_QND, call.q_rows, dq[..., :d])
-        add_rows(dk_KGD, call.k_rows, dk[..., :d])
-        add_rows(dv_KGE, call.k_rows, dv[..., :e])
+        dq, dk, dv = kernel.backward(dout_, q_, k_, v_, out_, lse_.T.contiguous(), call, scoring)
+        add_rows(queries.dq, call.q_rows, dq[..., :d])
+        add_rows(dkeys.k, call.k_rows, dk[..., :d])
+        add_rows(dkeys.v, call.k_rows, dv[..., :e])
 
 
 def writes_once(work: VarlenWork) -> bool:

@@ -18,50 +18,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cpattn.backends.base import stores_first
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring, stores_first
 from cpattn.collectives import PendingRows, packed_row_bytes, unpack_rows
 
 from .bound import BoundPlan, BoundStage
 from .exchanges import Rows
 from .sinks import fold_sink, row_delta
-
-
-class Scoring(NamedTuple):
-    """What becomes of q . k before the softmax. softcap: None is no cap."""
-
-    scale: float
-    softcap: float | None = None
-
-
-class KeyRows(NamedTuple):
-    """Keys [K, G, D] and values [K, G, E], or their gradients."""
-
-    k: Tensor
-    v: Tensor
-
-
-class Attending(NamedTuple):
-    """Queries [T, N, D] in forward, with what they have seen so far; after it, with their results.
-
-    out: [T, N, E]. lse: [T, N], natural log; -inf (and out 0) in rows that have seen no key.
-    """
-
-    q: Tensor
-    out: Tensor
-    lse: Tensor
-
-
-class Returning(NamedTuple):
-    """Queries in backward: the gradient of out, q, the global out and lse, and the accumulator of dq.
-
-    lse is +inf in rows that see nothing.
-    """
-
-    dout: Tensor
-    q: Tensor
-    out: Tensor
-    lse: Tensor
-    dq: Tensor
 
 
 class Gradients(NamedTuple):
@@ -134,17 +96,7 @@ def _attend(
     plan: BoundPlan, scoring: Scoring, rows: Attending, keys: KeyRows, work: Any, *, fresh: bool = False
 ) -> None:
     """Let queries see the keys of some slices. fresh: none has seen a key yet."""
-    plan.backend.forward(
-        rows.q,
-        keys.k,
-        keys.v,
-        work,
-        scale=scoring.scale,
-        softcap=scoring.softcap,
-        out_QNE=rows.out,
-        lse_QN=rows.lse,
-        fresh=fresh,
-    )
+    plan.backend.forward(rows, keys, work, scoring, fresh=fresh)
 
 
 def _differentiate(
@@ -158,21 +110,7 @@ def _differentiate(
 ) -> None:
     """Add the gradients of some slices. fresh_dq, fresh_dkv: they are the first of their rows."""
     first: dict[str, Any] = fresh if stores_first(plan.backend) else {}
-    plan.backend.backward(
-        rows.dout,
-        rows.q,
-        keys.k,
-        keys.v,
-        rows.out,
-        rows.lse,
-        work,
-        scale=scoring.scale,
-        softcap=scoring.softcap,
-        dq_QND=rows.dq,
-        dk_KGD=dkeys.k,
-        dv_KGE=dkeys.v,
-        **first,
-    )
+    plan.backend.backward(rows, keys, work, scoring, dkeys, **first)
 
 
 def _writes_once(plan: BoundPlan, sink: Tensor | None) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.backends.base import Attending, KeyRows, Returning
 from cpattn.backends.reference import masked_scores, per_key_head, per_query_head, row_blocks
 from cpattn.collectives import merge_partials
 from cpattn.solver import SliceTable
@@ -49,17 +50,11 @@ class SequenceSlices(NamedTuple):
 
 
 def forward(
-    q_QND: Tensor,
-    k_KGD: Tensor,
-    v_KGE: Tensor,
-    sequences: list[SequenceSlices],
-    extras: Extras,
-    *,
-    scale: float,
-    out_QNE: Tensor,
-    lse_QN: Tensor,
+    queries: Attending, all_keys: KeyRows, sequences: list[SequenceSlices], extras: Extras, scale: float
 ) -> None:
     """Attention merged into the accumulators, as a Backend's forward does it; lse is that without dropout."""
+    q_QND, out_QNE, lse_QN = queries
+    k_KGD, v_KGE = all_keys
     groups = q_QND.shape[1] // k_KGD.shape[1]
     for sequence, rows, keys, masked in _all_blocks(sequences, q_QND):
         k, v = (per_query_head(t[keys], groups, out_QNE) for t in (k_KGD, v_KGE))
@@ -73,22 +68,17 @@ def forward(
 
 
 def backward(
-    dout_QNE: Tensor,
-    q_QND: Tensor,
-    k_KGD: Tensor,
-    v_KGE: Tensor,
-    out_QNE: Tensor,
-    lse_QN: Tensor,
+    queries: Returning,
+    all_keys: KeyRows,
     sequences: list[SequenceSlices],
     extras: Extras,
-    *,
     scale: float,
-    dq_QND: Tensor,
-    dk_KGD: Tensor,
-    dv_KGE: Tensor,
+    dkeys: KeyRows,
     dbias: Tensor | None = None,
 ) -> None:
     """Gradients added to the accumulators, as a Backend's backward does it; dbias has the shape of the bias."""
+    dout_QNE, q_QND, out_QNE, lse_QN, dq_QND = queries
+    (k_KGD, v_KGE), (dk_KGD, dv_KGE) = all_keys, dkeys
     groups = q_QND.shape[1] // k_KGD.shape[1]
     dtype = dq_QND.dtype
     for sequence, rows, keys, masked in _all_blocks(sequences, q_QND):

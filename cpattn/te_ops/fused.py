@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cpattn.backends import Problem, choose_backend
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.runtime.sinks import fold_sink, row_delta, sink_gradient
 
 from . import dense
@@ -358,12 +359,13 @@ def _forward(
     if not len(call.table):
         return
     if extras.bias is not None or extras.dropout or extras.s_quantizer is not None:
-        dense.forward(*rows[:3], call.sequences(), extras, scale=call.scale, out_QNE=out_RNE, lse_QN=lse_RN)
+        queries = Attending(rows.q, out_RNE, lse_RN)
+        dense.forward(queries, KeyRows(rows.k, rows.v), call.sequences(), extras, call.scale)
         return
     kernel = choose_backend(_problem(rows), backend)
     work = kernel.prepare(call.table, rows.q.shape[0], rows.k.shape[0], rows.q.device)
     q, scale, _ = _positive_scale(rows.q, call.scale)
-    kernel.forward(q, rows.k, rows.v, work, scale=scale, softcap=None, out_QNE=out_RNE, lse_QN=lse_RN)
+    kernel.forward(Attending(q, out_RNE, lse_RN), KeyRows(rows.k, rows.v), work, Scoring(scale))
 
 
 def _backward(
@@ -379,29 +381,18 @@ def _backward(
         return
     dout, out, lse = results
     dq, dk, dv = grads
-    accumulators = {"dq_QND": dq, "dk_KGD": dk, "dv_KGE": dv}
+    keys, dkeys = KeyRows(rows.k, rows.v), KeyRows(dk, dv)
     dout, out = (t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous() for t in (dout, out))
     quantized = extras.s_quantizer is not None or extras.dp_quantizer is not None
     if extras.bias is not None or extras.dropout or quantized:
-        dense.backward(
-            dout, *rows[:3], out, lse, call.sequences(), extras, scale=call.scale, **accumulators, dbias=dbias
-        )
+        queries = Returning(dout, rows.q, out, lse, dq)
+        dense.backward(queries, keys, call.sequences(), extras, call.scale, dkeys, dbias)
         return
     kernel = choose_backend(_problem(rows), backend)
     work = kernel.prepare(call.table, rows.q.shape[0], rows.k.shape[0], rows.q.device)
     q, scale, sign = _positive_scale(rows.q, call.scale)
-    kernel.backward(
-        dout.to(q.dtype),
-        q,
-        rows.k,
-        rows.v,
-        out.to(q.dtype),
-        lse.contiguous(),
-        work,
-        scale=scale,
-        softcap=None,
-        **accumulators,
-    )
+    queries = Returning(dout.to(q.dtype), q, out.to(q.dtype), lse.contiguous(), dq)
+    kernel.backward(queries, keys, work, Scoring(scale), dkeys)
     if sign != 1:
         dq *= sign
 

@@ -18,13 +18,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpattn.backends import Backend, Problem, explain_backends
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import SliceTable
 
@@ -138,7 +139,7 @@ def measure_backend(
         work = backend.prepare(slices, shape.tokens, shape.tokens, q.device)
         once = backend.writes_once(work)
         prepare_ms = (time.perf_counter() - start) * 1e3
-        options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "softcap": None}
+        keys, scoring = KeyRows(k, v), Scoring(shape.head_dim**-0.5)
         kept: dict[str, Tensor] = {}
         if device == "cuda":
             torch.cuda.synchronize()
@@ -147,14 +148,13 @@ def measure_backend(
         def forward() -> None:
             out = torch.zeros(q.shape, dtype=dtype if once else torch.float32, device=device)
             lse = torch.full(q.shape[:2], -torch.inf, device=device)
-            backend.forward(q, k, v, work, **options, out_QNE=out, lse_QN=lse, fresh=True)
+            backend.forward(Attending(q, out, lse), keys, work, scoring, fresh=True)
             kept["out"], kept["lse"] = out.to(dtype), lse
 
         def backward() -> None:
             grads = [torch.zeros(t.shape, dtype=torch.float32, device=device) for t in (q, k, v)]
-            rows = (dout, q, k, v, kept["out"], kept["lse"])
-            dq, dk, dv = grads
-            backend.backward(*rows, work, **options, dq_QND=dq, dk_KGD=dk, dv_KGE=dv)
+            queries = Returning(dout, q, kept["out"], kept["lse"], grads[0])
+            backend.backward(queries, keys, work, scoring, KeyRows(*grads[1:]))
             kept["dq"], kept["dk"], kept["dv"] = (g.to(dtype) for g in grads)
 
         forward_ms, backward_ms = clock(forward), clock(backward)

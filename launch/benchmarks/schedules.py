@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpattn
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.runtime.execute import accumulator_dtype
@@ -49,6 +50,10 @@ class Schedule(Protocol):
         ...
 
 
+def _scoring(q: Tensor) -> Scoring:
+    return Scoring(q.shape[-1] ** -0.5)
+
+
 class Kernel:
     """This project's CPU kernel on one slice table: forward into accumulators, backward into accumulators."""
 
@@ -58,15 +63,14 @@ class Kernel:
         self.once = self._backend.writes_once(self.work)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, fresh: bool) -> None:
-        options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": None}
-        self._backend.forward(q, k, v, self.work, **options, out_QNE=out, lse_QN=lse, fresh=fresh)
+        self._backend.forward(Attending(q, out, lse), KeyRows(k, v), self.work, _scoring(q), fresh=fresh)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grads: Sequence[Tensor]
     ) -> None:
         dq, dk, dv = grads
-        options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": None}
-        self._backend.backward(dout, q, k, v, out, lse, self.work, **options, dq_QND=dq, dk_KGD=dk, dv_KGE=dv)
+        queries = Returning(dout, q, out, lse, dq)
+        self._backend.backward(queries, KeyRows(k, v), self.work, _scoring(q), KeyRows(dk, dv))
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Results:
         """Both passes where these are all keys that the queries see."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.solver import SliceTable
@@ -70,16 +71,14 @@ def seconds_per_pair(table: SliceTable, tokens: int, dtype: torch.dtype) -> tupl
     grads = [torch.zeros(t.shape) for t in (q, k, v)]
     out = torch.zeros(q.shape, dtype=dtype if once else torch.float32)
     lse = torch.full(q.shape[:2], -torch.inf)
-    options: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "softcap": None}
+    keys, scoring = KeyRows(k, v), Scoring(HEAD_DIM**-0.5)
 
     def forward() -> None:
-        backend.forward(q, k, v, work, **options, out_QNE=out, lse_QN=lse, fresh=True)
+        backend.forward(Attending(q, out, lse), keys, work, scoring, fresh=True)
         out.to(dtype)  # part of what the runtime does
 
     def backward() -> None:
-        backend.backward(
-            dout, q, k, v, out, lse, work, **options, dq_QND=grads[0], dk_KGD=grads[1], dv_KGE=grads[2]
-        )
+        backend.backward(Returning(dout, q, out, lse, grads[0]), keys, work, scoring, KeyRows(*grads[1:]))
         for grad in grads:
             grad.to(dtype)
 

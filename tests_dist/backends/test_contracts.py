@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import KERNEL_SCRATCH, Problem, choose_backend, installed
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.backends.cudnn import _LINEAR_SWITCH, CudnnBackend, _build, _graph_key
 from cpattn.backends.ffa import FfaBackend
 from cpattn.backends.flash_attn import FlashAttnBackend
@@ -123,16 +124,16 @@ def test_memory_on_cuda_is_stated_in_fp32() -> None:
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "random_1", "narrow_values", "empty"])
 def test_torch_operators_take_our_arguments_on_cuda(name: str, dtype: torch.dtype) -> None:
     """`sdpa` whole, both passes, under torch's own meta kernels: names, order, shapes, dtypes and devices."""
-    case, numbers = CASES[name], {"scale": 0.1, "softcap": None}
+    case, scoring = CASES[name], Scoring(0.1)
     backend, inputs = CudaSdpaBackend(), case.inputs(dtype)
     with fake_cuda():
         q, k, v, dout = (torch.empty(t.shape, dtype=dtype, device=DEVICE) for t in inputs)
         work = backend.prepare(case.table, case.num_queries, case.num_keys, DEVICE)
         out, *grads = (torch.zeros(t.shape, device=DEVICE) for t in (dout, q, k, v))
         lse = torch.zeros(q.shape[:2], device=DEVICE)
-        named: dict[str, Any] = dict(zip(("dq_QND", "dk_KGD", "dv_KGE"), grads, strict=True)) | numbers
-        backend.forward(q, k, v, work, **numbers, out_QNE=out, lse_QN=lse, fresh=True)  # type: ignore[arg-type]
-        backend.backward(dout, q, k, v, out.to(dtype), lse, work, **named)
+        backend.forward(Attending(q, out, lse), KeyRows(k, v), work, scoring, fresh=True)
+        queries = Returning(dout, q, out.to(dtype), lse, grads[0])
+        backend.backward(queries, KeyRows(k, v), work, scoring, KeyRows(*grads[1:]))
         assert {t.device for t in (out, lse, *grads)} == {DEVICE}
 
 

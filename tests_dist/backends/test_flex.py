@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import flex
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.backends.flex import BLOCK, FlexBackend, make_passes
 from cpattn.solver import SliceTable
 from tests_dist.support.backend_cases import CASES, check_backend, random_table
@@ -75,8 +76,7 @@ def test_200_masks_compile_once_on_the_runtime_path() -> None:
         q = torch.randn(size, 1, 16)
         work = backend.prepare(table, size, size, CPU)
         out, lse = torch.zeros(size, 1, 16), torch.full((size, 1), -torch.inf)
-        options: dict[str, Any] = {"scale": 0.25, "softcap": None, "out_QNE": out, "lse_QN": lse, "fresh": True}
-        backend.forward(q, q, q, work, **options)
+        backend.forward(Attending(q, out, lse), KeyRows(q, q), work, Scoring(0.25), fresh=True)
         assert torch.isfinite(lse).all()
     assert counters["stats"]["unique_graphs"] - before == 1
 
@@ -120,12 +120,10 @@ def test_score_mod_takes_part_forward_and_backward() -> None:
     work = backend.prepare(table, size, size, CPU)
     q, k, v = (t.detach() for t in leaves)
     out, lse = torch.zeros_like(q), torch.full((size, heads), -torch.inf, dtype=torch.float64)
-    options: dict[str, Any] = {"scale": 0.3, "softcap": None}
-    backend.forward(q, k, v, work, **options, out_QNE=out, lse_QN=lse)
+    keys, scoring = KeyRows(k, v), Scoring(0.3)
+    backend.forward(Attending(q, out, lse), keys, work, scoring)
     mine = [torch.zeros_like(t) for t in (q, k, v)]
-    backend.backward(
-        dout, q, k, v, out, lse, work, **options, dq_QND=mine[0], dk_KGD=mine[1], dv_KGE=mine[2]
-    )
+    backend.backward(Returning(dout, q, out, lse, mine[0]), keys, work, scoring, KeyRows(*mine[1:]))
     torch.testing.assert_close(out, truth.detach(), atol=1e-12, rtol=1e-12)
     for got, expected in zip(mine, grads, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-11)

@@ -16,6 +16,7 @@ import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import Problem, choose_backend
 from cpattn.backends import triton as backend_module
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.backends.triton import TritonBackend
 from cpattn.collectives import row_kernels
 from cpattn.solver import SliceTable
@@ -70,17 +71,16 @@ def test_one_launch_for_forward_and_two_for_backward_whatever_the_mask(name: str
     """On tensors without data: strided as the runtime's are, accumulators in place, nothing besides the kernels."""
     case = CASES[name]
     work = BACKEND.prepare(case.table, case.num_queries, case.num_keys, torch.device("cpu"))
-    numbers: dict[str, Any] = {"scale": 1.0, "softcap": case.softcap}
+    scoring = Scoring(1.0, case.softcap)
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k, v, dout = (torch.empty(t.shape, dtype=torch.bfloat16) for t in case.inputs(torch.bfloat16))
         out, lse = torch.empty(dout.shape), torch.empty(q.shape[:2])
         grads = [torch.empty(t.shape) for t in (q, k, v)]
         with _Launches() as forward:
-            BACKEND.forward(q, k, v, work, **numbers, out_QNE=out, lse_QN=lse)
+            BACKEND.forward(Attending(q, out, lse), KeyRows(k, v), work, scoring)
         with _Launches() as backward:
-            BACKEND.backward(
-                dout, q, k, v, dout, lse, work, **numbers, dq_QND=grads[0], dk_KGD=grads[1], dv_KGE=grads[2]
-            )
+            queries = Returning(dout, q, dout, lse, grads[0])
+            BACKEND.backward(queries, KeyRows(k, v), work, scoring, KeyRows(*grads[1:]))
     any_work = min(len(case.table), 1)
     assert forward.counts == Counter({"cpattn::triton_forward": any_work})
     assert backward.counts == Counter({"cpattn::triton_dq": any_work, "cpattn::triton_dkv": any_work})
@@ -122,9 +122,9 @@ def test_strided_rows_and_results_stored_in_the_dtype_of_q() -> None:
     q, k, v, _ = case.inputs(torch.bfloat16)
     work = BACKEND.prepare(case.table, case.num_queries, case.num_keys, q.device)
 
-    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def run(q_: Tensor, *keys: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = torch.zeros(q.shape, dtype=q.dtype), torch.full(q.shape[:2], -torch.inf)
-        BACKEND.forward(*inputs, work, scale=0.2, softcap=None, out_QNE=out, lse_QN=lse, fresh=True)
+        BACKEND.forward(Attending(q_, out, lse), KeyRows(*keys), work, Scoring(0.2), fresh=True)
         return out, lse
 
     packed = torch.cat([k, v], dim=-1)
@@ -140,18 +140,17 @@ def test_what_comes_first_is_stored_in_every_row() -> None:
     case = CASES["random_2"]
     q, k, v, dout = case.inputs(torch.float32)
     work = BACKEND.prepare(case.table, case.num_queries, case.num_keys, q.device)
-    numbers: dict[str, Any] = {"scale": 0.25, "softcap": None}
+    keys, scoring = KeyRows(k, v), Scoring(0.25)
     out, lse = torch.full(dout.shape, torch.nan), torch.full(q.shape[:2], torch.nan)
-    BACKEND.forward(q, k, v, work, **numbers, out_QNE=out, lse_QN=lse, fresh=True)
+    BACKEND.forward(Attending(q, out, lse), keys, work, scoring, fresh=True)
     blind = ~torch.from_numpy(case.table.to_dense(case.num_queries, case.num_keys).any(1))
     assert blind.any()
     assert torch.equal(lse == -torch.inf, blind[:, None].expand_as(lse))
     assert not out[blind].any()
-    names = ("dq_QND", "dk_KGD", "dv_KGE")
     stored, added = [torch.full(t.shape, torch.nan) for t in (q, k, v)], [torch.zeros(t.shape) for t in (q, k, v)]
     for grads, fresh in ((stored, True), (added, False)):
-        named = dict(zip(names, grads, strict=True))
-        BACKEND.backward(dout, q, k, v, out, lse, work, **numbers, **named, fresh_dq=fresh, fresh_dkv=fresh)
+        queries = Returning(dout, q, out, lse, grads[0])
+        BACKEND.backward(queries, keys, work, scoring, KeyRows(*grads[1:]), fresh_dq=fresh, fresh_dkv=fresh)
     assert all(torch.equal(a, b) for a, b in zip(stored, added, strict=True))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from cpattn import backends
 from cpattn.backends import Backend, FlexBackend
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.solver import SliceTable
 from tests_dist.support.backend_cases import CASES, LARGE, check_backend, run_backend
 
@@ -81,11 +80,10 @@ def test_flex_compiles_200_masks_of_one_shape_class_once() -> None:
         q = torch.randn(size, 2, 64, device="cuda", dtype=torch.bfloat16)
         work = backend.prepare(table, size, size, q.device)
         out, lse = torch.zeros_like(q), torch.full((size, 2), -torch.inf, device="cuda")
-        options: dict[str, Any] = {"scale": 0.125, "softcap": None}
-        backend.forward(q, q, q, work, **options, out_QNE=out, lse_QN=lse, fresh=True)
+        keys, scoring = KeyRows(q, q), Scoring(0.125)
+        backend.forward(Attending(q, out, lse), keys, work, scoring, fresh=True)
         grads = [torch.zeros(q.shape, device="cuda") for _ in range(3)]
-        named = dict(zip(("dq_QND", "dk_KGD", "dv_KGE"), grads, strict=True))
-        backend.backward(q, q, q, q, out, lse, work, **options, **named)
+        backend.backward(Returning(q, q, out, lse, grads[0]), keys, work, scoring, KeyRows(*grads[1:]))
         assert all(torch.isfinite(g).all() for g in grads)
         counts.append(counters["stats"]["unique_graphs"])
     assert counts[-1] == counts[0], "later masks compiled again"

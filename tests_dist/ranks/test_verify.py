@@ -77,24 +77,24 @@ class WrongBackend(ReferenceBackend):
 
     name = "wrong"
 
-    def forward(self, *args: Any, scale: float, **options: Any) -> None:
-        super().forward(*args, scale=scale * 1.02, **options)
+    def forward(self, queries: Any, keys: Any, work: Any, scoring: Any, **options: Any) -> None:
+        super().forward(queries, keys, work, scoring._replace(scale=scoring.scale * 1.02), **options)
 
 
 class WrongGradients(ReferenceBackend):
     name = "wrong gradients"
 
-    def backward(self, *args: Any, dk_KGD: Tensor, **options: Any) -> None:
-        super().backward(*args, dk_KGD=dk_KGD, **options)
-        dk_KGD[3] += 1
+    def backward(self, queries: Any, keys: Any, work: Any, scoring: Any, dkeys: Any) -> None:
+        super().backward(queries, keys, work, scoring, dkeys)
+        dkeys.k[3] += 1
 
 
 class Restless(ReferenceBackend):
     name = "restless"
 
-    def forward(self, *args: Any, out_QNE: Tensor, **options: Any) -> None:
-        super().forward(*args, out_QNE=out_QNE, **options)
-        out_QNE += torch.rand(1) * 1e-6
+    def forward(self, queries: Any, *args: Any, **options: Any) -> None:
+        super().forward(queries, *args, **options)
+        queries.out.add_(torch.rand(1) * 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpattn.backends import Backend, Problem
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
 from cpattn.solver import UNBOUNDED, SliceTable, disjoint_union
 from tests_dist.support.oracle import Inputs, Results, dense_attention
 
@@ -143,27 +143,18 @@ def run_backend(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     parts = [case.table.take(np.arange(p, len(case.table), num_parts)) for p in range(num_parts)]
     works = [backend.prepare(p, case.num_queries, case.num_keys, inputs.q.device) for p in parts]
-    numbers: dict[str, Any] = {"scale": case.head_dim**-0.5, "softcap": case.softcap}
+    keys, scoring = KeyRows(inputs.k, inputs.v), Scoring(case.head_dim**-0.5, case.softcap)
     shape = (case.num_queries, case.heads[0], case.head_dim_v)
     once = num_parts == 1 and backend.writes_once(works[0])
     out = torch.zeros(shape, dtype=dtype if once else wide, device=device)
     lse = torch.full(shape[:2], -torch.inf, dtype=wide, device=device)
     for number, work in enumerate(works):
-        backend.forward(*inputs[:3], work, **numbers, out_QNE=out, lse_QN=lse, fresh=number == 0)
+        backend.forward(Attending(inputs.q, out, lse), keys, work, scoring, fresh=number == 0)
     grads = [torch.zeros(t.shape, dtype=wide, device=device) for t in inputs[:3]]
     blind = lse.masked_fill(lse == -torch.inf, torch.inf)
     for work in works:
-        backend.backward(
-            inputs.dout,
-            *inputs[:3],
-            out.to(dtype),
-            blind,
-            work,
-            **numbers,
-            dq_QND=grads[0],
-            dk_KGD=grads[1],
-            dv_KGE=grads[2],
-        )
+        queries = Returning(inputs.dout, inputs.q, out.to(dtype), blind, grads[0])
+        backend.backward(queries, keys, work, scoring, KeyRows(*grads[1:]))
     return Results(*(t.cpu() for t in (out.to(dtype), lse, *(g.to(dtype) for g in grads))))
 
 
