@@ -164,10 +164,10 @@ class CudnnBackend:
                     "dv": dv,
                 },
             )
-            rows, keys = within(call.rows, call.q_span), within(call.keys, call.k_span)
+            rows, k_rows = within(call.rows, call.q_span), within(call.keys, call.k_span)
             add_rows(dq_QND, call.rows, take_rows(dq, rows)[..., :d])
-            add_rows(dk_KGD, call.keys, take_rows(dk, keys)[..., :d])
-            add_rows(dv_KGE, call.keys, take_rows(dv, keys)[..., :e])
+            add_rows(dk_KGD, call.keys, take_rows(dk, k_rows)[..., :d])
+            add_rows(dv_KGE, call.keys, take_rows(dv, k_rows)[..., :e])
 
     def _execute(self, key: _GraphKey, call: OffsetCall, rows: dict[str, Tensor]) -> None:
         cudnn = importlib.import_module("cudnn")

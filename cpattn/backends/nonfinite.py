@@ -144,8 +144,9 @@ def contained_backward(
             hit_rows = rows | per_query_head(sight.sees_any(bad, len(q)), q.shape[1])
             hit_keys = bad | sight.seen_by_any(per_key_head(rows, keys.k.shape[1]), len(keys.k))
             # A row with lse = inf has probabilities of 0.
-            hidden = (*(zeroed(t, rows) for t in (dout, q, out)), lse.masked_fill(rows, torch.inf))
-            clean, clean_dkeys = Returning(*hidden, dq.clone()), KeyRows(*(t.clone() for t in dkeys))
+            lse_of_none = lse.masked_fill(rows, torch.inf)
+            clean = Returning(zeroed(dout, rows), zeroed(q, rows), zeroed(out, rows), lse_of_none, dq.clone())
+            clean_dkeys = KeyRows(*(t.clone() for t in dkeys))
             backward(self, queries, keys, work, scoring, dkeys)
             backward(self, clean, KeyRows(*(zeroed(t, bad) for t in keys)), work, scoring, clean_dkeys)
             pairs = ((dq, clean.dq, hit_rows), *((*two, hit_keys) for two in zip(dkeys, clean_dkeys, strict=True)))
