@@ -13,8 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cpattn", "solver", "collectives", "launch")
 MOST_IN_A_BODY, MOST_IN_A_FILE = 50, 500
+MOST_PARAMETERS, MOST_WITH_MORE = 8, 30
 # Stand for files of other projects, whose names they have.
-CONTRACTS = ("cpattn/automodel/", "cpattn/magi_api.py")
+CONTRACTS = ("cpattn/automodel/", "cpattn/magi_api.py", "cpattn/te_ops/")
+# Triton: every pointer and stride is a parameter.
+KERNELS = ("triton_kernels.py", "row_kernels_triton.py")
 STILL_LONGER = {
     "solver/place/divide.py _divisions",
     "solver/place/peel.py _best_fillers",
@@ -31,6 +34,17 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from the first statement to the last, the docstring left out."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Those that a caller may give; not self or cls."""
+    a = function.args
+    names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def is_overload(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "overload" for d in function.decorator_list)
 
 
 def functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -57,3 +71,15 @@ def test_bodies_are_short() -> None:
 def test_files_are_short() -> None:
     long = [name for name, source in sources() if len(source.splitlines()) > MOST_IN_A_FILE]
     assert [name for name in long if not name.startswith(CONTRACTS)] == []
+
+
+def test_few_functions_take_many_parameters() -> None:
+    """Signatures that others prescribe (contracts, kernels of a language of its own, overloads) are not counted."""
+    many = [
+        f"{name} {function.name}"
+        for name, source in sources()
+        if not name.startswith(CONTRACTS) and not name.endswith(KERNELS)
+        for function in functions(source)
+        if not is_overload(function) and parameters(function) > MOST_PARAMETERS
+    ]
+    assert len(many) <= MOST_WITH_MORE, many
