@@ -32,7 +32,12 @@ from cpattn.solver import (
     split_heads,
     split_rows,
 )
-from tests_dist.support.compile_cases import checkpoint_counts, compile_many_masks, compile_where_ranks_have_no_rows
+from tests_dist.support.compile_cases import (
+    COMPILERS,
+    checkpoint_counts,
+    compile_many_masks,
+    compile_where_ranks_have_no_rows,
+)
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import Inputs, Results, assert_as_exact_as_sdpa, dense_attention, make_inputs, oracle
@@ -284,19 +289,21 @@ def local_rows(spec: AttnMaskSpec, degree: int = 2) -> tuple[cpattn.AttnKey, Ten
     return key, cpattn.dispatch(x, key).requires_grad_()
 
 
-def compilations_on_rank() -> int:
-    return compile_many_masks(Block(), local_rows, 8)
+def compilations_on_rank(compiler: str) -> int:
+    return compile_many_masks(Block(), local_rows, 8, compiler)
 
 
-def test_fullgraph_compile_serves_many_masks():
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_fullgraph_compile_serves_many_masks(compiler: str) -> None:
     """No graph break (fullgraph raises on one), and a new mask is not a new compilation."""
-    assert max(run_on_ranks(4, compilations_on_rank, timeout=400)) <= 3
+    assert max(run_on_ranks(4, compilations_on_rank, compiler, timeout=400)) <= 3
 
 
 def few_tokens_on_rank() -> list[tuple[int, int]]:
     return compile_where_ranks_have_no_rows(Block(), local_rows)
 
 
+@pytest.mark.nightly
 def test_compiled_ranks_without_rows_take_part():
     """Nothing is made of what the ops return there, and the other ranks wait in them all the same."""
     counts = run_on_ranks(4, few_tokens_on_rank)

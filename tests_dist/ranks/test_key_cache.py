@@ -7,6 +7,7 @@ import gc
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -119,3 +120,5 @@ class Keys(RuleBasedStateMachine):
 
 
 TestKeys = Keys.TestCase
+# An example is up to fifteen steps.
+TestKeys.settings = settings(max_examples=settings.default.max_examples // 5)
