@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -127,6 +128,19 @@ def test_rows_arrive_once_and_sums_go_home(size):
     """Seven dtypes in one exchange, scalars per row, ranks without rows, a rank that sends nothing."""
     for seed in range(4):
         run_on_ranks(size, cast_and_reduce, seed=seed)
+
+
+def calls_of_a_cast() -> int:
+    """Exchanges of one cast among the first two ranks."""
+    world = World([1, 1, 1], [[[], [0], []], [[0], [], []], [[], [], []]])
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        group_cast((torch.ones(1, 2),), world.routes(dist.get_rank()), dist.group.WORLD).wait()
+    return exchange.call_count
+
+
+def test_ranks_without_rows_take_part():
+    """gloo would let them stay away; NCCL waits for them."""
+    assert run_on_ranks(3, calls_of_a_cast) == [1, 1, 1]
 
 
 def reduce_by_lse(seed: int) -> None:

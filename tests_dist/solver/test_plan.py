@@ -239,6 +239,9 @@ def test_fingerprints_tell_plans_apart():
         # Equal but for tokens at the end that nobody sees.
         plan_of(AttnMaskSpec([], [], [], 8), 4),
         plan_of(AttnMaskSpec([], [], [], 9), 4),
+        # Nothing travels, in nodes of another size.
+        plan_of(AttnMaskSpec.varlen([64] * 4), 4),
+        plan_of(AttnMaskSpec.varlen([64] * 4), 4, ranks_per_node=2),
     ]  # fmt: skip
     prints = [plan.fingerprint for plan in variants]
     assert len(set(prints)) == len(variants)

@@ -254,7 +254,7 @@ MUTATIONS: dict[str, Mutation] = {
     "c2": Mutation(
         "collectives/exchange.py", "if group is None or not exchange.active:",
         "if group is None or not (received.numel() or send.numel()):",
-        "a rank without rows skips the collective, and the others wait", f"{RANKS}collectives.py sums_go_home",
+        "a rank without rows skips the collective, and the others wait", f"{RANKS}collectives.py take_part",
     ),
     "c3": Mutation(
         "collectives/merge.py", ".nan_to_num_(nan=0.0)", "",
@@ -270,7 +270,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "n7": Mutation(
         "collectives/exchange.py", "return -(-nbytes // _ALIGN) * _ALIGN", "return nbytes",
-        "packed tensors not aligned", f"{RANKS}collectives.py sums_go_home",
+        "packed tensors not aligned", f"{RANKS}collectives.py take_part",
     ),
     "n8": Mutation(
         "collectives/exchange.py", "_reduce_rows([t[:num_mine] for t in totals], into, relay.distinct, op)", "pass",
@@ -378,7 +378,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "i1": Mutation(
         "cpattn/integrations/batch_layout.py", "if layout.explicit:\n        goes_on", "if False:\n        goes_on",
-        "labels cross documents of an explicit mask", f"{RANKS}hf_training.py next_document",
+        "labels cross documents of an explicit mask", f"{RANKS}hf_training.py targets",
     ),
     "n20": Mutation(
         "cpattn/integrations/batch_layout.py",
