@@ -1,11 +1,14 @@
 """TFLOP/s of every usable local kernel, forward and backward, by mask, length and heads, on one GPU.
 
-    python -m cpattn.launch.benchmarks.kernels --out DIR [--part first|lengths|heads|rest|all] [--budget-s 220]
+    python -m cpattn.launch.benchmarks.kernels --out DIR [--part first|lengths|heads|rest|all] [--backend NAME ...]
 
-Counts visible pairs only: 4 * pairs * heads * head_dim operations forward, 10 backward. Beside each row stand,
-measured in the same run, torch's cuDNN attention on a causal mask of the same length and heads, and the rate of
-a large bf16 matrix product. Time includes all that the runtime pays for a part: masks, merges, fp32 gradients.
-Results go to DIR/kernels_<part>.json and .md as they come; the budget ends a part, most valuable rows first.
+Counts visible pairs only: 4 * pairs * heads * head_dim operations forward, 10 backward. Every row is checked against
+`reference` on sampled rows of out, lse and the gradients; one that is wrong says so and has no rate. Beside each
+stand, measured in the same process, torch's cuDNN attention on a causal mask of the same length and heads, and the
+rate of a large bf16 matrix product. Time includes all that the runtime pays for a part: masks, merges, fp32 sums;
+the launches of torch's operators and row kernels around the kernel, and the bytes that they move, are counted too.
+Each run appends its rows to DIR/kernels.jsonl as they come and writes DIR/kernels.md of all that is there; --budget-s
+ends it, most valuable rows first. Exit status 5 if nothing of that name serves, 1 if a row was wrong.
 With `--device cpu --tokens 512` it runs anywhere, for trying the script out.
 """
 
@@ -13,22 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.backends import Backend, Problem, explain_backends
-from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
+from cpattn.backends import Backend, Problem, backend_names, explain_backends
+from cpattn.backends.trial import BoundKernel, Results, Sample, find_fault, reference_rows
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.solver import SliceTable
 
+from .row_launches import Count, Counter
 from .workloads import document_lengths, prefix_tree
 
 MASKS: dict[str, Callable[[int], AttnMaskSpec]] = {
@@ -63,7 +67,7 @@ PARTS: dict[str, list[Shape]] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement; errors in words, with zeros for numbers."""
+    """One measurement; errors in words, with zeros for numbers. extra_*: besides the kernel, -1 where not counted."""
 
     tokens: int
     num_heads_q: int
@@ -79,6 +83,8 @@ class Row:
     backward_tflops: float = 0.0
     peak_gib: float = 0.0
     prepare_ms: float = 0.0
+    extra_launches: int = -1
+    extra_gb: float = -1.0
     error: str = ""
 
 
@@ -114,76 +120,75 @@ class Clock:
         return begin.elapsed_time(end)
 
 
-def make_rows(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, dout."""
-    generator = torch.Generator(device).manual_seed(0)
+class Bench(NamedTuple):
+    """A mask at a shape: inputs, and what `reference` says of sampled rows."""
 
-    def normal(heads: int) -> Tensor:
-        size = (shape.tokens, heads, shape.head_dim)
-        return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
+    shape: Shape
+    mask: str
+    sample: Sample
+    expected: Results
 
-    heads_q, heads_kv = shape.num_heads_q, shape.num_heads_kv
-    return normal(heads_q), normal(heads_kv), normal(heads_kv), normal(heads_q)
+    @classmethod
+    def of(cls, shape: Shape, mask: str, device: str, dtype: torch.dtype) -> Bench:
+        tokens, heads, heads_kv, dim = shape
+        problem = Problem(device, dtype, heads, heads_kv, dim, dim)
+        slices = lower_mask(MASKS[mask](tokens))
+        sample = Sample.of(problem, slices, tokens, tokens, torch.device(device))
+        return cls(shape, mask, sample, reference_rows(sample))
 
 
-def measure_backend(
-    backend: Backend, shape: Shape, mask: str, slices: SliceTable, device: str, dtype: torch.dtype
-) -> Row:
+def measure_backend(backend: Backend, bench: Bench) -> Row:
     """A row; an error is part of the result."""
-    area = slices.area()
-    row = Row(*shape, mask, backend.name, backend.kernel, area)
+    shape, sample, cuda = bench.shape, bench.sample, bench.sample.q.is_cuda
+    row = Row(*shape, bench.mask, backend.name, backend.kernel, sample.table.area())
     try:
-        clock = Clock(device)
-        q, k, v, dout = make_rows(shape, device, dtype)
         start = time.perf_counter()
-        work = backend.prepare(slices, shape.tokens, shape.tokens, q.device)
-        once = backend.writes_once(work)
+        kernel = BoundKernel(backend, sample)
         prepare_ms = (time.perf_counter() - start) * 1e3
-        keys, scoring = KeyRows(k, v), Scoring(shape.head_dim**-0.5)
-        kept: dict[str, Tensor] = {}
-        if device == "cuda":
-            torch.cuda.synchronize()
+        fault = find_fault(sample, kernel(), bench.expected)
+        if fault:
+            return replace(row, error=f"WRONG: {fault}")
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-
-        def forward() -> None:
-            out = torch.zeros(q.shape, dtype=dtype if once else torch.float32, device=device)
-            lse = torch.full(q.shape[:2], -torch.inf, device=device)
-            backend.forward(Attending(q, out, lse), keys, work, scoring, fresh=True)
-            kept["out"], kept["lse"] = out.to(dtype), lse
-
-        def backward() -> None:
-            grads = [torch.zeros(t.shape, dtype=torch.float32, device=device) for t in (q, k, v)]
-            queries = Returning(dout, q, kept["out"], kept["lse"], grads[0])
-            backend.backward(queries, keys, work, scoring, KeyRows(*grads[1:]))
-            kept["dq"], kept["dk"], kept["dv"] = (g.to(dtype) for g in grads)
-
-        forward_ms, backward_ms = clock(forward), clock(backward)
-        wrong = [name for name, t in kept.items() if torch.isnan(t).any()]
-        operations = area * shape.num_heads_q * shape.head_dim * 1e-9
-        numbers = {
-            "forward_ms": forward_ms,
-            "backward_ms": backward_ms,
-            "forward_tflops": 4 * operations / forward_ms,
-            "backward_tflops": 10 * operations / backward_ms,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
-            "prepare_ms": prepare_ms,
-            "error": f"NaN in {', '.join(wrong)}" if wrong else "",
-        }
-        return Row(**{**asdict(row), **numbers})
+        count = _counted(backend, kernel)
+        clock, (out, lse) = Clock(sample.q.device.type), kernel.forward()
+        row = _with_rates(row, shape, clock(kernel.forward), clock(lambda: kernel.backward(out, lse)))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        return replace(
+            row, peak_gib=peak, prepare_ms=prepare_ms, extra_launches=count.launches, extra_gb=count.bytes / 1e9
+        )
     except Exception as error:
         traceback.print_exc(limit=4)
-        return Row(**{**asdict(row), "error": f"{type(error).__name__}: {str(error)[:200]}"})
+        return replace(row, error=f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def measure_torch_causal(shape: Shape, device: str, dtype: torch.dtype) -> Row:
+def _counted(backend: Backend, kernel: BoundKernel) -> Count:
+    """What both passes launch besides the kernel; not of flex, whose kernel is compiled operators of torch."""
+    if backend.name in ("flex", "reference"):
+        return Count(0, -1, -(10**9))
+    with torch.no_grad(), Counter() as counter:
+        kernel()
+    return counter.count
+
+
+def _with_rates(row: Row, shape: Shape, forward_ms: float, backward_ms: float) -> Row:
+    operations = row.visible_pairs * shape.num_heads_q * shape.head_dim * 1e-9
+    forward, backward = 4 * operations / forward_ms, 10 * operations / backward_ms
+    return replace(
+        row, forward_ms=forward_ms, backward_ms=backward_ms, forward_tflops=forward, backward_tflops=backward
+    )
+
+
+def measure_torch_causal(bench: Bench) -> Row:
     """The yardstick: torch's cuDNN attention (on CPU its flash attention) on one causal sequence."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    shape, inputs = bench.shape, bench.sample.inputs
+    kind = SDPBackend.CUDNN_ATTENTION if inputs[0].is_cuda else SDPBackend.FLASH_ATTENTION
     area = shape.tokens * (shape.tokens + 1) // 2
-    kind = SDPBackend.CUDNN_ATTENTION if device == "cuda" else SDPBackend.FLASH_ATTENTION
     row = Row(*shape, "causal", "torch", f"torch SDPA, {kind.name.lower()}", area)
     try:
-        q, k, v, dout = (t.transpose(0, 1)[None] for t in make_rows(shape, device, dtype))
+        q, k, v, dout = (t.transpose(0, 1)[None] for t in inputs)
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         kept: list[Tensor] = []
         sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -196,18 +201,10 @@ def measure_torch_causal(shape: Shape, device: str, dtype: torch.dtype) -> Row:
         def backward() -> None:
             torch.autograd.grad(kept[0], leaves, dout, retain_graph=True)
 
-        clock = Clock(device)
-        forward_ms, backward_ms = clock(forward), clock(backward)
-        operations = area * shape.num_heads_q * shape.head_dim * 1e-9
-        numbers = {
-            "forward_ms": forward_ms,
-            "backward_ms": backward_ms,
-            "forward_tflops": 4 * operations / forward_ms,
-            "backward_tflops": 10 * operations / backward_ms,
-        }
-        return Row(**{**asdict(row), **numbers})
+        clock = Clock(q.device.type)
+        return _with_rates(row, shape, clock(forward), clock(backward))
     except Exception as error:
-        return Row(**{**asdict(row), "error": f"{type(error).__name__}: {str(error)[:200]}"})
+        return replace(row, error=f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def matrix_tflops(device: str, dtype: torch.dtype) -> float:
@@ -217,95 +214,133 @@ def matrix_tflops(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 * 1e-9 / Clock(device)(lambda: torch.mm(a, a))
 
 
-def measure(shapes: list[Shape], device: str, dtype: torch.dtype) -> Iterator[Row]:
+def serving(names: Sequence[str], device: str, dtype: torch.dtype, shape: Shape) -> list[Backend]:
+    """The kernels of those names that serve a shape (flex last, which compiles for every class of masks).
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    heads_q, heads_kv, dim = shape[1:]
+    problem = Problem(device, dtype, heads_q, heads_kv, dim, dim)
+    asked = [pair for name in names for pair in explain_backends(problem, name)]
+    for backend, refusal in asked:
+        if refusal is not None:
+            print(f"{backend.name} ({backend.kernel}) refuses {shape}: {refusal}", flush=True)
+    return sorted((b for b, refusal in asked if refusal is None), key=lambda b: b.name == "flex")
+
+
+def measure(shapes: list[Shape], names: Sequence[str], device: str, dtype: torch.dtype) -> Iterator[Row]:
     """Rows of a part: for every shape the yardstick, then every mask on every backend that serves it."""
     for shape in shapes:
-        yield measure_torch_causal(shape, device, dtype)
-        problem = Problem(device, dtype, shape.num_heads_q, shape.num_heads_kv, shape.head_dim, shape.head_dim)
-        usable = [b for b, _ in explain_backends(problem) if b.refusal(problem) is None and b.name != "reference"]
-        tables = {mask: lower_mask(make_spec(shape.tokens)) for mask, make_spec in MASKS.items()}
-        slow = [b for b in usable if b.name == "flex"]  # compiles for every class of masks: last
-        for group in ([b for b in usable if b not in slow], slow):
-            for mask, slices in tables.items():
-                for backend in group:
-                    yield measure_backend(backend, shape, mask, slices, device, dtype)
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
+        usable, first = serving(names, device, dtype, shape), True
+        for mask in MASKS if usable else ():
+            bench = Bench.of(shape, mask, device, dtype)
+            if first:
+                yield measure_torch_causal(bench)
+            first = False
+            for backend in usable:
+                yield measure_backend(backend, bench)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
 
 
 def _shape(row: Row) -> Shape:
     return Shape(row.tokens, row.num_heads_q, row.num_heads_kv, row.head_dim)
 
 
-def markdown(rows: list[Row], matrix_rate: float, machine: str) -> str:
-    """A table; shares are of the yardstick of the same shape."""
-    yardsticks = {_shape(r): r for r in rows if r.backend == "torch"}
-    lines = [
-        f"{machine}; bf16 matrix product {matrix_rate:.0f} TFLOP/s. Share: of torch's cuDNN causal at the same shape.",
-        "",
-        "| tokens | heads | d | mask | backend | fwd TFLOP/s | share | bwd TFLOP/s | share | of matrix rate | GiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        base = yardsticks.get(_shape(r))
-        heads = f"{r.num_heads_q}:{r.num_heads_kv}"
-        start = f"| {r.tokens} | {heads} | {r.head_dim} | {r.mask} | {r.backend}: {r.kernel} |"
-        if r.error and not r.forward_tflops:
-            lines.append(f"{start} {r.error} | | | | | |")
-            continue
-        shares = [
-            f"{mine / theirs:.0%}" if theirs else "-"
-            for mine, theirs in (
-                (r.forward_tflops, base.forward_tflops if base else 0),
-                (r.backward_tflops, base.backward_tflops if base else 0),
-            )
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """A table for each run; shares are of the yardstick of the same shape in the same run."""
+    lines = ["# Kernels", "", "Share: of torch's cuDNN causal rate at the same shape, measured in the same process."]
+    for run in runs:
+        rows = run["rows"]
+        yardsticks = {_shape(r): r for r in rows if r.backend == "torch"}
+        lines += [
+            "",
+            f"{run['machine']}; bf16 matrix product {run['matrix_tflops']:.0f} TFLOP/s",
+            "",
+            "| tokens | heads | d | mask | backend | fwd TFLOP/s | share | bwd TFLOP/s | share | of matrix rate | "
+            "GiB | other launches | GB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            *(_line(r, yardsticks.get(_shape(r)), run["matrix_tflops"]) for r in rows),
         ]
-        of_matrix = f"{r.forward_tflops / matrix_rate:.0%} / {r.backward_tflops / matrix_rate:.0%}"
-        lines.append(
-            f"{start} {r.forward_tflops:.1f} | {shares[0]} | {r.backward_tflops:.1f} | {shares[1]} | {of_matrix} | "
-            f"{r.peak_gib:.1f} {r.error} |"
-        )
     return "\n".join(lines) + "\n"
 
 
-def run(part: str, out: Path, *, budget_s: float, device: str, tokens: int | None = None) -> list[Row]:
+def _line(r: Row, base: Row | None, matrix_rate: float) -> str:
+    start = f"| {r.tokens} | {r.num_heads_q}:{r.num_heads_kv} | {r.head_dim} | {r.mask} | {r.backend}: {r.kernel} |"
+    if not r.forward_tflops:
+        return f"{start} {r.error} | | | | | | | |"
+    theirs = (base.forward_tflops, base.backward_tflops) if base else (0.0, 0.0)
+    mine = (r.forward_tflops, r.backward_tflops)
+    shares = [f"{a / b:.0%}" if b else "-" for a, b in zip(mine, theirs, strict=True)]
+    of_matrix = " / ".join(f"{rate / matrix_rate:.0%}" for rate in mine)
+    extra = f"{r.extra_launches} | {r.extra_gb:.2f}" if r.extra_launches >= 0 else "- | -"
+    rates = f"{mine[0]:.1f} | {shares[0]} | {mine[1]:.1f} | {shares[1]} | {of_matrix}"
+    return f"{start} {rates} | {r.peak_gib:.1f} | {extra} |"
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """The runs in a results file: a line that describes one, then a line for each of its rows."""
+    runs: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines():
+        entry = json.loads(line)
+        if "machine" in entry:
+            runs.append({**entry, "rows": []})
+        else:
+            runs[-1]["rows"].append(Row(**entry))
+    return runs
+
+
+def run(given: argparse.Namespace) -> list[Row]:
     """Measure a part within the budget, writing after every row."""
     began, rows = time.perf_counter(), []
-    dtype = torch.bfloat16
-    names = list(PARTS) if part == "all" else [part]
+    names = list(PARTS) if given.part == "all" else [given.part]
     shapes = [s for name in names for s in PARTS[name]]
-    if tokens is not None:
-        shapes = [Shape(tokens, 4, 2, 64)]
-    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    machine = f"{machine}, torch {torch.__version__}"
-    rate = matrix_tflops(device, dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    for row in measure(shapes, device, dtype):
+    if given.tokens is not None:
+        shapes = [Shape(given.tokens, 4, 2, 64)]
+    file = given.out / "kernels.jsonl"
+    for row in measure(shapes, given.backend, given.device, torch.bfloat16):
+        if not rows:
+            given.out.mkdir(parents=True, exist_ok=True)
+            _append(file, _this_run(given.device))
         rows.append(row)
+        _append(file, asdict(row))
+        (given.out / "kernels.md").write_text(markdown(read_runs(file)))
         numbers = f"{row.forward_tflops:7.1f} {row.backward_tflops:7.1f}"
         print(f"{row.tokens:7d} {row.mask:20s} {row.backend:11s} {numbers} {row.error}", flush=True)
-        result = {"machine": machine, "matrix_tflops": rate, "rows": [asdict(r) for r in rows]}
-        (out / f"kernels_{part}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / f"kernels_{part}.md").write_text(markdown(rows, rate, machine))
-        if time.perf_counter() - began > budget_s:
-            print(f"the budget of {budget_s:.0f} s is used up", flush=True)
+        if time.perf_counter() - began > given.budget_s:
+            print(f"the budget of {given.budget_s:.0f} s is used up", flush=True)
             break
     return rows
 
 
-def main(part: str = "first") -> None:
-    """Command line; `part` is the default of --part."""
+def _append(file: Path, entry: dict[str, Any]) -> None:
+    with file.open("a") as lines:
+        lines.write(json.dumps(entry) + "\n")
+
+
+def _this_run(device: str) -> dict[str, Any]:
+    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    rate = matrix_tflops(device, torch.bfloat16)
+    return {"machine": f"{machine}, torch {torch.__version__}", "matrix_tflops": rate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
-    parser.add_argument("--part", choices=(*PARTS, "all"), default=part)
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="first")
+    parser.add_argument("--backend", nargs="+", default=[n for n in backend_names() if n != "reference"])
     parser.add_argument("--budget-s", type=float, default=215.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --device cpu --tokens 512 tries the script out")
-    run(given.part, given.out, budget_s=given.budget_s, device=given.device, tokens=given.tokens)
+    rows = run(given)
+    if not rows:
+        return 5
+    return int(any(row.error for row in rows if row.backend != "torch"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,7 @@ from cpattn.backends.varlen import plan_varlen, writes_once
 from tests_dist.support.backend_cases import CASES, DTYPES, LARGE, check_backend
 from tests_dist.support.fakes import flash, ragged
 from tests_dist.support.fakes.dense import ContractError
+from tests_dist.support.fakes.installed import put_module
 from tests_dist.support.profiles import few_of
 
 Install = Callable[[str, ModuleType], None]
@@ -84,12 +85,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Puts a fake module, and its parents, where imports find it."""
 
     def put(name: str, module: ModuleType) -> None:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            parent = ".".join(parts[:depth])
-            if parent not in sys.modules:
-                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
-        monkeypatch.setitem(sys.modules, name, module)
+        put_module(name, module, lambda n, m: monkeypatch.setitem(sys.modules, n, m))
 
     return put
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cpattn import AttnMaskSpec
+from tests_dist.support.fakes.installed import FAKES, GPU
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import Inputs, Results, assert_as_exact_as_sdpa, make_inputs
@@ -18,8 +19,9 @@ pytestmark = pytest.mark.gpu
 
 def on_one_card(spec: AttnMaskSpec, inputs: Inputs, options: dict[str, Any]) -> Results:
     """Global results, brought to the CPU."""
-    torch.cuda.set_device(0)
-    results = run_attention(spec, Inputs(*(t.cuda() for t in inputs)), key_options=options)
+    if not FAKES:
+        torch.cuda.set_device(0)
+    results = run_attention(spec, Inputs(*(t.to(GPU) for t in inputs)), key_options=options)
     return Results(*(t.cpu() for t in results))
 
 
