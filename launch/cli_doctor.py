@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.table import Table
 from cpattn.planning.options import read_heads
 
 from .options import TORCH_NAMES, refused
+
+if TYPE_CHECKING:
+    from cpattn.backends import Problem
 
 # What brings each kernel, by the name that pip knows.
 _PACKAGES = (
@@ -34,7 +37,7 @@ def doctor(
     head_dim: Annotated[int, typer.Option(help="of queries and keys")] = 128,
     head_dim_v: Annotated[int, typer.Option(help="of values; 0: as head-dim")] = 0,
     softcap: Annotated[bool, typer.Option(help="scores are capped")] = False,
-    backend: Annotated[str, typer.Option(help="a backend by name, or auto")] = "auto",
+    backend: Annotated[str, typer.Option(help="a backend by name, auto, or fastest: try them")] = "auto",
 ) -> None:
     """Say which local kernels serve a problem, which refuse it and why, and which one would run."""
     import torch
@@ -55,6 +58,9 @@ def doctor(
     console.print(f"device {_device_name(device)} (kind {device_kind(device)})")
     console.print(", ".join(f"{p} {_version(p)}" for p in _PACKAGES))
     problem = Problem(device, chosen_dtype, *heads.numbers, softcap)
+    if backend == "fastest":
+        _race(console, problem)
+        return
     try:
         explained = explain_backends(problem, backend)
     except ValueError as error:
@@ -69,6 +75,28 @@ def doctor(
     except ValueError:
         console.print(f"{backend}: nothing serves it")
         raise typer.Exit(1) from None
+
+
+def _race(console: Console, problem: Problem) -> None:
+    """What "fastest" would find for a causal sequence."""
+    import torch
+
+    from cpattn.masks.spec import AttnMaskSpec, lower_mask
+    from cpattn.runtime.fastest import Work, decide
+
+    tokens = 16384 if problem.device_type == "cuda" else 1024
+    work = Work(lower_mask(AttnMaskSpec.causal(tokens)), tokens, tokens)
+    try:
+        choice = decide(problem, work, torch.device(problem.device_type), None)
+    except ValueError as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    table = Table("kernel", "both passes", "against reference", title=f"causal, {tokens} tokens, {problem}")
+    for trial in sorted(choice.trials, key=lambda t: t.seconds):
+        took = "-" if trial.fault else f"{trial.seconds * 1e3:.3g} ms"
+        table.add_row(trial.kernel, took, trial.fault or "agrees")
+    console.print(table)
+    console.print(f"fastest would run: {choice.in_words()}", highlight=False)
 
 
 def _device_name(device: str) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "explain_backends",
     "explain_choice",
     "register_backend",
+    "serving_backends",
 ]
 
 # A name may stand for several kernels; those that come first are preferred among them.
@@ -64,19 +65,23 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 _PREFERENCE_ELSEWHERE = ("sdpa", "flex", "reference")
 
 
+# Names that `backend=` takes and that are no kernel's: by the table above, and by trial (`runtime/fastest.py`).
+CHOICES = ("auto", "fastest")
+
+
 def register_backend(backend: Backend) -> None:
-    """Make a kernel of one's own available under its name; "auto" does not choose it.
+    """Make a kernel of one's own available under its name; "auto" does not choose it, "fastest" may.
 
     Raises:
-        ValueError: the name is taken, or is "auto".
+        ValueError: the name is taken, or is one of "auto" and "fastest".
     """
-    if backend.name in ("auto", *backend_names()):
+    if backend.name in (*CHOICES, *backend_names()):
         raise ValueError(f"backend name {backend.name!r} is taken: choose another")
     _backends.append(backend)
 
 
 def backend_names() -> tuple[str, ...]:
-    """Names that `backend=` takes, besides "auto"."""
+    """Names that `backend=` takes, besides "auto" and "fastest"."""
     return tuple(dict.fromkeys(b.name for b in _backends))
 
 
@@ -109,8 +114,17 @@ def _in_order(problem: Problem, name: str) -> list[Backend]:
         order = _PREFERENCE.get(device_kind(problem.device_type), _PREFERENCE_ELSEWHERE)
         return sorted((b for b in _backends if b.name in order), key=lambda b: order.index(b.name))
     if name not in backend_names():
-        raise ValueError(f"backend {name!r} is unknown: use auto, {', '.join(backend_names())}")
+        raise ValueError(f"backend {name!r} is unknown: use {', '.join((*CHOICES, *backend_names()))}")
     return [b for b in _backends if b.name == name]
+
+
+def serving_backends(problem: Problem) -> list[Backend]:
+    """What "fastest" tries: every kernel that serves, those first that "auto" prefers.
+
+    Triton's interpreter is left out: it is there for tests, and hundreds of times slower than a kernel.
+    """
+    tried = [b for b, _ in explain_backends(problem) if (b.name, problem.device_type) != ("triton", "cpu")]
+    return [b for b in tried if b.refusal(problem) is None]
 
 
 def choose_backend(problem: Problem, name: str = "auto") -> Backend:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpattn.runtime.fastest import forget_choices
+
 Key = TypeVar("Key")
 
 
@@ -90,10 +92,11 @@ def _let_go_of_destroyed_groups() -> None:
 
 
 def clear_key_cache() -> None:
-    """Forget all cached keys, and let go of their groups; keys that are still referenced go on working.
+    """Forget all cached keys and what "fastest" chose, and let go of their groups; keys in use go on working.
 
     Call it on all ranks of a group, or on none: otherwise some would make a key anew, and the others find it here.
     Keys of a group that was destroyed are forgotten without it, when the next key is made.
     """
     with _cache_lock:
         _caches.clear()
+    forget_choices()

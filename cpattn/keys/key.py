@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from cpattn.backends import Problem, choose_backend, explain_choice
+from cpattn.backends import Backend, Problem, choose_backend, explain_choice
 from cpattn.collectives import HeadExchange, Transport
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.head_degree import most_heads
@@ -23,6 +23,7 @@ from cpattn.planning.options import check_spec, read_heads, window_on_mask
 from cpattn.runtime.agreement import require_agreement
 from cpattn.runtime.bound import BoundPlan, bind_plan
 from cpattn.runtime.exchanges import Exchanges
+from cpattn.runtime.fastest import choose_fastest, remembered_choice
 from cpattn.runtime.identity import Saying, calls_of
 from cpattn.runtime.memory import StepMemory, memory_with_trades, step_memory
 from cpattn.runtime.trades import HeadTrades
@@ -85,6 +86,8 @@ class AttnKey:
         self.k_placement = self.q_placement if shared else split_rows(self.plan.k_placement, degree)
         self.transport = _choose_transport(planned, ranks)
         self.sharding = None if degree == 1 else _shard_heads(self)
+        # What a trial of kernels is remembered by, equal on all ranks.
+        self.tried_as: Any = (planned.heads.numbers, degree)
         self.cached_tensors: dict[Any, Any] = {}
         self._bound: dict[Any, BoundPlan] = {}
         self._stated: dict[Any, StepMemory] = {}
@@ -120,18 +123,36 @@ class AttnKey:
         """Key and value rows of this rank (the same as `num_tokens` in self-attention)."""
         return int(self.k_placement.num_tokens[self.cp_rank])
 
+    def prepare(self, device: torch.device | str, dtype: torch.dtype, *, softcap: bool = False) -> None:
+        """Do now what the first call on a device and with a dtype would do: choose the kernel, bind the plan.
+
+        Call it on all ranks where `backend` is "fastest": they try the kernels and decide together. Before a CUDA graph
+        is captured it is needed.
+
+        Raises:
+            ValueError: no kernel serves.
+        """
+        inner = self if self.sharding is None else self.sharding.inner
+        inner.bind(_numbered(torch.device(device)), dtype, softcap)
+
     def bind(self, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> BoundPlan:
         """This rank's plan on a device, for the backend that serves it; made once."""
         assert self.sharding is None, "attention between head trades runs on the inner key"
         kind = (device, dtype, softcap)
         if kind not in self._bound:
             running = self.options.running
-            backend = choose_backend(self._problem(device.type, dtype, softcap), running.backend)
+            backend = self._backend(device, dtype, softcap)
             exchanges = Exchanges(self.cp_group, running.codec)
             self._bound[kind] = bind_plan(
                 self.rank_plan, backend, exchanges, device, transport=self.transport, keep_kv=running.keep_kv
             )
         return self._bound[kind]
+
+    def _backend(self, device: torch.device, dtype: torch.dtype, softcap: bool) -> Backend:
+        problem, name = self._problem(device.type, dtype, softcap), self.options.running.backend
+        if name != "fastest":
+            return choose_backend(problem, name)
+        return choose_fastest(problem, self.tried_as, self.rank_plan, device, self.cp_group).backend
 
     def require_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Check that q, k and v have this rank's rows and the key's heads.
@@ -248,10 +269,17 @@ class AttnKey:
             inner = self.sharding.inner.describe(dtype, device)
             return "\n".join([*lines, describe_sharding(self.planned, dtype), inner])
         device = device or _device_here()
-        choice = explain_choice(self._problem(device, dtype, False), self.options.running.backend)
+        choice = self._explain_choice(self._problem(device, dtype, False))
         backend = f"backend ({str(dtype).removeprefix('torch.')} on {device}): {choice}"
         lines += describe_plan(self.planned, dtype, transport=self.transport, backend=backend)
         return "\n".join([*lines, self._describe_memory(dtype, device), *describe_report(self.planned, dtype)])
+
+    def _explain_choice(self, problem: Problem) -> str:
+        name = self.options.running.backend
+        if name != "fastest":
+            return explain_choice(problem, name)
+        choice = remembered_choice(problem, self.tried_as, self.cp_group)
+        return "fastest, not yet tried" if choice is None else choice.in_words()
 
     def _describe_memory(self, dtype: torch.dtype, device: str) -> str:
         if device != "cpu" and not torch.cuda.is_available():
@@ -273,12 +301,20 @@ class AttnKey:
         kind = torch.device(device or _device_here())
         if (dtype, kind) not in self._stated:
             if self.sharding is None:
+                self._require_choice(kind, dtype)
                 stated = step_memory(self.bind(kind, dtype), self.heads, dtype, kind)
             else:
                 between = self.sharding.inner.memory(dtype, kind.type)
                 stated = memory_with_trades(self.sharding.trades, between, self.heads, dtype, kind)
             self._stated[dtype, kind] = stated
         return self._stated[dtype, kind]
+
+    def _require_choice(self, device: torch.device, dtype: torch.dtype) -> None:
+        problem = self._problem(device.type, dtype, False)
+        if self.options.running.backend == "fastest" and not remembered_choice(problem, self.tried_as, self.cp_group):
+            raise ValueError(
+                "backend is 'fastest' and has not been tried yet: call key.prepare(device, dtype) on all ranks first"
+            )
 
     def _problem(self, device_type: str, dtype: torch.dtype, softcap: bool) -> Problem:
         return Problem(device_type, dtype, *self.heads.numbers, softcap)
@@ -324,6 +360,7 @@ def _shard_heads(key: AttnKey) -> HeadSharding:
     contexts = CpRanks(key.cp_group, key.plan.cp_size, context)
     inner = AttnKey(_inner_of(key, parts[nth]), spread_rank_plan(key.rank_plan, degree, nth), contexts)
     inner.identity = key.identity  # its own heads differ between ranks
+    inner.tried_as = (key.heads.numbers, degree)
     return HeadSharding(inner, HeadTrades(Exchanges(key.cp_group), parts[nth], queries, keys))
 
 
@@ -358,6 +395,13 @@ def _inner_of(key: AttnKey, part: HeadPart) -> PlannedKey:
         layer_plans=(),
         degree_seconds=(),
     )
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device as tensors on it say it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _device_here() -> str:

@@ -64,7 +64,9 @@ def make_key(
         layout: "balanced" (even work and tokens, least traffic), "contiguous" or "zigzag".
         schedule: "keys": only keys and values travel. "tiles": each rank computes a tile of queries
             x keys, and queries travel too. "auto": tiles where they move clearly fewer bytes.
-        backend: local kernel by name, or "auto".
+        backend: local kernel by name; "auto": by a table of preferences; "fastest": what accepts is run on this key's
+            slices and checked, and the fastest that is right on all ranks is taken, at the first call or in
+            `key.prepare` (docs/backends.md).
         num_stages: parts in which remote keys are fetched, to overlap with compute; None chooses.
         ranks_per_node: consecutive ranks of the group that share a node, if links between nodes are
             slower than within: a row then crosses between nodes once per node. "auto": what torchrun (or

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from cpattn.backends import backend_names
+from cpattn.backends import CHOICES, backend_names
 from cpattn.collectives import Fp8Rows, RowCodec
 from cpattn.masks.reading import Window
 from cpattn.masks.spec import AttnMaskSpec
@@ -21,7 +21,7 @@ from .transports import TransportChoice
 class RunOptions:
     """How a plan is run.
 
-    backend: name of the local kernel, or "auto".
+    backend: name of the local kernel, "auto" or "fastest".
     wire: 8-bit format in which rows travel; None: as they are.
     keep_kv: whether forward keeps the keys and values that it fetched for backward.
     transport: by which calls rows travel; "auto": by the measurements of the hardware.
@@ -38,8 +38,9 @@ class RunOptions:
     identify: bool = True
 
     def __post_init__(self) -> None:
-        if self.backend != "auto" and self.backend not in backend_names():
-            raise ValueError(f"backend {self.backend!r} is unknown: use auto, {', '.join(backend_names())}")
+        known = (*CHOICES, *backend_names())
+        if self.backend not in known:
+            raise ValueError(f"backend {self.backend!r} is unknown: use {', '.join(known)}")
         if self.transport not in ("auto", "all_to_all", "p2p"):
             raise ValueError(f"transport is {self.transport!r}: use 'auto', 'all_to_all' or 'p2p'")
 
