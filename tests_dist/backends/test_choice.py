@@ -43,7 +43,7 @@ def test_make_key_with_a_missing_backend_fails_at_first_use() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="backend 'tee' is unknown: use auto, sdpa, "):
+    with pytest.raises(ValueError, match="backend 'tee' is unknown: use auto, fastest, sdpa, "):
         choose_backend(_problem(), "tee")
 
 

@@ -87,7 +87,7 @@ BAD_KEYS: dict[str, dict[str, Any]] = {
     "num_stages is 99: at most": {"num_stages": 99},
     "layout 'spiral' is unknown: use one of balanced, contiguous, zigzag": {"layout": "spiral"},
     "schedule 'queries'": {"schedule": "queries"},
-    "backend 'magic' is unknown: use auto, sdpa": {"backend": "magic"},
+    "backend 'magic' is unknown: use auto, fastest, sdpa": {"backend": "magic"},
     "ranks_per_node is 3 and cp_size is 2: nodes must be of equal size": {"ranks_per_node": 3},
     "window is 0: give an int of at least 1, or (left, right) of at least 0 each": {"window": 0},
     "window is (3, -1): give an int of at least 1": {"window": (3, -1)},
