@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_MODELING = "transformers.modeling_utils"
+_MODELING, _TRAINER = "transformers.modeling_utils", "transformers.trainer"
 _names: set[str] = set()
 
 
@@ -41,29 +42,43 @@ def register_attention(name: str = "cpattn") -> None:
 
 
 def register_when_imported() -> None:
-    """Register "cpattn" now if transformers has been imported, else when it is."""
-    if _MODELING in sys.modules:
-        register_attention()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Register "cpattn" now if transformers has been imported, else when it is; its Trainer is watched likewise."""
+    _when_imported(_MODELING, register_attention)
+    _when_imported(_TRAINER, _watch_trainers)
+
+
+def _watch_trainers() -> None:
+    from .forgotten import watch_trainers
+
+    watch_trainers()
+
+
+def _when_imported(name: str, then: Callable[[], None]) -> None:
+    if name in sys.modules:
+        then()
+    elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, then))
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing itself: registers once transformers' models can be imported."""
+    """Finds nothing itself: calls `then` once the module has been imported."""
+
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _MODELING:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
+            def execute_and_tell(module: ModuleType) -> None:
                 execute(module)
-                register_attention()
+                self.then()
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec
 
 

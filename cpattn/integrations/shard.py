@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cpattn.keys.key import AttnKey
 from cpattn.ops.layout import undispatch
@@ -129,10 +130,10 @@ class Shard:
 
     @property
     def positions(self) -> Tensor:
-        """int64 [L], positions of the local tokens in their documents: columns, in a padded batch."""
+        """int64 [L], positions of the local tokens in their documents: columns, in a padded batch; 0 of stand-ins."""
         all_positions = torch.from_numpy(self.layout.positions()).to(self.index.device)
         local = all_positions[local_tokens(self.key, self.index.device, self.order)]
-        return local if len(local) else local.new_zeros(1)
+        return F.pad(local, (0, self.num_tokens - len(local)))
 
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's tokens of a tensor of the whole batch.

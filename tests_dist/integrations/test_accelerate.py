@@ -1,0 +1,111 @@
+"""Layer 2: a loop of one's own on accelerate, on context-parallel groups, against the same loop on one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+pytest.importorskip("accelerate", reason="tested with accelerate (pip install cpattn[trainers])")
+pytest.importorskip("transformers")
+
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.hf_models import make_model
+from tests_dist.support.trainer_cases import IMPORTS_S, Outcome, as_torchrun, padded, require_same, rows, weights_of
+
+
+def learn(cp_size: int, attention: str = "cpattn") -> Outcome:
+    """Four batches, steps of two micro-batches, a schedule, and gathered losses of an evaluation."""
+    from accelerate import Accelerator
+
+    from cpattn.integrations.accelerate import context_parallel
+
+    with as_torchrun():
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        if cp_size > 1:
+            accelerator = context_parallel(accelerator, cp_size)
+        replicas = accelerator.num_processes
+        model: Any = make_model("llama", attention if cp_size > 1 else "eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        loader = DataLoader(rows(16), batch_size=4 // replicas, collate_fn=padded)
+        model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+        log = []
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            mean = accelerator.gather(loss.detach()).mean() if replicas > 1 else loss
+            log.append({"loss": float(mean), "sum": float(accelerator.reduce(loss.detach(), "sum")) / replicas})
+        model.eval()
+        evaluation = accelerator.prepare(DataLoader(rows(6, seed=1), batch_size=4 // replicas, collate_fn=padded))
+        seen = []
+        for batch in evaluation:
+            with torch.no_grad():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            real = batch["attention_mask"].bool()[..., None]
+            seen.append(accelerator.gather_for_metrics((logits * real).sum((1, 2))))
+            names = accelerator.gather_for_metrics([str(int(n)) for n in batch["input_ids"][:, 0]])
+            assert len(names) == len(seen[-1])
+        log += [{f"row {n}": float(value)} for n, value in enumerate(torch.cat(seen))]
+        return Outcome(log, weights_of(accelerator.unwrap_model(model)))
+
+
+def compare_on_rank(want: Outcome, cp_size: int) -> None:
+    require_same(learn(cp_size), want)
+
+
+def test_a_loop_equals_one_process():
+    run_on_ranks(2, compare_on_rank, learn(1), 2, timeout=IMPORTS_S)
+
+
+def groups_on_rank() -> list[Any]:
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    from cpattn.integrations.accelerate import context_parallel
+
+    with as_torchrun():
+        accelerator = context_parallel(Accelerator(cpu=True), 2)
+        loader = accelerator.prepare(DataLoader(range(10), batch_size=2))
+        batches = [batch.tolist() for batch in loader]
+        assert accelerator.gather(torch.tensor([accelerator.process_index])).tolist() == [0, 1]
+        assert float(accelerator.reduce(torch.ones(()), "sum")) == 2.0
+        assert float(accelerator.reduce(torch.ones(()), "mean")) == 1.0
+        assert len(accelerator.gather_for_metrics(["a"] * (1 + accelerator.process_index))) == 3
+        with pytest.raises(ValueError, match="cp_size is 3 and there are 4 ranks"):
+            context_parallel(Accelerator(cpu=True), 3)
+        split = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+        with pytest.raises(ValueError, match="split_batches and dispatch_batches"):
+            context_parallel(split, 2)
+        return [accelerator.process_index, accelerator.num_processes, dist.get_rank(accelerator.cp_group), batches]
+
+
+def test_groups_are_processes():
+    first, second, third, fourth = run_on_ranks(4, groups_on_rank, timeout=IMPORTS_S)
+    assert [r[:3] for r in (first, second, third, fourth)] == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
+    assert first[3] == second[3] == [[0, 1], [4, 5], [8, 9]]
+    assert third[3] == fourth[3] == [[2, 3], [6, 7], [0, 1]]
+
+
+def learned_prompts(kind: str) -> Any:
+    import peft
+
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    return peft.get_peft_model(make_model("llama", "cpattn"), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("prompt", "PROMPT_TUNING"), ("prefix", "PREFIX_TUNING")])
+def test_learned_prompts_are_refused_by_name(kind, name):
+    pytest.importorskip("peft", reason="adapters are tested with peft (pip install cpattn[trl])")
+    from cpattn.integrations.whole_batches import serve_whole_batches
+
+    with pytest.raises(ValueError, match=f"PEFT's {name} .adapter 'default'. puts learned tokens or keys"):
+        serve_whole_batches(learned_prompts(kind), None)
