@@ -1,15 +1,14 @@
 """`cpattn bench`: run one attention layer under any mask, and say where its time goes on every rank.
 
-    cpattn bench --seqlen 8K                                                                  # one rank
-    torchrun --nproc-per-node 4 -m cpattn.launch.cli bench --lengths 8K,3000,512 --trace out  # several
+    cpattn bench --seqlen 8K                                      # one rank
+    cpattn bench --lengths 8K,3000,512 --ranks 4 --trace out      # four
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, replace
-from enum import Enum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,29 +23,21 @@ from cpattn.solver import (
     plan_report,
 )
 
-from .calibrate import calibrate, launched_ranks
+from .calibrate import calibrate
 from .options import (
-    TORCH_NAMES,
-    BlockOption,
-    FileOption,
-    HeadDimOption,
-    HeadsOption,
-    LayoutOption,
-    Layouts,
-    LengthsOption,
-    MaskName,
-    MaskOption,
-    ScheduleOption,
-    Schedules,
-    SeqlenOption,
-    StagesOption,
-    WindowOption,
-    answering,
-    heads_of_option,
+    BackendOption,
+    Dtypes,
+    JsonOption,
+    LayerOptions,
+    MaskOptions,
+    RanksOption,
+    RunHeadOptions,
     require_folder,
-    spec_of_options,
+    require_module,
+    takes_options,
 )
 from .predict import Prediction, predict
+from .session import Tell, answering, launched_ranks, num_ranks, start_ranks, telling
 
 if TYPE_CHECKING:
     import torch
@@ -54,33 +45,18 @@ if TYPE_CHECKING:
     from cpattn import AttnKey
     from cpattn.runtime.trace import Trace
 
-_ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Steps before those that are measured.
+_WARM_UP = 2
 
 
-class Dtypes(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
+@takes_options
 def bench_command(
-    mask: MaskOption = MaskName.causal,
-    seqlen: SeqlenOption = "",
-    lengths: LengthsOption = "",
-    file: FileOption = None,
-    window: WindowOption = None,
-    block: BlockOption = None,
-    heads: HeadsOption = "8:8",
-    head_dim: HeadDimOption = 64,
-    dtype: Annotated[Dtypes, typer.Option(help="Of q, k and v.")] = Dtypes.bf16,
-    chunk_size: Annotated[int, typer.Option(help="Tokens by which ranks may differ.")] = 512,
-    layout: LayoutOption = Layouts.balanced,
-    schedule: ScheduleOption = Schedules.auto,
-    num_stages: StagesOption = None,
-    head_degree: Annotated[int, typer.Option(help="Ranks that share rows, each with some of the heads.")] = 1,
-    keep_kv: Annotated[bool, typer.Option("--keep-kv", help="Keep fetched keys for backward.")] = False,
-    wire: Annotated[str | None, typer.Option(help="8-bit rows on the wire: e4m3 or e5m2.")] = None,
-    backend: Annotated[str, typer.Option(help="Local kernel.")] = "auto",
+    mask: MaskOptions,
+    ranks: RanksOption = None,
+    *,
+    heads: RunHeadOptions,
+    layer: LayerOptions,
+    backend: BackendOption = "auto",
     repeats: Annotated[int, typer.Option(help="Steps that are measured, after two that are not.", min=1)] = 5,
     hardware: Annotated[
         str, typer.Option(help=f"For the prediction: measure, {', '.join(HARDWARE)}, or a file of cpattn calibrate.")
@@ -88,44 +64,39 @@ def bench_command(
     trace: Annotated[
         Path | None, typer.Option(help="Write trace.json, timeline.png, timeline.pdf and report.json here.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Run an attention layer, forward and backward, and show compute, transfers and exposed waits of every rank."""
-    with launched_ranks() as (device, group):
-        with answering():
-            from cpattn import make_key
-
-            require_folder("--trace", trace)
-            spec = spec_of_options(mask, seqlen, lengths, file, window, block)
-            shape = replace(heads_of_option(heads, head_dim), itemsize=_ITEMSIZE[dtype.value])
-            key = make_key(
-                spec,
-                num_heads_q=shape.num_q,
-                num_heads_kv=shape.num_kv,
-                head_dim=shape.head_dim,
-                cp_group=group,
-                chunk_size=chunk_size,
-                layout=layout.value,
-                schedule=schedule.value,
-                backend=backend,
-                num_stages=num_stages,
-                head_degree=head_degree,
-                wire=wire,
-                keep_kv=keep_kv,
-            )
-            inner = key if key.sharding is None else key.sharding.inner
-            inner.bind(device, _torch_dtype(dtype))  # or it says why the backend does not serve it
-            machine = _machine(hardware, shape, device)
-        measured = measure(key, _torch_dtype(dtype), device, repeats)
-        if measured is None:
-            return
-        predicted = predict(key.plan, key.options.head_degree, machine, shape)
-        report = bench_report(key, measured, predicted, machine, _torch_dtype(dtype), device)
-        _print(key, report, measured)
+    with answering():
+        spec, shape = mask.spec(), heads.read()
+        layer.require(shape, num_ranks(ranks))
+        require_folder("--trace", trace)
         if trace is not None:
-            _write(trace, measured, predicted, report)
+            require_module("--trace", "matplotlib")
+        if hardware != "measure":
+            find_hardware(hardware)
+        if start_ranks(ranks):
+            return
+    with answering(), launched_ranks() as (device, group):
+        key = layer.key(spec, shape, group, backend)
+        inner = key if key.sharding is None else key.sharding.inner
+        inner.bind(device, _torch_dtype(heads.dtype))  # or it says why the backend does not serve it
+        machine = _machine(hardware, shape, device)
+        with telling("measuring steps", repeats + _WARM_UP) as tell:
+            measured = measure(key, _torch_dtype(heads.dtype), device, repeats, tell)
+    if measured is None:
+        return
+    predicted = predict(key.plan, key.options.head_degree, machine, shape)
+    report = bench_report(key, measured, predicted, machine, _torch_dtype(heads.dtype), device)
+    if as_json:
+        print(json.dumps(report, indent=2, default=str))
+    else:
+        _print(key, report, measured)
+    if trace is not None:
+        _write(trace, measured, predicted, report)
 
 
-def measure(key: AttnKey, dtype: torch.dtype, device: torch.device, repeats: int) -> Trace | None:
+def measure(key: AttnKey, dtype: torch.dtype, device: torch.device, repeats: int, tell: Tell) -> Trace | None:
     """A trace of some steps on rank 0, None elsewhere. Every rank begins each pass together, as `simulate` has it."""
     import torch
     import torch.distributed as dist
@@ -150,8 +121,9 @@ def measure(key: AttnKey, dtype: torch.dtype, device: torch.device, repeats: int
         out = cpattn.attention(q, k, v, key)
         together()
         torch.autograd.grad(out, (q, k, v), dout)
+        tell("")
 
-    for _ in range(2):
+    for _ in range(_WARM_UP):
         step()
     with cpattn.profile() as profile:
         for _ in range(repeats):
@@ -201,14 +173,18 @@ def _step_seconds(trace: Trace) -> list[float]:
     return [sum(step) for step in zip(*passes.values(), strict=True)]
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def _print(key: AttnKey, report: dict[str, Any], trace: Trace) -> None:
     plan, steps = report["plan"], sorted(report["steps_s"])
     memory = report["memory_of_rank_0"]
     stated = f"{memory['forward']:,} bytes forward, {memory['backward']:,} backward" if memory else "not stated"
     print(
-        f"{key.spec.total_seqlen:,} x {key.spec.seqlen_k:,} tokens on {key.cp_size} ranks ({report['machine']}, "
-        f"{report['threads']} threads each), {report['dtype']}, backend {report['backend']}, "
-        f"{plan['num_stages']} remote stages\n"
+        f"{key.spec.total_seqlen:,} x {key.spec.seqlen_k:,} tokens on {_counted(key.cp_size, 'rank')} "
+        f"({report['machine']}, {_counted(report['threads'], 'thread')} each), {report['dtype']}, "
+        f"backend {report['backend']}, {_counted(plan['num_stages'], 'remote stage')}\n"
         f"{trace.table()}\n"
         f"step: {1e3 * steps[len(steps) // 2]:.3f} ms, median of {len(steps)} ({1e3 * steps[0]:.3f} to "
         f"{1e3 * steps[-1]:.3f}); predicted {1e3 * report['predicted_s']:.3f} ms\n"
@@ -231,7 +207,8 @@ def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:
     """The hardware of an option; "measure" calibrates this one, which every rank takes part in."""
     if hardware != "measure":
         return find_hardware(hardware)
-    return calibrate(heads, device=device.type, tokens=1 << 15 if device.type == "cuda" else 1 << 11)
+    with telling("measuring this machine for the prediction") as tell:
+        return calibrate(heads, device=device.type, tokens=1 << 15 if device.type == "cuda" else 1 << 11, tell=tell)
 
 
 def _plain(value: Any) -> Any:
@@ -242,5 +219,5 @@ def _plain(value: Any) -> Any:
 def _torch_dtype(dtype: Dtypes) -> torch.dtype:
     import torch
 
-    found: torch.dtype = getattr(torch, TORCH_NAMES[dtype.value])
+    found: torch.dtype = getattr(torch, dtype.torch_name)
     return found

@@ -1,7 +1,7 @@
 """`cpattn calibrate`: measure the numbers of the cost model on this machine and write them to a file.
 
-    cpattn calibrate --out hardware.json                                  # the kernel, on one device
-    torchrun --nproc-per-node 8 -m cpattn.launch.cli calibrate --out ...  # the links as well
+    cpattn calibrate --out hardware.json                # the kernel, on one device
+    cpattn calibrate --out hardware.json --ranks 8      # the links as well; over several nodes under torchrun
 
 Rank 0's numbers are the ones that count and are sent to all: what steers a plan must be equal on all ranks.
 """
@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
+from rich.console import Console
 
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
-from .options import HeadDimOption, HeadsOption, answering, heads_of_option, require_folder
+from .options import JsonOption, RanksOption, heads_of_option, require_file, takes_options
+from .session import Tell, answering, launched_ranks, start_ranks, telling
+from .tables import Grid, show
 from .torchrun import num_cores
 
 if TYPE_CHECKING:
@@ -37,65 +39,78 @@ _LEAST_TOKENS = 256
 _NO_LINK = Link(0.0, 1e12)
 
 
+@takes_options
 def calibrate_command(
+    ranks: RanksOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the result here, for cpattn plan --hardware.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the largest kernel measured; 0: 2K on CPU, 32K on CUDA.")] = 0,
-    heads: HeadsOption = "8:8",
-    head_dim: HeadDimOption = 64,
+    heads: Annotated[str, typer.Option(help="Query and key heads, q:kv.")] = "8:8",
+    head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 64,
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure kernel, copies and (under torchrun) links; print and store them as JSON."""
+    """Measure the kernel, copies and, on several ranks, the links and transports of this machine.
+
+    The kernel is measured in bf16 on CUDA and in fp32 on the CPU.
+    """
     with answering():
         shape = heads_of_option(heads, head_dim)
         if tokens and tokens < _LEAST_TOKENS:
             raise ValueError(f"--tokens is {tokens}: give at least {_LEAST_TOKENS}, or 0 for the default")
-        if out is not None:
-            if out.is_dir() or not out.resolve().parent.is_dir():
-                raise ValueError(f"--out is {out}: give a file in a folder that exists")
-            require_folder("--out", out.resolve().parent)
-    with launched_ranks() as (device, group):
+        require_file("--out", out)
+        if start_ranks(ranks):
+            return
+    with answering(), launched_ranks() as (device, group), telling("calibrating") as tell:
         cuda = device.type == "cuda"
         shape = replace(shape, itemsize=2 if cuda else 4)
-        hardware = calibrate(shape, device=device.type, tokens=tokens or (1 << 15 if cuda else 1 << 11))
-        if group is None or group.rank() == 0:
-            print(hardware.to_json())
-            if out is not None:
-                out.write_text(hardware.to_json() + "\n")
+        hardware = calibrate(shape, device=device.type, tokens=tokens or (1 << 15 if cuda else 1 << 11), tell=tell)
+        if group is not None and group.rank() > 0:
+            return
+    if out is not None:
+        out.write_text(hardware.to_json() + "\n")
+    if as_json:
+        print(hardware.to_json())
+    else:
+        _print(hardware, linked=group is not None)
+    if out is not None:
+        Console(stderr=True).print(f"wrote {out}", highlight=False, markup=False)
 
 
-@contextmanager
-def launched_ranks() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
-    """This rank's device, and the group of all ranks if torchrun started several."""
-    import torch
-    import torch.distributed as dist
-
-    cuda, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if several:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield device, dist.group.WORLD if several else None
-    finally:
-        if several:
-            dist.destroy_process_group()
+def _print(hardware: Hardware, *, linked: bool) -> None:
+    grid = Grid(("", "measured"), title=f"{hardware.name}; {hardware.source}")
+    grid.add("kernel, forward", f"{hardware.forward_flops / 1e9:,.1f} GFLOP/s")
+    grid.add("kernel, backward", f"{hardware.backward_flops / 1e9:,.1f} GFLOP/s")
+    grid.add("a kernel call", f"{1e6 * hardware.launch_s:,.1f} us")
+    grid.add("a rectangle of a mask", f"{1e6 * hardware.slice_s:,.1f} us")
+    grid.add("rows gathered", f"{hardware.copy_bytes_per_s / 1e9:,.2f} GB/s")
+    if linked:
+        for name, link in (("link in a node", hardware.within), ("link between nodes", hardware.across)):
+            grid.add(name, f"{link.bytes_per_s / 1e9:,.2f} GB/s, {1e6 * link.latency_s:,.1f} us")
+    show([grid])
+    if not linked:
+        show(["The links were not measured, on one process there are none: plans take them to be free. Give --ranks."])
 
 
-def calibrate(heads: Heads, *, device: str, tokens: int, group: dist.ProcessGroup | None = None) -> Hardware:
+def calibrate(
+    heads: Heads, *, device: str, tokens: int, group: dist.ProcessGroup | None = None, tell: Tell = lambda now: None
+) -> Hardware:
     """Measure this machine; every rank of the group (or of the default one) calls it and gets rank 0's numbers.
 
     Args:
         heads: of the kernel measured; itemsize 2 is bf16, 4 fp32.
         device: "cpu" or "cuda".
         tokens: of the largest mask measured, at least 256.
+        tell: called with the name of each part before it is measured.
     """
     import torch
     import torch.distributed as dist
 
     together = dist.is_available() and dist.is_initialized()
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[heads.itemsize]
+    tell("the kernel")
     kernel = _fit_kernel(heads, torch.device(device), dtype, tokens)
+    tell("links" if together else "copies")
     within, across, per_node = _links(group, torch.device(device)) if together else (_NO_LINK, _NO_LINK, 1)
+    tell("transports" if together else "copies")
     transports = measure_transports(group, torch.device(device)) if together else ()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     hardware = Hardware(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from cpattn.planning.options import read_heads
-
-from .options import TORCH_NAMES, refused
+from .options import BackendOption, HeadOptions, JsonOption, heads_of_option, takes_options
+from .session import answering, telling
+from .tables import Grid, show
 
 if TYPE_CHECKING:
     from cpattn.backends import Problem
@@ -29,55 +29,46 @@ _PACKAGES = (
 )
 
 
+@takes_options
 def doctor(
-    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one")] = "",
-    dtype: Annotated[str, typer.Option(help="of q, k and v")] = "bfloat16",
-    num_heads_q: Annotated[int, typer.Option()] = 32,
-    num_heads_kv: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option(help="of queries and keys")] = 128,
-    head_dim_v: Annotated[int, typer.Option(help="of values; 0: as head-dim")] = 0,
-    softcap: Annotated[bool, typer.Option(help="scores are capped")] = False,
-    backend: Annotated[str, typer.Option(help="a backend by name, auto, or fastest: try them")] = "auto",
+    *,
+    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
+    heads: HeadOptions,
+    head_dim_v: Annotated[int | None, typer.Option(help="Dim of a value's head; default: --head-dim.")] = None,
+    softcap: Annotated[bool, typer.Option("--softcap", help="Scores are capped.")] = False,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Say which local kernels serve a problem, which refuse it and why, and which one would run."""
+    with answering():
+        shape = heads_of_option(heads.heads, heads.head_dim, head_dim_v)
+        if device not in ("", "cuda", "cpu"):
+            raise ValueError(f"--device is {device!r}: use cuda or cpu")
     import torch
 
     from cpattn.backends import Problem, device_kind, explain_backends, explain_choice
 
-    console = Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if device not in ("cuda", "cpu"):
-            raise ValueError(f"--device is {device!r}: use cuda or cpu")
-        chosen_dtype = getattr(torch, TORCH_NAMES.get(dtype, dtype), None)
-        if chosen_dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise ValueError(f"dtype {dtype!r} is unknown: use bfloat16, float16, float32 or float64")
-        heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v or head_dim)
-    except ValueError as error:
-        raise refused(error) from None
-    console.print(f"device {_device_name(device)} (kind {device_kind(device)})")
-    console.print(", ".join(f"{p} {_version(p)}" for p in _PACKAGES))
-    problem = Problem(device, chosen_dtype, *heads.numbers, softcap)
+    problem = Problem(device, getattr(torch, heads.dtype.torch_name), *shape.numbers, softcap)
     if backend == "fastest":
-        _race(console, problem)
+        _race(problem, f"{heads.words()} on {device}", as_json=as_json)
         return
-    try:
+    with answering():
         explained = explain_backends(problem, backend)
-    except ValueError as error:
-        console.print(str(error), markup=False)
-        raise typer.Exit(2) from None
-    table = Table("backend", "kernel", "answer", title=f"{problem}", title_justify="left")
-    for candidate, refusal in explained:
-        table.add_row(candidate.name, candidate.kernel, "serves it" if refusal is None else refusal)
-    console.print(table)
     try:
-        console.print(f"{backend} would run: {explain_choice(problem, backend)}", highlight=False)
+        choice = explain_choice(problem, backend)
     except ValueError:
-        console.print(f"{backend}: nothing serves it")
-        raise typer.Exit(1) from None
+        choice = None
+    answers = [(candidate.name, candidate.kernel, refusal) for candidate, refusal in explained]
+    if as_json:
+        print(json.dumps(_values(device, device_kind(device), backend, answers, choice), indent=2))
+    else:
+        show(_lines(device, device_kind(device), backend, answers, choice, f"{heads.words()} on {device}"))
+    if choice is None:
+        raise typer.Exit(1)
 
 
-def _race(console: Console, problem: Problem) -> None:
+def _race(problem: Problem, words: str, *, as_json: bool) -> None:
     """What "fastest" would find for a causal sequence."""
     import torch
 
@@ -87,16 +78,47 @@ def _race(console: Console, problem: Problem) -> None:
     tokens = 16384 if problem.device_type == "cuda" else 1024
     work = Work(lower_mask(AttnMaskSpec.causal(tokens)), tokens, tokens)
     try:
-        choice = decide(problem, work, torch.device(problem.device_type), None)
+        with telling("trying kernels"):
+            choice = decide(problem, work, torch.device(problem.device_type), None)
     except ValueError as error:
-        console.print(str(error), markup=False)
+        show([str(error)])
         raise typer.Exit(1) from None
-    table = Table("kernel", "both passes", "against reference", title=f"causal, {tokens} tokens, {problem}")
-    for trial in sorted(choice.trials, key=lambda t: t.seconds):
-        took = "-" if trial.fault else f"{trial.seconds * 1e3:.3g} ms"
-        table.add_row(trial.kernel, took, trial.fault or "agrees")
-    console.print(table)
-    console.print(f"fastest would run: {choice.in_words()}", highlight=False)
+    trials = sorted(choice.trials, key=lambda trial: trial.seconds)
+    if as_json:
+        values = [{"kernel": t.kernel, "seconds": None if t.fault else t.seconds, "fault": t.fault} for t in trials]
+        print(json.dumps({"tokens": tokens, "trials": values, "choice": choice.in_words()}, indent=2))
+        return
+    title = f"causal, {tokens} tokens, {words}"
+    grid = Grid(("kernel", "both passes", "against reference"), title=title, words=("against reference",))
+    for trial in trials:
+        grid.add(trial.kernel, "-" if trial.fault else f"{trial.seconds * 1e3:.3g} ms", trial.fault or "agrees")
+    show([grid, f"fastest would run: {choice.in_words()}"])
+
+
+_Answers: TypeAlias = list[tuple[str, str, "str | None"]]
+
+
+def _values(device: str, kind: str, backend: str, answers: _Answers, choice: str | None) -> dict[str, Any]:
+    return {
+        "device": _device_name(device),
+        "kind": kind,
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "backends": [{"backend": name, "kernel": kernel, "refusal": refusal} for name, kernel, refusal in answers],
+        "asked": backend,
+        "choice": choice,
+    }
+
+
+def _lines(
+    device: str, kind: str, backend: str, answers: _Answers, choice: str | None, problem: str
+) -> Iterator[Grid | str]:
+    yield f"device {_device_name(device)} (kind {kind})"
+    yield ", ".join(f"{package} {_version(package) or '-'}" for package in _PACKAGES)
+    grid = Grid(("backend", "kernel", "answer"), title=problem, words=("kernel", "answer"))
+    for name, kernel, refusal in answers:
+        grid.add(name, kernel, refusal or "serves it")
+    yield grid
+    yield f"{backend}: nothing serves it" if choice is None else f"{backend} would run: {choice}"
 
 
 def _device_name(device: str) -> str:
@@ -107,8 +129,8 @@ def _device_name(device: str) -> str:
     return device
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "-"
+        return None

@@ -94,7 +94,7 @@ pip_into() { # folder, what...: no network, nothing else than what is named
 
 # Outside the checkout, where the folder cpattn/ would shadow the installed package and lose cpattn.solver.
 install_package() {
-    cp -r cpattn solver collectives launch pyproject.toml README.md LICENSE "$work/source/" || return 1
+    cp -r cpattn solver collectives launch docs pyproject.toml README.md LICENSE "$work/source/" || return 1
     pip_into "$work/site" "$work/source" && return 0
     say "pip could not install the package; copying its folders instead"
     rm -rf "$work/site/cpattn"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.hardware import find_hardware
+from cpattn.planning.head_degree import between_context_ranks, choose_head_degree, most_heads
 from cpattn.planning.options import PlanOptions
 from cpattn.planning.ready import plan_layers, with_layers
 from cpattn.solver import (
@@ -22,47 +24,41 @@ from cpattn.solver import (
     Plan,
     PlanReport,
     Rival,
+    compare,
     plan_report,
+    split_heads,
 )
 
 from .options import (
-    LIMIT_S,
     MAX_CHUNKS,
     MAX_RANKS,
-    BlockOption,
-    FileOption,
-    HeadDimOption,
-    HeadsOption,
+    DegreeOption,
+    HeadOptions,
+    JsonOption,
     LayoutOption,
     Layouts,
-    LengthsOption,
-    MaskName,
-    MaskOption,
+    MaskOptions,
     ScheduleOption,
     Schedules,
-    SeqlenOption,
     StagesOption,
-    WindowOption,
-    answering,
-    heads_of_option,
     require_folder,
-    spec_of_options,
+    require_module,
+    takes_options,
 )
+from .predict import Prediction, predict
+from .session import LIMIT_S, answering, telling
+from .tables import Grid, show
 
 
+@takes_options
 def plan_command(
-    mask: MaskOption = MaskName.causal,
-    seqlen: SeqlenOption = "",
-    lengths: LengthsOption = "",
-    file: FileOption = None,
-    window: WindowOption = None,
-    block: BlockOption = None,
+    mask: MaskOptions,
     ranks: Annotated[int, typer.Option(help="Ranks of the context-parallel group.")] = 8,
     ranks_per_node: Annotated[
         int | None, typer.Option(help="Ranks that share a node; 0: one level; default: the hardware's.")
     ] = None,
-    heads: HeadsOption = "32:8",
-    head_dim: HeadDimOption = 128,
+    *,
+    heads: HeadOptions,
     chunk_size: Annotated[
         int | None, typer.Option(help="Tokens by which ranks may differ; default: tokens / (16 ranks).")
     ] = None,
@@ -72,16 +68,19 @@ def plan_command(
     layout: LayoutOption = Layouts.balanced,
     schedule: ScheduleOption = Schedules.auto,
     num_stages: StagesOption = None,
+    head_degree: DegreeOption = 1,
     search_effort: Annotated[int, typer.Option(help="Iterations of extra placement search.")] = 0,
-    hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}, or a JSON file of cpattn calibrate.")] = "h100",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}, or a file of cpattn calibrate.")] = "h100",
     limit: Annotated[float, typer.Option(min=0, help="Seconds after which to give up; 0: never.")] = LIMIT_S,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this folder, as PNG and PDF.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
-    with answering(limit):
-        spec = spec_of_options(mask, seqlen, lengths, file, window, block)
+    with answering(limit), telling("planning"):
+        spec = mask.spec()
         require_folder("--plot", plot)
+        if plot is not None:
+            require_module("--plot", "matplotlib")
         machine = find_hardware(hardware)
         options = PlanOptions(
             _chunk_size(chunk_size, spec, ranks),
@@ -92,36 +91,82 @@ def plan_command(
             search_effort,
             machine,
         )
-        answer = _answer(spec, ranks, heads_of_option(heads, head_dim), options)
+        asked = f"{mask.words()}; {heads.words()}"
+        answer = _answer(spec, ranks, heads.read(), options, head_degree)._replace(asked=asked)
         _check_balance(answer.report, imbalance)
     if as_json:
-        print(json.dumps({**answer.report.to_dict(), "planning_cpu_seconds": round(answer.cpu_seconds, 4)}, indent=2))
+        print(json.dumps(_values(answer), indent=2))
     else:
-        Console().print(_table(answer), _rivals(answer.report))
+        show([_table(answer), _rivals(answer), *_advice(answer)])
     if plot is not None:
         from cpattn.launch.plan_pictures import draw_report
 
-        for path in draw_report(answer.plan, plot, heads=answer.heads, hardware=machine):
+        for path in draw_report(answer.plan, plot, heads=answer.step.heads, hardware=machine):
             Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
 class Answer(NamedTuple):
+    """A plan, of context ranks where heads are split, and what is said of it.
+
+    heads: of the whole group. asked: mask and heads in words.
+    degrees: predicted seconds of each head degree that was planned, if several were.
+    """
+
     plan: Plan
     report: PlanReport
+    step: Prediction
     heads: Heads
     hardware: Hardware
     cpu_seconds: float
+    degrees: tuple[tuple[int, float], ...]
+    asked: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, the exchanges of heads included; NaN where the plan has too many routes to simulate."""
+        return self.report.seconds + sum(map(sum, self.step.head_seconds))
 
 
-def _answer(spec: AttnMaskSpec, ranks: int, heads: Heads, options: PlanOptions) -> Answer:
+def _answer(spec: AttnMaskSpec, ranks: int, heads: Heads, options: PlanOptions, degree: int | str) -> Answer:
     started = time.process_time()
-    (planned,) = plan_layers(with_layers(spec, None, 1, ()), heads, options, cp_size=ranks)
+    masks = with_layers(spec, None, 1, ())
+    degrees: tuple[tuple[int, float], ...] = ()
+    if degree == "auto":
+        degree, (planned,), degrees = choose_head_degree(masks, heads, options, cp_size=ranks)
+    else:
+        degree = _degree(degree, ranks, heads)
+        planned, = plan_layers(
+            masks, most_heads(heads, degree), options.for_contexts(degree), cp_size=ranks // degree
+        )
     seconds = time.process_time() - started
-    hardware, chunk_size = options.hardware, options.chunk_size
+    hardware, plan, table = options.hardware, planned.plan, lower_mask(spec)
+    step = predict(plan, degree, hardware, heads)
     report = plan_report(
-        planned.plan, mask=lower_mask(spec), heads=heads, hardware=hardware, chunk_size=chunk_size
+        plan, mask=table, heads=step.heads, hardware=between_context_ranks(hardware, degree), rivals=False
     )
-    return Answer(planned.plan, report, heads, hardware, seconds)
+    if not spec.is_cross:
+        rivals = compare(table, spec.total_seqlen, ranks, heads, hardware, options.chunk_size)
+        report = replace(report, rivals=tuple(rivals))
+    return Answer(plan, report, step, heads, hardware, seconds, degrees)
+
+
+def _degree(asked: int | str, ranks: int, heads: Heads) -> int:
+    degree = int(asked)
+    if degree < 1 or ranks % degree:
+        raise ValueError(f"--head-degree is {degree} and --ranks {ranks}: it must divide them")
+    split_heads(heads.num_q, heads.num_kv, degree)  # or it says why not
+    return degree
+
+
+def _values(answer: Answer) -> dict[str, Any]:
+    """The report for JSON: of the context ranks where heads are split, seconds with the exchanges of heads."""
+    return {
+        **answer.report.to_dict(),
+        "head_degree": answer.step.head_degree,
+        "seconds": answer.seconds if math.isfinite(answer.seconds) else None,
+        "head_degree_seconds": dict(answer.degrees),
+        "planning_cpu_seconds": round(answer.cpu_seconds, 4),
+    }
 
 
 def _chunk_size(asked: int | None, spec: AttnMaskSpec, ranks: int) -> int:
@@ -151,18 +196,19 @@ def _nodes(asked: int | None, ranks: int, hardware: Hardware) -> int | None:
     return asked or None
 
 
-def _table(answer: Answer) -> Table:
-    report, plan = answer.report, answer.plan
+def _table(answer: Answer) -> Grid:
+    report, plan, degree = answer.report, answer.plan, answer.step.head_degree
     kind = "queries and keys travel" if report.moves_queries else "keys travel"
     levels = f"{report.ranks_per_node} ranks to a node" if 1 < report.ranks_per_node < report.cp_size else "one level"
-    table = Table(
-        title=f"{report.seqlen_q:,} x {report.seqlen_k:,} tokens on {report.cp_size:,} ranks ({levels}): {kind}",
-        title_justify="left",
-        caption=f"planned in {answer.cpu_seconds:.2f} CPU s; {answer.hardware.name}; bytes, time: forward + backward",
-        caption_justify="left",
+    on = f"{report.cp_size:,} ranks ({levels})"
+    if degree > 1:
+        on = f"{report.cp_size:,} x {degree} ranks ({levels}), rows below are those of {degree} ranks that share heads"
+    table = Grid(
+        ("", "mean", "max", "max / mean", "bound on max", "max / bound"),
+        title=f"{report.seqlen_q:,} x {report.seqlen_k:,} tokens on {on}: {kind}",
+        caption=f"{answer.asked}; {answer.hardware.name}; bytes and time: forward + backward; planned in "
+        f"{answer.cpu_seconds:.2f} CPU s",
     )
-    for heading in ("", "mean", "max", "max / mean", "bound on max", "max / bound"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=not heading)
     areas, tokens = plan.areas(), plan.q_placement.num_tokens
     _row(table, "visible pairs", areas.mean(), areas.max(), areas.mean())
     _row(table, "tokens owned", tokens.mean(), tokens.max(), None)
@@ -172,19 +218,22 @@ def _table(answer: Answer) -> Table:
     if report.moves_queries:
         _row(table, "query rows received", report.q_rows / report.cp_size, report.q_rows_worst, None)
     _row(table, "bytes received", report.bytes_mean, report.bytes_worst, report.bytes_worst_bound, _bytes)
-    table.add_section()
+    table.add_line()
     if report.kv_rows_bound and not report.moves_queries:
         _total(table, "key rows, all ranks", report.kv_rows, report.kv_rows_bound, _count)
     _total(table, "bytes, all ranks", report.bytes_total, report.bytes_bound, _bytes)
-    _total(table, f"step, {report.num_stages} remote stages", report.seconds, report.seconds_bound, _seconds)
+    if degree > 1:
+        table.add("exchanges of heads", "", _seconds(answer.seconds - report.seconds), "", "-", "-")
+    stages = "1 remote stage" if report.num_stages == 1 else f"{report.num_stages} remote stages"
+    _total(table, f"step, {stages}", answer.seconds, report.seconds_bound, _seconds)
     return table
 
 
-def _row(table: Table, name: str, mean: float, most: float, bound: float | None, show: Any = None) -> None:
+def _row(table: Grid, name: str, mean: float, most: float, bound: float | None, show: Any = None) -> None:
     show = show or _count
     ratio = f"{most / mean:.3f}" if mean else "-"
     known = bound is not None and bound > 0
-    table.add_row(
+    table.add(
         name,
         show(mean),
         show(most),
@@ -194,25 +243,47 @@ def _row(table: Table, name: str, mean: float, most: float, bound: float | None,
     )
 
 
-def _total(table: Table, name: str, value: float, bound: float, show: Any) -> None:
+def _total(table: Grid, name: str, value: float, bound: float, show: Any) -> None:
     ratio = f"{value / bound:.2f}" if bound > 0 and value == value else "-"
-    table.add_row(name, "", show(value), "", show(bound) if bound > 0 else "-", ratio)
+    table.add(name, "", show(value), "", show(bound) if bound > 0 else "-", ratio)
 
 
-def _rivals(report: PlanReport) -> Table:
-    table = Table(title="the same attention by other means: bytes received, predicted step", title_justify="left")
-    for heading in ("", "imbalance", "all ranks", "to ours", "busiest", "step", "note"):
-        table.add_column(heading, justify="left" if heading in ("", "note") else "right", no_wrap=heading != "note")
+def _rivals(answer: Answer) -> Grid:
+    report = answer.report
+    table = Grid(
+        ("", "imbalance", "all ranks", "to ours", "busiest", "step", "note"),
+        title="the same attention by other means: bytes received, predicted step",
+        words=("note",),
+    )
     ours = report.bytes_total
-    mine = Rival("this plan", report.imbalance, ours, report.bytes_worst, report.seconds)
+    mine = Rival("this plan", report.imbalance, ours, report.bytes_worst, answer.seconds)
+    if answer.step.head_degree > 1:  # bytes of rows traded for heads do not compare with those of keys
+        mine, ours = Rival("this plan", report.imbalance, math.nan, math.nan, answer.seconds), 0.0
     for rival in (mine, *report.rivals):
-        table.add_row(rival.name, *_rival_cells(rival, ours), rival.note)
+        table.add(rival.name, *_rival_cells(rival, ours), rival.note)
     return table
+
+
+def _advice(answer: Answer) -> list[str]:
+    """Where another way is predicted to be faster: which, by how much, and what to try."""
+    lines = []
+    if answer.degrees:
+        shown = ", ".join(f"{degree}: {_seconds(seconds)}" for degree, seconds in answer.degrees)
+        lines.append(f"head degrees planned: {shown}; taken: {answer.step.head_degree}")
+    others = [rival for rival in answer.report.rivals if rival.seconds < 0.99 * answer.seconds]
+    if others:
+        best = min(others, key=lambda rival: rival.seconds)
+        lines.append(
+            f"The cost model puts {best.name} ahead here: {_seconds(best.seconds)} against {_seconds(answer.seconds)}."
+        )
+        if answer.step.head_degree == 1 and not answer.degrees:
+            lines.append("--head-degree auto plans with heads split among ranks as well, and takes the fastest.")
+    return lines
 
 
 def _rival_cells(rival: Rival, ours: float) -> tuple[str, str, str, str, str]:
     """ours: bytes of this plan."""
-    if rival.bytes_total != rival.bytes_total:  # it does not serve
+    if rival.imbalance != rival.imbalance:  # it does not serve
         return ("-",) * 5
     ratio = f"{rival.bytes_total / ours:.2f}" if ours else "-"
     total, worst = _bytes(rival.bytes_total), _bytes(rival.bytes_worst)
@@ -226,6 +297,8 @@ def _count(value: float) -> str:
 
 def _bytes(value: float) -> str:
     """Bytes with a decimal unit."""
+    if value != value:
+        return "-"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000:
             return f"{value:.3g} {unit}"

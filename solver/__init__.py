@@ -38,7 +38,7 @@ from .plan import (
     fetched_at_once,
     received_runs,
 )
-from .report import PlanReport, Rival, plan_report
+from .report import PlanReport, Rival, compare, plan_report
 from .rounds import window_params
 from .routes import (
     Intervals,
@@ -110,6 +110,7 @@ __all__ = [
     "assemble_plan",
     "bisect_tasks",
     "bytes_bound",
+    "compare",
     "context_ranks_per_node",
     "disjoint_union",
     "exchange_of",

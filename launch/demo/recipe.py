@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from . import NUM_STEPS, NUM_TOKENS
 from .model import ModelConfig, Transformer
 
 # Loss may differ by this much, relatively, at the first step and at any step.
@@ -26,8 +27,8 @@ class Recipe:
     """Everything that decides the numbers of a run, apart from how many ranks it is spread over."""
 
     data: str | None = None
-    num_tokens: int = 16384
-    num_steps: int = 30
+    num_tokens: int = NUM_TOKENS
+    num_steps: int = NUM_STEPS
     warmup_steps: int = 4
     learning_rate: float = 3e-3
     seed: int = 0

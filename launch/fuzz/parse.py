@@ -82,7 +82,8 @@ def read_everything(text: str) -> None:
     Raises:
         Exception: any other; or AssertionError where a mask that was read is not the one that is lowered.
     """
-    from cpattn.launch.options import heads_of_option, parse_count, spec_from_json
+    from cpattn.launch.mask_file import spec_from_json
+    from cpattn.launch.options import heads_of_option, parse_count
     from cpattn.masks.spec import lower_mask
     from cpattn.solver import Hardware
 
@@ -114,6 +115,7 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["cpattn"]):
+        import cpattn.launch.mask_file
         import cpattn.launch.options
         import cpattn.masks.spec
         import cpattn.solver  # noqa: F401

@@ -100,7 +100,7 @@ def test_doctor() -> None:
     result = run(app, ["doctor", "--device", "cpu", "--backend", "te"])
     assert result.exit_code == 1
     assert run(app, ["doctor", "--device", "cpu", "--dtype", "fp32"]).exit_code == 0
-    for bad in (["--dtype", "float99"], ["--device", "tpu"], ["--head-dim", "0"], ["--num-heads-q", "3"]):
+    for bad in (["--dtype", "float99"], ["--device", "tpu"], ["--head-dim", "0"], ["--heads", "3:2"]):
         assert run(app, ["doctor", *bad]).exit_code == 2
 
 

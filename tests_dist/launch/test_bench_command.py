@@ -30,7 +30,7 @@ def run(*args: str) -> Any:
 def test_table_and_files(tmp_path: Path) -> None:
     done = run("--lengths", "300,200", *SMALL, "--keep-kv", "--trace", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
-    for word in ("500 x 500 tokens on 1 ranks", "exposed", "median of 2", "predicted", "bytes forward"):
+    for word in ("500 x 500 tokens on 1 rank", "exposed", "median of 2", "predicted", "bytes forward"):
         assert word in done.output
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"trace.json", "report.json", "timeline.png", "timeline.pdf"}

@@ -36,7 +36,7 @@ def package_folders() -> set[str]:
 
 def test_every_package_is_listed(pyproject: dict[str, Any]) -> None:
     """A package missing from the list works in the checkout and is absent from the wheel."""
-    assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted(package_folders())
+    assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted({*package_folders(), "cpattn.docs"})
 
 
 def test_every_folder_with_python_files_is_a_package() -> None:
@@ -57,7 +57,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy: setuptools writes into the tree that it builds."""
     pytest.importorskip("setuptools")
     source = tmp_path_factory.mktemp("source")
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "docs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -75,7 +75,7 @@ def pip(*args: str) -> None:
 
 def test_the_wheel_holds_every_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {"cpattn/py.typed"}
+    expected = {"cpattn/py.typed", "cpattn/docs/planning.md", "cpattn/docs/images/timeline.png"}
     for _, path in source_files():
         name = module_name(path).replace(".", "/")
         expected.add(f"{name}/__init__.py" if path.name == "__init__.py" else f"{name}.py")
