@@ -48,9 +48,10 @@ _MASK_BELOW = {(False, False): 1536, (False, True): 1536, (True, False): 1536, (
 
 
 # The kernel adds gradients up in the dtype of its inputs: those of queries over blocks of keys, those of keys over
-# blocks of queries and over the query heads that share them. In 16 bits every addition rounds, so a call of backward
-# gets no more of either than this, and the calls' results are added in fp32.
-_MAX_HALF_ROWS = 2048
+# blocks of queries and over the query heads that share them. In 16 bits every addition rounds. So a tile of backward
+# has at most eight blocks of 256 rows and four of 512 keys, and what tiles give is added in fp32: the error is at most
+# some 1.7 times that of one product in 16 bits, however many rows there are.
+_MAX_HALF_ROWS, _MAX_HALF_KEYS = 2048, 2048
 _MAX_HALF_SUMS = 8
 
 
@@ -75,8 +76,14 @@ class _Call(NamedTuple):
         return self.tile.k1 - self.tile.k0
 
     @property
+    def one_rectangle(self) -> bool:
+        """Whether the tiles are parts of one, cut between rows: they share all keys and no row."""
+        return self.num_tiles == 1 or (self.k_step == 0 and self.q_step == self.num_rows)
+
+    @property
     def large(self) -> bool:
-        return self.num_tiles == 1 and self.num_rows >= _MANY_ROWS and self.num_keys >= _MANY_KEYS
+        rows = self.num_tiles * self.num_rows
+        return self.one_rectangle and rows >= _MANY_ROWS and self.num_keys >= _MANY_KEYS
 
 
 @dataclass(slots=True)
@@ -92,7 +99,7 @@ class _Work:
         if kind not in self.planned:
             tiles = kernel_tiles(self.slices, mask_below=_MASK_BELOW[kind])
             if all(kind):
-                tiles = [part for tile in tiles for part in _cut(tile, _MAX_HALF_ROWS)]
+                tiles = [part for tile in tiles for part in _cut(tile)]
             self.planned[kind] = _batch_tiles(tiles, self.num_queries)
         return self.planned[kind]
 
@@ -305,11 +312,10 @@ def _heads_of_backward(call: _Call, dtype: torch.dtype, num_q: int, num_kv: int)
     """The same for backward: one query head of each key head where a call of all of them would add too often."""
     group = num_q // num_kv
     sums = group * -(-call.num_rows // _query_block(call.num_rows))
-    if group == 1 or dtype not in HALF_DTYPES or sums <= _MAX_HALF_SUMS:
-        yield from _heads_of_calls(call, num_q, num_kv)
-        return
-    for nth in range(group):
-        yield slice(nth, None, group), slice(None)
+    apart = group if dtype in HALF_DTYPES and sums > _MAX_HALF_SUMS else 1
+    for n, g in _heads_of_calls(call, num_q, num_kv):
+        for nth in range(apart):
+            yield slice(n.start + nth, n.stop, apart), g
 
 
 def _inputs(call: _Call, q_QND: Tensor, k_KGD: Tensor, v_KGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,11 +325,9 @@ def _inputs(call: _Call, q_QND: Tensor, k_KGD: Tensor, v_KGD: Tensor) -> tuple[T
     time. Tiles that share a call may share rows, which a copy would multiply.
     """
     q, k, v = _queries(q_QND, call), _keys(k_KGD, call), _keys(v_KGD, call)
-    if call.large:
-        return q.contiguous(), k.contiguous(), v.contiguous()
-    if k.dtype in HALF_DTYPES and call.num_tiles == 1:
-        return q, k.contiguous(), v.contiguous()
-    return q, k, v
+    if call.large or (k.dtype in HALF_DTYPES and call.one_rectangle):
+        k, v = (t[:1].contiguous().expand_as(t) for t in (k, v))
+    return q.contiguous() if call.large else q, k, v
 
 
 def _stacked(x_TND: Tensor, start: int, length: int, count: int, step: int) -> Tensor:
@@ -333,20 +337,24 @@ def _stacked(x_TND: Tensor, start: int, length: int, count: int, step: int) -> T
     return x_TND[start:].as_strided(shape, (step * row, head, row, dim))
 
 
-def _cut(tile: KernelTile, most: int) -> Iterator[KernelTile]:
-    """Tiles of at most that many rows and keys with the same pairs."""
-    for q0 in range(tile.q0, tile.q1, most):
-        for k0 in range(tile.k0, tile.k1, most):
-            q1, k1 = min(q0 + most, tile.q1), min(k0 + most, tile.k1)
-            down, right = q0 - tile.q0, k0 - tile.k0
-            if tile.kind == BANDED:
-                lo, hi = tile.lo + down - right, tile.hi + down - right
-                if lo < k1 - k0 and hi > q0 - q1:
-                    yield KernelTile(BANDED, q0, q1, k0, k1, lo, hi)
-            elif tile.kind != FULL and right == down:
-                yield KernelTile(tile.kind, q0, q1, k0, k1)
-            elif tile.kind == FULL or (right < down) == (tile.kind == CAUSAL):
-                yield KernelTile(FULL, q0, q1, k0, k1)
+def _cut(tile: KernelTile) -> Iterator[KernelTile]:
+    """The pairs of a tile in tiles of few enough rows and keys for 16 bits; parts of the same keys are neighbours."""
+    kind, q0, q1, k0, k1, lo, hi = tile
+    if kind in (FULL, BANDED):
+        for k in range(k0, k1, _MAX_HALF_KEYS):
+            for q in range(q0, q1, _MAX_HALF_ROWS):
+                rows, keys = min(_MAX_HALF_ROWS, q1 - q), min(_MAX_HALF_KEYS, k1 - k)
+                shift = (q - q0) - (k - k0) if kind == BANDED else 0
+                if kind == FULL or (lo + shift < keys and hi + shift > -rows):
+                    yield KernelTile(kind, q, q + rows, k, k + keys, lo + shift, hi + shift)
+    elif q1 - q0 <= _MAX_HALF_ROWS:
+        yield tile
+    else:  # a triangle: two of half the size, and the square between them
+        half = -(-(q1 - q0) // (2 * _MAX_HALF_ROWS)) * _MAX_HALF_ROWS
+        q, k = q0 + half, k0 + half
+        yield from _cut(KernelTile(kind, q0, q, k0, k))
+        yield from _cut(KernelTile(FULL, q, q1, k0, k) if kind == CAUSAL else KernelTile(FULL, q0, q, k, k1))
+        yield from _cut(KernelTile(kind, q, q1, k, k1))
 
 
 def _batch_tiles(tiles: list[KernelTile], num_queries: int) -> tuple[_Call, ...]:
@@ -396,12 +404,18 @@ def _continues(run: list[KernelTile], tile: KernelTile) -> bool:
     return (
         (rows, keys) == (first.q1 - first.q0, first.k1 - first.k0)
         and (tile.kind, tile.lo, tile.hi) == (first.kind, first.lo, first.hi)
-        and rows * keys <= _MAX_BATCHED_PAIRS
-        and (rows + keys) * (len(run) + 1) <= _MAX_BATCHED_ROWS
+        and _fits(rows, keys, len(run) + 1, (q_step, k_step) == (rows, 0))
         and q_step >= 0
         and k_step >= 0
         and (len(run) == 1 or (q_step, k_step) == (run[1].q0 - first.q0, run[1].k0 - first.k0))
     )
+
+
+def _fits(rows: int, keys: int, count: int, one_rectangle: bool) -> bool:
+    """Whether so many tiles of a shape may share a call; parts of one rectangle have their keys in it once."""
+    if one_rectangle:
+        return rows * count <= 2 * _MAX_BATCHED_ROWS
+    return rows * keys <= _MAX_BATCHED_PAIRS and (rows + keys) * count <= _MAX_BATCHED_ROWS
 
 
 def _same_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

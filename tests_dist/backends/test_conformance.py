@@ -15,6 +15,7 @@ from cpattn.backends import sdpa_cpu
 from cpattn.backends.flex import FlexBackend
 from cpattn.backends.reference import ReferenceBackend
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
+from cpattn.masks.spec import lower_mask
 from tests_dist.support.backend_cases import CASES, DTYPES, LARGE, check_backend
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import dense_attention, make_inputs
@@ -59,6 +60,23 @@ def test_heads_called_one_by_one(name: str, threads: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for dtype in (torch.float32, torch.bfloat16):
         check_backend(BACKENDS["sdpa"], name, dtype)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "bi_causal", "grouped_heads"])
+def test_tiles_cut_for_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long tiles are in backward, so that few sums are made in 16 bits; here short ones, too."""
+    monkeypatch.setattr(sdpa_cpu, "_MAX_HALF_ROWS", 16)
+    monkeypatch.setattr(sdpa_cpu, "_MAX_HALF_KEYS", 32)
+    check_backend(BACKENDS["sdpa"], name, torch.bfloat16, num_parts=1)
+
+
+def test_parts_of_a_tile_share_calls_and_keys() -> None:
+    """Of the 136 squares of 2048 rows that 32K causal rows are."""
+    table = lower_mask(AttnMaskSpec.causal(32768))
+    work = CpuSdpaBackend().prepare(table, 32768, 32768, torch.device("cpu"))
+    calls = work.calls(torch.bfloat16, backward=True)
+    assert len(calls) <= 50
+    assert max(max(call.num_rows, call.num_keys) for call in calls) <= 2048
 
 
 def test_kernels_get_no_lse_of_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
