@@ -142,7 +142,7 @@ class AttnKey:
         if kind not in self._bound:
             running = self.options.running
             backend = self._backend(device, dtype, softcap)
-            exchanges = Exchanges(self.cp_group, running.codec)
+            exchanges = Exchanges(self.cp_group, running.codec, running.grad_dtype)
             self._bound[kind] = bind_plan(
                 self.rank_plan, backend, exchanges, device, transport=self.transport, keep_kv=running.keep_kv
             )

@@ -41,6 +41,7 @@ def make_key(
     also: Sequence[LayerKind] = (),
     search_effort: int = 0,
     wire: str | None = None,
+    grad_wire: str | None = None,
     latent_dim: int | None = None,
     keep_kv: bool = False,
     head_degree: int | Literal["auto"] = 1,
@@ -83,6 +84,9 @@ def make_key(
         wire: "e4m3" or "e5m2": k and v, and q and the gradient of out where they move, travel as
             8-bit floats with a scale for each row and head; half the bytes of bf16, and its error
             (docs/te_ops.md has figures; prefer e4m3). None: as they are.
+        grad_wire: "bf16": the gradients of k and v that a rank computes for another go there in bf16, half the bytes of
+            fp32, and are summed in fp32 there; each is rounded once (docs/gradients.md has figures). Planning goes by
+            fp32 all the same. None: in fp32 (fp64 for fp64).
         latent_dim: for `cpattn.fetch`: elements of the row that you will fetch in the place of a row of k and v (MLA's
             latent); the plan then counts its bytes. None: k and v travel.
         keep_kv: keep the keys and values that forward fetched until backward, which then fetches none: fewer
@@ -113,7 +117,7 @@ def make_key(
     """
     check_spec("spec", spec)
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
-    running = RunOptions(backend, wire, bool(keep_kv), transport, bool(identify))
+    running = RunOptions(backend, wire, bool(keep_kv), transport, bool(identify), grad_wire)
     ranks = find_ranks(cp_group)
     degree = _read_degree(head_degree, plan, ranks.size, heads)
     machine, per_node = read_hardware(hardware, ranks.group), _read_nodes(ranks_per_node, ranks, degree)

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import torch
+
 from cpattn.backends import CHOICES, backend_names
 from cpattn.collectives import Fp8Rows, RowCodec
 from cpattn.masks.reading import Window
@@ -23,6 +25,7 @@ class RunOptions:
 
     backend: name of the local kernel, "auto" or "fastest".
     wire: 8-bit format in which rows travel; None: as they are.
+    grad_wire: "bf16": gradients of k and v go to their owners in bf16; None: in the dtype that they are summed in.
     keep_kv: whether forward keeps the keys and values that it fetched for backward.
     transport: by which calls rows travel; "auto": by the measurements of the hardware.
     identify: whether ranks tell each other before each pass what they call.
@@ -36,11 +39,14 @@ class RunOptions:
     keep_kv: bool = False
     transport: TransportChoice = "auto"
     identify: bool = True
+    grad_wire: str | None = None
 
     def __post_init__(self) -> None:
         known = (*CHOICES, *backend_names())
         if self.backend not in known:
             raise ValueError(f"backend {self.backend!r} is unknown: use {', '.join(known)}")
+        if self.grad_wire not in (None, "bf16"):
+            raise ValueError(f"grad_wire is {self.grad_wire!r}: use 'bf16' or None")
         if self.transport not in ("auto", "all_to_all", "p2p"):
             raise ValueError(f"transport is {self.transport!r}: use 'auto', 'all_to_all' or 'p2p'")
 
@@ -48,6 +54,11 @@ class RunOptions:
     def codec(self) -> RowCodec | None:
         """How rows travel between ranks, if not as they are."""
         return None if self.wire is None else Fp8Rows(self.wire)
+
+    @property
+    def grad_dtype(self) -> torch.dtype | None:
+        """In which gradients of k and v travel, if not in that of their sums."""
+        return None if self.grad_wire is None else torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)

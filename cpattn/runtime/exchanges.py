@@ -51,11 +51,13 @@ class Trip(NamedTuple):
 class Exchanges:
     """The exchanges of a group.
 
-    group: None is one rank. codec: how rows travel, if not as they are.
+    group: None is one rank. codec: how rows travel, if not as they are. gradients: the dtype in which those of keys
+    travel, if not that of their sums.
     """
 
     group: dist.ProcessGroup | None = None
     codec: RowCodec | None = None
+    gradients: torch.dtype | None = None
 
     def encode(self, rows: Sequence[Tensor]) -> Rows:
         """What travels in the place of rows where the wire is compressed; else nothing. It serves several trips."""

@@ -72,10 +72,11 @@ def run_backward(
     guests.work(plan.home, kv, dkv)
     for stage in plan.remote:
         keys = fetches.take()
-        packed, dkeys = _packed_accumulators(plan, keys, own.lse.dtype)
+        packed, dkeys = _packed_accumulators(plan, keys, _summed_in(plan, own.lse.dtype))
         guests.work(stage, keys, dkeys)
         _differentiate(plan, scoring, own, keys, stage.own_work, dkeys, fresh_dkv=not plan.moves_queries)
         returns.make_room()
+        packed, dkeys = _narrowed(plan, packed, dkeys)
         returns.add(plan.exchanges.reduce(stage.kv, dkeys, dkv, packed=packed))
     returns.wait()
     return Gradients(own.dq.to(own.q.dtype), dkv.k.to(kv.k.dtype), dkv.v.to(kv.v.dtype))
@@ -148,10 +149,35 @@ def _returning(plan: BoundPlan, dout: Tensor, forward: Attending) -> Returning:
 
 def _packed_accumulators(plan: BoundPlan, like: KeyRows, dtype: torch.dtype) -> tuple[Tensor, KeyRows]:
     """Accumulators of these shapes in a buffer from which their rows travel without a copy."""
+    packed, rows = _packed(like, dtype)
+    if not stores_first(plan.backend):
+        packed.zero_()
+    return packed, rows
+
+
+def _packed(like: KeyRows, dtype: torch.dtype) -> tuple[Tensor, KeyRows]:
+    """A buffer in which rows of these shapes lie side by side, and its views; it holds anything."""
     none = tuple(t.new_empty((0, *t.shape[1:]), dtype=dtype) for t in like)
-    rows = torch.empty((like.k.shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like.k.device)
-    packed = rows if stores_first(plan.backend) else rows.zero_()
+    packed = torch.empty((like.k.shape[0], packed_row_bytes(none)), dtype=torch.uint8, device=like.k.device)
     return packed, KeyRows(*unpack_rows(packed, none))
+
+
+def _summed_in(plan: BoundPlan, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a stage's gradients of keys: that in which they travel where the kernel stores them in one call."""
+    travels = plan.exchanges.gradients
+    return travels if travels is not None and stores_first(plan.backend) and not plan.moves_queries else dtype
+
+
+def _narrowed(plan: BoundPlan, packed: Tensor, dkeys: KeyRows) -> tuple[Tensor, KeyRows]:
+    """A stage's gradients of keys in the dtype in which they travel."""
+    dtype = plan.exchanges.gradients
+    if dtype in (None, dkeys.k.dtype):
+        return packed, dkeys
+    assert dtype is not None
+    packed, narrow = _packed(dkeys, dtype)
+    for mine, theirs in zip(narrow, dkeys, strict=True):
+        mine.copy_(theirs)
+    return packed, narrow
 
 
 class _Guests(Generic[Queries]):
