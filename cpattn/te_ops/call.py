@@ -26,6 +26,7 @@ from .layouts import (
     sequence_lengths,
     to_rows,
 )
+from .orders import FORMATS
 
 
 class RowTensors(NamedTuple):
@@ -90,6 +91,32 @@ class FusedCall:
     @property
     def num_rows(self) -> int:
         return self.q_rows.num_rows
+
+    def format_of(self, name: str, asked: str | None) -> str:
+        """The format that an argument asks for; None is q's.
+
+        Raises:
+            ValueError: it is none, or packs tokens where q does not, or the other way round.
+        """
+        own = self.layout.q_format
+        if asked is None or asked == own:
+            return own
+        if asked not in FORMATS or "thd" in (asked, own):
+            raise ValueError(f"{name} is {asked!r} and q has {own!r}: use that, or one of sbhd, bshd, bhsd for another")
+        return asked
+
+    def gradient_layout(self, asked: str | None) -> tuple[QKVLayout, tuple[str, str, str]]:
+        """The layout that dqkv_layout asks for, and the formats of dq, dk and dv; None is that of q, k and v.
+
+        Raises:
+            ValueError: it is unknown, or packs tokens where q, k and v do not.
+        """
+        layout = self.layout if asked is None else parse_layout(asked)
+        for own, fmt in ((self.layout.q_format, layout.q_format), (self.layout.kv_format, layout.kv_format)):
+            if own != fmt and "thd" in (own, fmt):
+                what = f"dqkv_layout is {asked!r}, qkv_layout {self.layout.name!r}"
+                raise ValueError(f"{what}: both pack tokens, or none")
+        return layout, (layout.q_format, layout.kv_format, layout.kv_format)
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, table_k: Tensor | None, table_v: Tensor | None) -> RowTensors:
         """The operands as rows; paged ones are gathered."""

@@ -28,7 +28,7 @@ _M32 = (1 << 32) - 1
 class Extras:
     """What a call has beyond plain attention.
 
-    bias: [1 or B, 1 or N, max_q, max_kv], added to the scaled scores. dropout: probability; its mask is a function
+    bias: [1 or B, 1 or N, 1 or max_q, max_kv], added to the scaled scores. dropout: probability; its mask is a function
     of rng_state (int64 [seed, offset]), sequence, head, query and key alone. s_quantizer, dp_quantizer: rounding of
     the probabilities and of their gradient.
     """
@@ -187,17 +187,18 @@ def _biased_scores(
 
 
 def _bias_block(bias: Tensor, sequence: SequenceSlices, rows: slice, keys: slice) -> Tensor:
-    """The bias of a block, [1 or N, Q, K], as a view."""
+    """The bias of a block, [1 or N, 1 or Q, K], as a view."""
+    own_rows = slice(rows.start - sequence.q_start, rows.stop - sequence.q_start)
     return bias[
         sequence.number if bias.shape[0] > 1 else 0,
         :,
-        rows.start - sequence.q_start : rows.stop - sequence.q_start,
+        own_rows if bias.shape[2] > 1 else slice(None),
         keys.start - sequence.k_start : keys.stop - sequence.k_start,
     ]
 
 
 def _summed_to(x_NQK: Tensor, shape: torch.Size) -> Tensor:
-    return x_NQK if shape[0] == x_NQK.shape[0] else x_NQK.sum(0, keepdim=True)
+    return x_NQK.sum_to_size(shape)
 
 
 def _rounded(x: Tensor, quantizer: Quantizer | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The functions under their names and argument orders in the compiled module `transformer_engine_torch` (2.12).
+"""The functions under their names and argument orders in the compiled module `transformer_engine_torch`, 2.12 and 2.20.
 
 For code that calls the extension itself: `from cpattn.te_ops import extension as tex`. The arithmetic is that of
 `fused_attn_fwd` and its kin one level up, which have defaults and names and are the better choice elsewhere.
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import cache_copy, fused
 from .convert import convert_bshd_to_thd, convert_thd_to_bshd, fa_prepare_bwd, fa_prepare_fwd, mha_fill
 from .layouts import LAYOUTS
+from .orders import FORMATS, either_order
 from .quantizers import Fp8Tensor, Quantizer, quantizer_helper
 from .refusals import BIAS_TYPES, MASK_TYPES, SOFTMAX_TYPES
 
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@either_order(after="qkv_layout", added=("o_format", "qkv_scale_inv_format"), dropped=None, told_by="bias_type")
 def fused_attn_fwd(
     max_seqlen_q: int,
     max_seqlen_kv: int,
@@ -62,6 +64,9 @@ def fused_attn_fwd(
     rng_elts_per_thread: int = 0,
     return_max_logit: bool = False,
     cuda_graph: bool = False,
+    *,
+    o_format: Any = None,
+    qkv_scale_inv_format: Any = None,
 ) -> list[Any]:
     """`te_ops.fused_attn_fwd`: [out, stats, rng_state, (bias), (softmax_offset)], with max_logit [N] last if asked.
 
@@ -95,11 +100,18 @@ def fused_attn_fwd(
         softmax_offset=softmax_offset,
         return_max_logit=return_max_logit,
         cuda_graph=cuda_graph,
+        o_format=_format(o_format),
         **_names(qkv_layout, bias_type, attn_mask_type, softmax_type, window_size, bottom_right_diagonal),
     )
     return [out, *aux, *maximum]
 
 
+@either_order(
+    after="qkv_layout",
+    added=("o_format", "do_format", "dqkv_layout", "qkv_scale_inv_format", "do_scale_inv_format"),
+    dropped="dqkv_type",
+    told_by="bias_type",
+)
 def fused_attn_bwd(
     max_seqlen_q: int,
     max_seqlen_kv: int,
@@ -121,14 +133,20 @@ def fused_attn_bwd(
     o: Tensor | Fp8Tensor,
     d_o: Tensor | Fp8Tensor,
     fake_dtype: torch.dtype | None,
-    dqkv_type: Any,
-    aux_ctx_tensors: Sequence[Tensor],
+    dqkv_type: Any = None,
+    aux_ctx_tensors: Sequence[Tensor] = (),
     cu_seqlens_q_padded: Tensor | None = None,
     cu_seqlens_kv_padded: Tensor | None = None,
     s_quantizer: Quantizer | None = None,
     dp_quantizer: Quantizer | None = None,
     dqkv_quantizer: Quantizer | None = None,
     cuda_graph: bool = False,
+    *,
+    o_format: Any = None,
+    do_format: Any = None,
+    dqkv_layout: Any = None,
+    qkv_scale_inv_format: Any = None,
+    do_scale_inv_format: Any = None,
 ) -> list[Any]:
     """`te_ops.fused_attn_bwd`: [dq, dk, dv, dbias or None, dsoftmax_offset or None].
 
@@ -158,6 +176,9 @@ def fused_attn_bwd(
             dropout=p_dropout,
             deterministic=deterministic,
             cuda_graph=cuda_graph,
+            o_format=_format(o_format),
+            do_format=_format(do_format),
+            dqkv_layout=None if dqkv_layout is None else enum_name(dqkv_layout, tuple(LAYOUTS)),
             **_names(qkv_layout, bias_type, attn_mask_type, softmax_type, window_size, bottom_right_diagonal),
         )
     )
@@ -198,6 +219,10 @@ def enum_name(value: Any, known: Sequence[str]) -> str:
         if candidate in known:
             return candidate
     raise ValueError(f"{name!r} is none of {', '.join(known)}")
+
+
+def _format(value: Any) -> str | None:
+    return None if value is None else enum_name(value, FORMATS)
 
 
 def _names(

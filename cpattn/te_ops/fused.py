@@ -30,6 +30,7 @@ from .layouts import (
     parse_layout,
     to_rows,
 )
+from .orders import either_order
 from .quantizers import Fp8Tensor, Quantizer, dequantized
 from .refusals import refuse_call, te_refusal
 from .te_import import call_te
@@ -37,6 +38,9 @@ from .te_import import call_te
 Implementation = Literal["portable", "te"]
 
 
+@either_order(
+    after="qkv_layout", added=("o_format", "qkv_scale_inv_format"), dropped=None, told_by="attn_bias_type"
+)
 @torch.no_grad()  # as the original: its result has no graph, so a backward through it is an error
 def fused_attn_fwd(
     is_training: bool,
@@ -70,10 +74,12 @@ def fused_attn_fwd(
     return_max_logit: bool = False,
     cuda_graph: bool = False,
     *,
+    o_format: str | None = None,
+    qkv_scale_inv_format: str | None = None,
     impl: Implementation = "portable",
     backend: str = "auto",
 ) -> tuple[Any, ...]:
-    """Attention of a batch of sequences, forward.
+    """Attention of a batch of sequences, forward. By position in the order of 2.12, as here, or of 2.20 and 2.21.
 
     For each sequence, with its valid lengths sq and sk: scores = attn_scale * q k^T + bias, masked; the softmax over
     them, with a further logit in its denominator (0 for off-by-one, softmax_offset for learnable); dropout; times v.
@@ -89,7 +95,7 @@ def fused_attn_fwd(
             [num_pages, page_size, G, D] (bshd) or [page_size, num_pages, G, D] (sbhd).
         fake_dtype: dtype of the result for Fp8Tensors; None is theirs.
         fused_attention_backend: TransformerEngine's choice of kernel; here without effect.
-        attn_bias: [1 or B, 1 or N, max_seqlen_q, max_seqlen_kv] with attn_bias_type "post_scale_bias".
+        attn_bias: [1 or B, 1 or N, 1 or max_seqlen_q, max_seqlen_kv] with attn_bias_type "post_scale_bias".
         cu_seqlens_q_padded, cu_seqlens_kv_padded: int32 [B + 1], thd: the first row of each sequence. None: packed.
         page_table_k, page_table_v: int32 [B, pages].
         s_quantizer, o_quantizer: rounding of the probabilities, and the format of the result.
@@ -106,11 +112,13 @@ def fused_attn_fwd(
         softmax_offset: fp32 [1, N, 1, 1].
         return_max_logit: also return the largest visible score of each head, sinks apart.
         cuda_graph: refused: lengths are read on the host.
+        o_format: of the result: sbhd, bshd, bhsd, or thd where q has it; None is q's (the original's default is sbhd).
+        qkv_scale_inv_format: without effect: an Fp8Tensor knows where its scales belong.
         impl: "te" hands the call to TransformerEngine where that is installed.
         backend: local kernel, as in `make_key`.
 
     Returns:
-        (out, aux) or (out, aux, max_logit [N]). out in q's format with v's head dim, padding rows 0; an Fp8Tensor
+        (out, aux) or (out, aux, max_logit [N]). out in o_format with v's head dim, padding rows 0; an Fp8Tensor
         with o_quantizer. aux = [stats, rng_state, bias if any, softmax_offset if any]; stats fp32 (fp64 for fp64),
         natural-log sum of exp of all logits: [B, N, S, 1], or [t, N, 1] for thd; -inf in rows that see nothing.
         rng_state int64 [seed, offset].
@@ -142,7 +150,7 @@ def fused_attn_fwd(
     sink = _sink(softmax_type, softmax_offset, lse)
     if sink is not None:
         lse = fold_sink(out, lse, sink, where=call.valid_rows(lse.device))
-    result: Any = from_rows(out.to(out_dtype), call.layout.q_format, call.batch)
+    result: Any = from_rows(out.to(out_dtype), call.format_of("o_format", o_format), call.batch)
     if o_quantizer is not None:
         result = o_quantizer.quantize(result)
     aux: list[Any] = [call.stats(lse), extras.rng_state]
@@ -153,6 +161,12 @@ def fused_attn_fwd(
     return (result, aux) if maximum is None else (result, aux, maximum)
 
 
+@either_order(
+    after="qkv_layout",
+    added=("o_format", "do_format", "dqkv_layout", "qkv_scale_inv_format", "do_scale_inv_format"),
+    dropped="dqkv_dtype",
+    told_by="dqkv_dtype",
+)
 @torch.no_grad()
 def fused_attn_bwd(
     max_seqlen_q: int,
@@ -185,16 +199,22 @@ def fused_attn_bwd(
     deterministic: bool = False,
     cuda_graph: bool = False,
     *,
+    o_format: str | None = None,
+    do_format: str | None = None,
+    dqkv_layout: str | None = None,
+    qkv_scale_inv_format: str | None = None,
+    do_scale_inv_format: str | None = None,
     impl: Implementation = "portable",
     backend: str = "auto",
 ) -> tuple[Any, ...]:
-    """Gradients of `fused_attn_fwd`.
+    """Gradients of `fused_attn_fwd`. By position in the order of 2.12, as here, or of 2.20 and 2.21.
 
     Nothing of the softmax is recomputed but the scores: `o` and the stats are inputs. With those of a whole attention
     and a part of its keys, the result is the exact share of that part.
 
     Args:
-        o, d_o: result and its gradient, in q's format with v's head dim.
+        o, d_o: result and its gradient, in o_format and do_format (None: q's) with v's head dim.
+        dqkv_layout: of dq, dk and dv; None is qkv_layout.
         dqkv_dtype: without effect; gradients have q's dtype (TransformerEngine 2.20 dropped the argument, 2.12 has
             it here).
         aux_ctx_tensors: as `fused_attn_fwd` returned them.
@@ -204,7 +224,7 @@ def fused_attn_bwd(
         The others: as in `fused_attn_fwd`.
 
     Returns:
-        [dq, dk, dv, dbias or None, dsoftmax_offset or None]. dq, dk, dv as the layout stores q, k, v (interleaved ones
+        [dq, dk, dv, dbias or None, dsoftmax_offset or None]. dq, dk, dv as dqkv_layout stores them (interleaved ones
         are views of one buffer), 0 in padding rows; dbias in the bias's shape and dtype; dsoftmax_offset fp32
         [1, N, 1, 1].
 
@@ -230,18 +250,15 @@ def fused_attn_bwd(
     check_disjoint(call.k_rows, "dk and dv")
     extras = dense.Extras(bias, dropout, rng_state, s_quantizer, dp_quantizer)
     rows = call.rows(q, k, v, None, None)
-    fmt = call.layout.q_format
-    out, dout = to_rows(o, fmt), to_rows(d_o, fmt)
+    out, dout = to_rows(o, call.format_of("o_format", o_format)), to_rows(d_o, call.format_of("do_format", do_format))
     lse = call.stats_to_rows(stats).to(rows.accumulator)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0: no NaN from rows that see nothing
     grads = [torch.zeros(t.shape, dtype=rows.accumulator, device=t.device) for t in (rows.q, rows.k, rows.v)]
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=rows.accumulator, device=bias.device)
     _backward(call, rows, extras, backend, (dout, out, lse), grads, dbias)
-    parts = [
-        from_rows(g.to(dtype), f, call.batch)
-        for g, f in zip(grads, (fmt, call.layout.kv_format, call.layout.kv_format), strict=True)
-    ]
-    stored: tuple[Any, ...] = packed_like(call.layout, parts)
+    layout, formats = call.gradient_layout(dqkv_layout)
+    parts = [from_rows(g.to(dtype), f, call.batch) for g, f in zip(grads, formats, strict=True)]
+    stored: tuple[Any, ...] = packed_like(layout, parts)
     if dqkv_quantizer is not None:
         stored = tuple(dqkv_quantizer.quantize(t) for t in stored)
     dsink = None
@@ -267,6 +284,7 @@ class FusedAttention(torch.autograd.Function):
         out, aux = fused_attn_fwd(True, **inputs)[:2]
         ctx.save_for_backward(q, k, v, out, *aux)
         ctx.call = {name: _own(value) for name, value in call.items() if name in _BACKWARD_ARGUMENTS}
+        ctx.call["do_format"] = call.get("o_format")
         ctx.has_bias = bias is not None
         return out  # type: ignore[no-any-return]
 
@@ -317,6 +335,7 @@ _BACKWARD_ARGUMENTS = frozenset(
         "s_quantizer",
         "dp_quantizer",
         "deterministic",
+        "o_format",
     ]
 )
 

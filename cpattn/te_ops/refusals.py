@@ -128,8 +128,9 @@ def _bias(layout: QKVLayout, a: dict[str, Any]) -> str | None:
     batch, heads = len(a["cu_seqlens_q"]) - 1, q.shape[1 if layout.q_format == "bhsd" else -2]
     size = (a["max_seqlen_q"], a["max_seqlen_kv"])
     fits = bias.ndim == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
-    if not fits or tuple(bias.shape[2:]) != size:
-        return f"attn_bias has shape {tuple(bias.shape)}: expected [1 or {batch}, 1 or {heads}, {size[0]}, {size[1]}]"
+    if not fits or bias.shape[2] not in (1, size[0]) or bias.shape[3] != size[1]:
+        expected = f"[1 or {batch}, 1 or {heads}, 1 or {size[0]}, {size[1]}]"
+        return f"attn_bias has shape {tuple(bias.shape)}: expected {expected}"
     return None
 
 

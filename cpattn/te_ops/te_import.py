@@ -52,7 +52,10 @@ def call_te(ours: Callable[..., Any], arguments: dict[str, Any]) -> Any:
             del given["bottom_right_diagonal"]  # that version takes it from the mask type
     if "causal" in given["attn_mask_type"]:
         given["window_size"] = (given["window_size"][0], 0)
-    given |= {"o_format": layout.q_format, "do_format": layout.q_format, "dqkv_layout": given["qkv_layout"]}
+    formats = {"o_format": layout.q_format, "do_format": layout.q_format, "dqkv_layout": given["qkv_layout"]}
+    for name, default in formats.items():
+        if given.get(name) in (None, default):
+            given[name] = default if name in parameters else None
     if "dqkv_dtype" in parameters and given.get("dqkv_dtype") is None:
         constants = _import("transformer_engine.pytorch.constants")
         given["dqkv_dtype"] = constants.TE_DType[given["fake_dtype"]]

@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "bias shape": (
         {"attn_bias_type": "post_scale_bias", "attn_bias": torch.zeros(2, 4, 7, 9)},
-        r"attn_bias has shape \(2, 4, 7, 9\): expected \[1 or 3, 1 or 4, 7, 9\]",
+        r"attn_bias has shape \(2, 4, 7, 9\): expected \[1 or 3, 1 or 4, 1 or 7, 9\]",
     ),
     "bias not asked for": ({"attn_bias": torch.zeros(1, 4, 7, 9)}, "attn_bias is given with attn_bias_type 'no_bias'"),
     "pre-scale bias": ({"attn_bias_type": "pre_scale_bias"}, "pre_scale_bias by no kernel"),
