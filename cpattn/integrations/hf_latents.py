@@ -19,7 +19,7 @@ from .current import answering, watch_layer
 from .shard import LayerMask
 
 # Classes whose forward is written around `expand_kv`.
-SERVED_LATENTS = frozenset({"DeepseekV2Attention", "DeepseekV3Attention"})
+SERVED_LATENTS = frozenset({"DeepseekV2Attention", "DeepseekV3Attention", "KimiLinearAttention"})
 
 
 def serve_latents(decoder: nn.Module) -> dict[str, Any]:

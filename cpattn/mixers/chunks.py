@@ -48,10 +48,9 @@ class AffineMaps(NamedTuple):
         return AffineMaps(self.a.index_select(0, rows), self.b.index_select(0, rows))
 
 
-class ChunkWork(NamedTuple):
-    """Chunks without their states. maps: of each. out: from a state of zero, [N, C, H, V]. read: [N, C, H, K]."""
+class Reading(NamedTuple):
+    """What the rows of chunks read. out: of a state of zero, [N, C, H, V]. read: of the state's own, [N, C, H, K]."""
 
-    maps: AffineMaps
     out: Tensor
     read: Tensor
 
@@ -60,8 +59,29 @@ class ChunkWork(NamedTuple):
         return self.out + torch.einsum("nchk,nhkv->nchv", self.read, state)
 
 
+class ChunkWork(NamedTuple):
+    """Chunks without their states. maps: of each. The rest is what `reading` is worked out from: q and k, decays until
+    a row and between two, what rows write from a state of zero [N, H, C, V], and with the delta rule what of the state
+    they take back, [N, H, C, K].
+    """
+
+    maps: AffineMaps
+    q: Tensor
+    k: Tensor
+    until: Tensor
+    between: Tensor
+    written: Tensor
+    taken: Tensor | None
+
+    def reading(self) -> Reading:
+        """What rows read. It does not need the maps of other chunks, so it can be done while these travel."""
+        scores = _decayed_products(self.q, self.k, self.between)
+        out, read = (scores @ self.written).transpose(1, 2), self.q * self.until
+        return Reading(out, read if self.taken is None else read - (scores @ self.taken).transpose(1, 2))
+
+
 def work_chunks(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> ChunkWork:
-    """Everything of the chunks that does not depend on the state in which they begin; differentiable.
+    """The maps of chunks, and what else of them does not depend on the state in which they begin; differentiable.
 
     Args:
         q, k: [N, C, H, K]. v: [N, C, H, V].
@@ -69,23 +89,19 @@ def work_chunks(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | N
         beta: write strength of the delta rule [N, C, H], 0 in rows that stand for nothing; None: no delta rule.
     """
     until, between, rest = _decays(decay)
-    q_until, k_rest = q * until, k * rest
-    scores = _decayed_products(q, k, between)
+    k_rest, v_NHCV = (k * rest).transpose(1, 2), v.transpose(1, 2)
+    kept = until[:, -1].unsqueeze(-1)
     if beta is None:
-        maps = AffineMaps(until[:, -1].unsqueeze(-1), torch.einsum("nchk,nchv->nhkv", k_rest, v))
-        return ChunkWork(maps, torch.einsum("nhij,njhv->nihv", scores, v), q_until)
+        return ChunkWork(AffineMaps(kept, k_rest.mT @ v_NHCV), q, k, until, between, v_NHCV, None)
     # What row i writes, u_i = b_i (v_i - k_i^T S before it), depends on the rows before it: (I + L) u = b (v - k S).
     beta_NHC1 = beta.transpose(1, 2).unsqueeze(-1)
     lower = torch.tril(_decayed_products(k, k, between) * beta_NHC1, -1)
-    right = torch.cat([v, k * until], dim=-1).transpose(1, 2) * beta_NHC1
+    right = torch.cat([v_NHCV, (k * until).transpose(1, 2)], dim=-1) * beta_NHC1
     unit = lower + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     solved = torch.linalg.solve_triangular(unit, right, upper=False, unitriangular=True)
     u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # written: u - w S
-    k_rest = k_rest.transpose(1, 2)
-    a = torch.diag_embed(until[:, -1].expand(-1, -1, k.shape[-1])) - k_rest.mT @ w
-    out = (scores @ u).transpose(1, 2)
-    read = q_until - (scores @ w).transpose(1, 2)
-    return ChunkWork(AffineMaps(a, k_rest.mT @ u), out, read)
+    a = torch.diag_embed(kept.squeeze(-1).expand(-1, -1, k.shape[-1])) - k_rest.mT @ w
+    return ChunkWork(AffineMaps(a, k_rest.mT @ u), q, k, until, between, u, w)
 
 
 def _decays(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from .fragments import fragments_of, index_tensor, locate, routes_of
 Activation = Literal["silu", "swish"]
 
 
+@torch.compiler.disable  # indices differ with the batch: a graph would serve one
 def causal_conv1d(
     x_TC: Tensor,
     weight_CW: Tensor,

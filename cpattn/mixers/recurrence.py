@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpattn.collectives import RowRoutes
 from cpattn.keys.key import AttnKey
-from cpattn.ops.layout import cached_tensor, cast_rows
+from cpattn.ops.layout import TravellingRows, cached_tensor, start_cast_rows
 from cpattn.solver import expand_counts
 
 from .chunks import AffineMaps, work_chunks
@@ -32,6 +32,7 @@ CHUNK_SIZES_BY_CHANNEL = (16, 8)
 MAX_PADDING = 0.5
 
 
+@torch.compiler.disable  # indices differ with the batch: a graph would serve one
 def linear_attention(
     q_TGK: Tensor,
     k_TGK: Tensor,
@@ -83,7 +84,9 @@ def linear_attention(
     k = chunked(k_TGK).repeat_interleave(groups, 2)
     beta = None if beta_TH is None else chunked(beta_TH)
     work = work_chunks(q, k, chunked(v_THV), chunked(decay), beta)
-    out = work.finish(_states(work.maps, plan, key))
+    travelling = _send_maps(work.maps, plan, key)
+    reading = work.reading()  # while maps travel; and backward, while their gradients do
+    out = reading.finish(_states(work.maps, travelling.wait(), plan))
     return out.flatten(0, 1).index_select(0, plan.places).to(v_THV.dtype)
 
 
@@ -150,15 +153,31 @@ class _RecurrencePlan(NamedTuple):
     before: Tensor
 
 
-def _states(maps: AffineMaps, plan: _RecurrencePlan, key: AttnKey) -> Tensor:
-    """The state in which each chunk begins, [N, H, K, V]. Ranks without rows take part in the exchange, too."""
+class _TravellingMaps(NamedTuple):
+    """This rank's maps that others need, as rows, and those of other ranks on their way here. like: any maps."""
+
+    own: Tensor
+    others: TravellingRows
+    like: AffineMaps
+
+    def wait(self) -> AffineMaps:
+        """Own maps, then those fetched."""
+        rows = torch.cat([self.own, self.others.wait()])
+        a, b = rows.split([_width(self.like.a), _width(self.like.b)], dim=1)
+        return AffineMaps(a.unflatten(1, self.like.a.shape[1:]), b.unflatten(1, self.like.b.shape[1:]))
+
+
+def _send_maps(maps: AffineMaps, plan: _RecurrencePlan, key: AttnKey) -> _TravellingMaps:
+    """Start the exchange of the maps of fragments. Ranks without rows take part in it, too."""
     mine = plan.senders.maps(maps)
     own = torch.cat([mine.a.flatten(1), mine.b.flatten(1)], dim=1)
-    known = torch.cat([own, cast_rows(own, plan.routes, key.cp_group)])
-    a, b = known.split([_width(maps.a), _width(maps.b)], dim=1)
-    known_maps = AffineMaps(a.unflatten(1, maps.a.shape[1:]), b.unflatten(1, maps.b.shape[1:]))
-    nothing = known_maps.b[:0].sum(0, keepdim=True)
-    across = plan.across.states(known_maps, nothing.expand(len(plan.across.order), -1, -1, -1))
+    return _TravellingMaps(own, start_cast_rows(own, plan.routes, key.cp_group), maps)
+
+
+def _states(maps: AffineMaps, known: AffineMaps, plan: _RecurrencePlan) -> Tensor:
+    """The state in which each chunk begins, [N, H, K, V]. known: maps of fragments, as `across` numbers them."""
+    nothing = known.b[:0].sum(0, keepdim=True)
+    across = plan.across.states(known, nothing.expand(len(plan.across.order), -1, -1, -1))
     begins = torch.cat([across, nothing]).index_select(0, plan.begun)
     return plan.inside.states(maps, begins).index_select(0, plan.before)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpattn.collectives import RowRoutes, all_gather, group_cast, group_reduce
+from cpattn.collectives import PendingRows, RowRoutes, all_gather, group_cast, group_reduce
 from cpattn.keys.key import AttnKey
 from cpattn.masks.spec import Document
 from cpattn.runtime.bound import bind_exchange, runs_to_index
@@ -191,23 +191,70 @@ def _roll_source(
 
 def cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> Tensor:
     """Rows that routes bring here from other ranks, [num_received, ...]; their gradients go home and are summed."""
-    return _CastRows.apply(x, routes, group)  # type: ignore[no-any-return]
+    return start_cast_rows(x, routes, group).wait()
 
 
-class _CastRows(torch.autograd.Function):
-    """GroupCast of rows; backward is the GroupReduce along the same routes."""
+def start_cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> TravellingRows:
+    """Start `cast_rows`. What runs before `wait` hides the exchange, and its backward hides that of the gradients:
+    autograd runs the nodes made last first, so those made in between run between the two ends of the way home.
+    """
+    flight = _Flight(routes, group)
+    return TravellingRows(_StartCast.apply(x, flight), flight)
+
+
+class TravellingRows(NamedTuple):
+    """Rows on their way, see `start_cast_rows`."""
+
+    link: Tensor
+    flight: _Flight
+
+    def wait(self) -> Tensor:
+        """The rows, [num_received, ...]. Call it once."""
+        return _FinishCast.apply(self.link, self.flight)  # type: ignore[no-any-return]
+
+
+class _Flight:
+    """What the two ends of an exchange share."""
+
+    def __init__(self, routes: RowRoutes, group: dist.ProcessGroup | None) -> None:
+        self.routes, self.group, self.num_rows = routes, group, 0
+        self.forward: PendingRows | None = None
+        self.backward: tuple[PendingRows, Tensor] | None = None
+
+
+class _StartCast(torch.autograd.Function):
+    """Starts a GroupCast of rows; backward waits for the GroupReduce along the same routes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.routes, ctx.group, ctx.rows = routes, group, x.shape[0]
-        (received,) = group_cast((x,), routes, group).wait()
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, flight.num_rows = flight, x.shape[0]
+        flight.forward = group_cast((x,), flight.routes, flight.group)
+        return x.new_empty(()).expand(flight.routes.num_received, *x.shape[1:])  # a link of the graph, no memory
+
+    @staticmethod
+    def backward(ctx: Any, link: Tensor) -> tuple[Tensor, None]:
+        assert ctx.flight.backward is not None
+        (pending, total), ctx.flight.backward = ctx.flight.backward, None
+        pending.wait()
+        return total, None
+
+
+class _FinishCast(torch.autograd.Function):
+    """Waits for the GroupCast; backward starts the GroupReduce."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, flight: _Flight) -> Tensor:
+        assert flight.forward is not None, "rows are waited for once"
+        ctx.flight = flight
+        (received,), flight.forward = flight.forward.wait(), None
         return received
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        total = grad.new_zeros((ctx.rows, *grad.shape[1:]))
-        group_reduce((grad,), (total,), ctx.routes, ctx.group)
-        return total, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        total = grad.new_zeros((flight.num_rows, *grad.shape[1:]))
+        flight.backward = group_reduce((grad,), (total,), flight.routes, flight.group, async_op=True), total
+        return grad, None
 
 
 class _GatherRows(torch.autograd.Function):
