@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from cpattn.planning.ahead import plan_ahead
     from cpattn.planning.options import LayerKind
     from cpattn.planning.ready import ReadyPlan, make_plan
-    from cpattn.runtime.agreement import require_replicated
     from cpattn.runtime.recording import profile
+    from cpattn.runtime.replicas import require_replicated
 
 __version__ = "0.1.0"
 
@@ -78,7 +78,7 @@ _MODULE_OF = {
     "plan_ahead": "planning.ahead",
     "position_ids": "ops.layout",
     "profile": "runtime.recording",
-    "require_replicated": "runtime.agreement",
+    "require_replicated": "runtime.replicas",
     "roll": "ops.layout",
     "undispatch": "ops.layout",
     "Verification": "checks.report",

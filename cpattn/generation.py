@@ -1,5 +1,5 @@
-"""The documented path of `ModelShape` and `generate`, which live in `cpattn.decoding`."""
+"""The documented path of `generate`, `Session` and `ModelShape`, which live in `cpattn.decoding`."""
 
-from cpattn.decoding.generation import ModelShape, generate
+from cpattn.decoding.generation import ModelShape, Session, generate
 
-__all__ = ["ModelShape", "generate"]
+__all__ = ["ModelShape", "Session", "generate"]

@@ -14,7 +14,7 @@ head dims of q/k and of v.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,38 +27,18 @@ from cpattn.ops.attention import check_numbers
 from cpattn.runtime.execute import accumulator_dtype
 
 from .merge import MergeMethod, broadcast, check_merge, choose_merge, merge_costs, merge_over_ranks
-from .pages import PagedKeys, count_rows, page_rows, paged_partial, write_rows
+from .pages import Ints, PagedKeys, count_rows, paged_partial, write_rows
+from .pools import NEVER, Pool, Prompt, make_pool
 
-# Page 0 takes the writes of tokens that belong to other ranks; no sequence's table reaches its slots as visible.
-_SCRATCH = 0
-# The position of a slot that holds no token: later than any query.
-_NEVER = torch.iinfo(torch.int64).max
-# Pages by which the reach of decoding grows, where shapes may change.
-_PAGE_STEP = 8
+# Most tokens that a sequence may grow by in one step: pages of windowed layers are counted for it.
+MOST_AT_ONCE = 16
 
 
-@dataclass(eq=False)
-class _Pool:
-    """The pages of all layers that have the same window, on this rank.
+class _Step(NamedTuple):
+    """The tokens of a step. queries: int64 [R] positions; sequences: int64 [R], None for one of each sequence."""
 
-    host_pages: the pages of each sequence in order. host_slots: tokens of each sequence that are held here, less those
-    of dropped pages. page_last: position of the newest token of each page. first_page: pages dropped so far.
-    table: int32 [B, P], padded with the scratch page. positions: int64 [num_pages, page_size]. rows: int64 [B], where
-    this step's tokens are written.
-    """
-
-    window: int | None
-    layers: list[int]
-    free: list[int]
-    host_pages: list[list[int]]
-    host_slots: np.ndarray
-    page_last: np.ndarray
-    table: Tensor
-    positions: Tensor
-    rows: Tensor
-    row_positions: Tensor
-    index: Tensor = field(repr=False)  # local rows of the prefill that are kept, sequence by sequence
-    kept: np.ndarray = field(repr=False)  # how many of them each sequence has
+    queries: Tensor
+    sequences: Ints | None
 
 
 class PagedKVCache:
@@ -67,6 +47,8 @@ class PagedKVCache:
     Args:
         key: of the prefill; its documents are the sequences, its placement says which rank holds which tokens. No
             document may see another, and each begins at position 0.
+        paths: for a key of a prefix tree, the documents that each sequence is made of, root first: sequences that begin
+            alike share the pages of what they share. None: each document is a sequence.
         windows: for each layer the number of keys that a query sees, itself included, or None for all. Layers with a
             window keep only pages that a later query can still see.
         max_new_tokens: tokens that each sequence may grow by.
@@ -89,8 +71,9 @@ class PagedKVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         static_shapes: bool = False,
+        paths: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        documents = _documents_of(key.spec)
+        documents = _documents_of(key.spec) if paths is None else key.spec.documents or []
         page_size = read_int("page_size", page_size)
         max_new_tokens = read_int("max_new_tokens", max_new_tokens, least=0)
         windows = tuple(windows)  # of numpy too
@@ -103,13 +86,21 @@ class PagedKVCache:
         self.group, self.cp_size, self.cp_rank = key.cp_group, key.cp_size, key.cp_rank
         self.windows, self.max_new_tokens = windows, max_new_tokens
         self.dtype, self.device = dtype, torch.device(device)
-        self._lengths = np.array([d.end - d.start for d in documents], dtype=np.int64)
+        prompt = _prompt_of(key, documents, paths)
+        self._lengths = prompt.lengths.copy()
         self._limits = self._lengths + max_new_tokens
         self._prefilled: set[int] = set()
-        self._advanced = False
+        self._step: _Step | None = None
         self._queries = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         self._pools = [
-            self._make_pool(w, [layer for layer, mine in enumerate(self.windows) if mine == w])
+            make_pool(
+                prompt,
+                [layer for layer, mine in enumerate(self.windows) if mine == w],
+                window=w,
+                growth=self._growth(w),
+                page_size=page_size,
+                device=self.device,
+            )
             for w in dict.fromkeys(self.windows)
         ]
         self._pool_of = {layer: pool for pool in self._pools for layer in pool.layers}
@@ -132,12 +123,15 @@ class PagedKVCache:
 
     @property
     def positions(self) -> Tensor:
-        """Positions of this step's tokens, int64 [B] on the device; a buffer that `advance` overwrites."""
-        return self._queries
+        """Positions of this step's tokens, int64 [B] on the device; a buffer that `advance` overwrites.
+
+        After `advance(counts)`: int64 [sum(counts)].
+        """
+        return self._queries if self._step is None else self._step.queries
 
     def pages_in_use(self, layer: int) -> int:
         """Pages of this rank that hold tokens of a layer."""
-        return sum(len(pages) for pages in self._pool_of[layer].host_pages)
+        return self._pool_of[layer].num_used
 
     def prefill(self, layer: int, k_TGD: Tensor, v_TGE: Tensor) -> None:
         """Keep this rank's keys and values of the prompt; nothing moves between ranks.
@@ -156,39 +150,72 @@ class PagedKVCache:
         _check_shape("v", v_TGE, (*rows, self.key.head_dim_v))
         if layer in self._prefilled:
             raise ValueError(f"layer {layer} has been prefilled already")
-        if self._advanced:
+        if self._step is not None:
             raise RuntimeError(f"prefill of layer {layer} after advance: prefill all layers before the first step")
         self._prefilled.add(layer)
         pool = self._pool_of[layer]
-        sequence, position = count_rows(pool.kept)
-        table = pool.table.cpu().numpy()
-        slots = page_rows(table, sequence, position, self.page_size).to(self.device)
         for cache, fresh in ((self._keys[layer], k_TGD), (self._values[layer], v_TGE)):
-            write_rows(cache, slots, fresh.detach().to(self.dtype).index_select(0, pool.index))
+            write_rows(cache, pool.slots, fresh.detach().to(self.dtype).index_select(0, pool.index))
 
-    def advance(self) -> Tensor:
-        """Begin a step in which every sequence grows by one token; returns `positions`.
+    def advance(self, counts: Sequence[int] | None = None) -> Tensor:
+        """Begin a step in which every sequence grows by one token, or by `counts` tokens; returns `positions`.
 
         Host work and copies to the device only: picks the rank and the slot of each new token, takes and drops pages.
 
+        Args:
+            counts: tokens that each sequence grows by, 0 to 16; the rows of `decode` are then these tokens, sequence by
+                sequence.
+
         Raises:
+            ValueError: counts are not one for each sequence, or out of range.
             RuntimeError: a layer lacks the prompt's keys, or a sequence would outgrow max_new_tokens.
         """
         missing = sorted(set(range(len(self.windows))) - self._prefilled)
-        if missing and not self._advanced and self._lengths.any():
+        if missing and self._step is None and self._lengths.any():
             raise RuntimeError(f"layers {missing} have not been prefilled: give the cache the prompt's keys first")
-        if (self._lengths >= self._limits).any():
+        grown = np.ones(self.batch_size, dtype=np.int64) if counts is None else self._checked_counts(counts)
+        if (self._lengths + grown > self._limits).any():
             raise RuntimeError(f"a sequence has grown by max_new_tokens = {self.max_new_tokens}: the cache is full")
-        position = self._lengths.copy()
+        sequences, nth = count_rows(grown)
+        positions = self._lengths[sequences] + nth
         # New tokens go round the ranks, each sequence from another one on.
-        mine = (position + np.arange(self.batch_size)) % self.cp_size == self.cp_rank
+        mine = (positions + sequences) % self.cp_size == self.cp_rank
         for pool in self._pools:
-            self._drop_pages(pool, position)
-            self._place_tokens(pool, position, mine)
-        self._queries.copy_(torch.from_numpy(position), non_blocking=True)
-        self._lengths += 1
-        self._advanced = True
-        return self._queries
+            for b in np.flatnonzero(grown):
+                pool.drop_before(int(b), int(self._lengths[b]))
+            self._write_rows(pool, torch.from_numpy(pool.place(sequences, positions, mine)), counts is None)
+            held = torch.from_numpy(np.where(mine, positions, NEVER)).to(self.device, non_blocking=True)
+            pool.positions.view(-1).index_copy_(0, pool.rows, held)
+        self._step = self._new_step(torch.from_numpy(positions), None if counts is None else sequences)
+        self._lengths += grown
+        return self._step.queries
+
+    def _checked_counts(self, counts: Sequence[int]) -> Ints:
+        grown = np.array([read_int("a count of advance", n, least=0) for n in counts], dtype=np.int64)
+        if len(grown) != self.batch_size or grown.max(initial=0) > MOST_AT_ONCE:
+            raise ValueError(
+                f"advance: counts are {list(counts)}: one for each of {self.batch_size} sequences is needed, each at "
+                f"most {MOST_AT_ONCE}"
+            )
+        return grown
+
+    def _write_rows(self, pool: Pool, rows: Tensor, in_place: bool) -> None:
+        """In place where every sequence has one row, so that a CUDA graph reads them."""
+        if in_place and len(pool.rows) == len(rows):
+            pool.rows.copy_(rows, non_blocking=True)
+        else:
+            pool.rows = rows.to(self.device)
+
+    def _new_step(self, positions: Tensor, sequences: Ints | None) -> _Step:
+        if sequences is None:
+            self._queries.copy_(positions, non_blocking=True)
+            return _Step(self._queries, None)
+        return _Step(positions.to(self.device), sequences)
+
+    def _growth(self, window: int | None) -> int:
+        """Most tokens of a sequence that were decoded and that this rank holds at a time."""
+        new = -(-self.max_new_tokens // self.cp_size)
+        return new if window is None else min(new, -(-(window + MOST_AT_ONCE) // self.cp_size) + self.page_size)
 
     @torch.no_grad()
     def decode(
@@ -209,7 +236,8 @@ class PagedKVCache:
         No host sync, and no gradient. Call it on all ranks, after `advance`, once for each layer.
 
         Args:
-            q_BND, k_BGD, v_BGE: of the new tokens, the same on all ranks (every rank runs the model on them).
+            q_BND, k_BGD, v_BGE: of the new tokens, the same on all ranks (every rank runs the model on them); after
+                `advance(counts)` B is the number of tokens.
             softmax_scale, softcap, sink: as in `attention`.
             source: a rank of the group, if only that rank has q, k and v; the others pass tensors of the same shape,
                 and get the values from it.
@@ -232,9 +260,27 @@ class PagedKVCache:
         pool = self._pool_of[layer]
         for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
             write_rows(cache, pool.rows, new.to(self.dtype))
-        keys = PagedKeys(self._keys[layer], self._values[layer], self._table_in_reach(pool), pool.positions)
-        out, lse = paged_partial(q_BND, keys, self._queries, window=pool.window, scale=scale, softcap=softcap)
+        out, lse = self._attend(layer, q_BND, scale, softcap)
         return merge_over_ranks(out, lse, self.group, dtype=q_BND.dtype, sink=sink, method=merge)
+
+    def _attend(self, layer: int, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """This rank's part of the step's rows; those of one sequence side by side, so that its pages are read once."""
+        pool, step = self._pool_of[layer], self._step
+        assert step is not None
+        keys = PagedKeys(self._keys[layer], self._values[layer], pool.reach(self.static_shapes), pool.positions)
+        if step.sequences is None:
+            numbers = {"window": pool.window, "scale": scale, "softcap": softcap}
+            out, lse = paged_partial(q[:, None], keys, step.queries[:, None], **numbers)
+            return out[:, 0], lse[:, 0]
+        growing, group, counts = np.unique(step.sequences, return_inverse=True, return_counts=True)
+        most = int(counts.max(initial=0))
+        at = torch.from_numpy(group * most + count_rows(counts)[1]).to(self.device)
+        size = len(growing) * most
+        padded = q.new_zeros(size, *q.shape[1:]).index_copy(0, at, q).unflatten(0, (len(growing), most))
+        queries = step.queries.new_full((size,), -1).index_copy(0, at, step.queries).view(len(growing), most)
+        keys = keys._replace(table_BP=keys.table_BP[torch.from_numpy(growing).to(self.device)])
+        out, lse = paged_partial(padded, keys, queries, window=pool.window, scale=scale, softcap=softcap)
+        return out.flatten(0, 1)[at], lse.flatten(0, 1)[at]
 
     def bytes_per_step(self, *, merge: MergeMethod = "auto", itemsize: int | None = None) -> int:
         """Bytes that one rank sends and receives, each, for one token of every sequence, over all layers.
@@ -259,120 +305,20 @@ class PagedKVCache:
 
     def _check_step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, source: int | None) -> None:
         self._check_layer(layer)
-        if not self._advanced:
+        if self._step is None:
             raise RuntimeError("decode before advance: the step of the new tokens begins with advance()")
         for name, tensor, shape in (
             ("q", q, (self.key.num_heads_q, self.key.head_dim)),
             ("k", k, (self.key.num_heads_kv, self.key.head_dim)),
             ("v", v, (self.key.num_heads_kv, self.key.head_dim_v)),
         ):
-            _check_shape(name, tensor, (self.batch_size, *shape))
+            _check_shape(name, tensor, (len(self._step.queries), *shape))
         if source is not None and source not in range(self.cp_size):
             raise ValueError(f"source is {source}: the group has ranks 0 to {self.cp_size - 1}")
-
-    def _table_in_reach(self, pool: _Pool) -> Tensor:
-        """Pages that there may ever be, or those in use, in steps."""
-        if self.static_shapes:
-            return pool.table
-        used = max((len(p) for p in pool.host_pages), default=0)
-        return pool.table[:, : -(-used // _PAGE_STEP) * _PAGE_STEP]
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self._pool_of:
             raise ValueError(f"layer is {layer}: the cache has layers 0 to {len(self.windows) - 1}, as windows says")
-
-    def _make_pool(self, window: int | None, layers: list[int]) -> _Pool:
-        """Pages for the prompt's rows that a later query can see, and for this rank's share of new tokens."""
-        documents = self.key.spec.documents or []
-        tokens = self.key.k_placement.tokens_of(self.cp_rank)
-        starts = np.array([d.start for d in documents], dtype=np.int64)
-        # Empty documents share their start with the next one: the last of those at or before a token holds it.
-        sequence = np.searchsorted(starts, tokens, side="right") - 1
-        position = tokens - starts[sequence]
-        if window is not None:
-            keep = position > self._lengths[sequence] - window
-            sequence, position = sequence[keep], position[keep]
-            index = np.flatnonzero(keep)
-        else:
-            index = np.arange(len(tokens))
-        kept = np.bincount(sequence, minlength=self.batch_size)
-        new = -(-self.max_new_tokens // self.cp_size)
-        most = kept + (new if window is None else min(new, -(-window // self.cp_size) + self.page_size))
-        per_sequence = -(-most // self.page_size) + 1
-        num_pages = 1 + int(per_sequence.sum())
-        first = np.cumsum(kept) - kept
-        slots = np.full((num_pages, self.page_size), _NEVER, dtype=np.int64)
-        page_last = np.full(num_pages, -1, dtype=np.int64)
-        free = list(range(num_pages - 1, _SCRATCH, -1))
-        pages = [[free.pop() for _ in range(-(-int(n) // self.page_size))] for n in kept]
-        for b, mine in enumerate(pages):
-            own = position[first[b] : first[b] + kept[b]]
-            for nth, page in enumerate(mine):
-                part = own[nth * self.page_size : (nth + 1) * self.page_size]
-                slots[page, : len(part)] = part
-                page_last[page] = part[-1]
-        table = torch.full((self.batch_size, int(per_sequence.max(initial=1))), _SCRATCH, dtype=torch.int32)
-        for b, mine in enumerate(pages):
-            table[b, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
-        zeros = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        return _Pool(
-            window=window,
-            layers=layers,
-            free=free,
-            host_pages=pages,
-            host_slots=kept.astype(np.int64),
-            page_last=page_last,
-            table=table.to(self.device),
-            positions=torch.from_numpy(slots).to(self.device),
-            rows=zeros,
-            row_positions=zeros.clone(),
-            index=torch.from_numpy(index).to(self.device),
-            kept=kept,
-        )
-
-    def _drop_pages(self, pool: _Pool, position: np.ndarray) -> None:
-        """Free the pages whose newest token lies outside the window of all queries to come."""
-        if pool.window is None:
-            return
-        for b, pages in enumerate(pool.host_pages):
-            gone = 0
-            # The last page is kept while it has room, since tokens are still to come to it.
-            while gone < len(pages) and pool.page_last[pages[gone]] <= position[b] - pool.window:
-                if gone == len(pages) - 1 and pool.host_slots[b] % self.page_size:
-                    break
-                gone += 1
-            if gone:
-                self._forget(pool, b, gone)
-
-    def _forget(self, pool: _Pool, b: int, count: int) -> None:
-        pages = pool.host_pages[b]
-        old = pages[:count]
-        del pages[:count]
-        pool.host_slots[b] -= min(count * self.page_size, int(pool.host_slots[b]))
-        pool.free += old
-        pool.positions[torch.tensor(old, device=self.device)] = _NEVER
-        self._write_table(pool, b)
-
-    def _place_tokens(self, pool: _Pool, position: np.ndarray, mine: np.ndarray) -> None:
-        rows = np.full(self.batch_size, _SCRATCH * self.page_size, dtype=np.int64)
-        for b in np.flatnonzero(mine):
-            slot = int(pool.host_slots[b]) % self.page_size
-            pages = pool.host_pages[b]
-            if int(pool.host_slots[b]) == len(pages) * self.page_size:
-                pages.append(pool.free.pop())
-                self._write_table(pool, int(b))
-            rows[b] = pages[-1] * self.page_size + slot
-            pool.page_last[pages[-1]] = position[b]
-            pool.host_slots[b] += 1
-        pool.rows.copy_(torch.from_numpy(rows), non_blocking=True)
-        where = torch.from_numpy(np.where(mine, position, _NEVER))
-        pool.row_positions.copy_(where, non_blocking=True)
-        pool.positions.view(-1).index_copy_(0, pool.rows, pool.row_positions)
-
-    def _write_table(self, pool: _Pool, b: int) -> None:
-        row = torch.full((pool.table.shape[1],), _SCRATCH, dtype=torch.int32)
-        row[: len(pool.host_pages[b])] = torch.tensor(pool.host_pages[b], dtype=torch.int32)
-        pool.table[b].copy_(row, non_blocking=True)
 
     def release(self, b: int) -> None:
         """Free all pages of a sequence that has ended; what it decodes from now on is of no use.
@@ -383,8 +329,31 @@ class PagedKVCache:
         if not isinstance(b, (int, np.integer)) or isinstance(b, bool) or not 0 <= b < self.batch_size:
             raise ValueError(f"release: sequence is {b!r}: the cache has sequences 0 to {self.batch_size - 1}")
         for pool in self._pools:
-            if pool.host_pages[b]:
-                self._forget(pool, b, len(pool.host_pages[b]))
+            if pool.pages[b]:
+                pool.forget(b, len(pool.pages[b]))
+
+
+def _prompt_of(key: AttnKey, documents: Sequence[Document], paths: Sequence[Sequence[int]] | None) -> Prompt:
+    """
+    Raises:
+        ValueError: paths are not of these documents, or one's documents do not follow each other's positions.
+    """
+    chosen = [[d] for d in range(len(documents))] if paths is None else [list(path) for path in paths]
+    lengths = []
+    for path in chosen:
+        length = 0
+        for d in path:
+            if not 0 <= d < len(documents) or documents[d].first_position != length:
+                raise ValueError(f"paths: document {d} does not follow the {length} tokens before it in path {path}")
+            length += documents[d].end - documents[d].start
+        lengths.append(length)
+    tokens = key.k_placement.tokens_of(key.cp_rank)
+    starts = np.array([d.start for d in documents], dtype=np.int64)
+    first = np.array([d.first_position for d in documents], dtype=np.int64)
+    # Empty documents share their start with the next one: the last of those at or before a token holds it.
+    document = np.searchsorted(starts, tokens, side="right") - 1
+    position = tokens - starts[document] + first[document]
+    return Prompt(document, position, chosen, np.array(lengths, dtype=np.int64))
 
 
 def _documents_of(spec: AttnMaskSpec) -> list[Document]:

@@ -2,8 +2,8 @@
 
 A cache is [num_pages, page_size, heads, dim]; its rows are the slots of all pages, one page after the other.
 
-Shape legend: B sequences, P pages of a sequence, S slots of its pages, N query heads, G key heads, R = N / G, D and E
-head dims of q/k and of v.
+Shape legend: B sequences, M queries of each, P pages of a sequence, S slots of its pages, N query heads, G key heads,
+R = N / G, D and E head dims of q/k and of v.
 """
 
 from __future__ import annotations
@@ -58,36 +58,38 @@ class PagedKeys(NamedTuple):
 
 
 def paged_partial(
-    q_BND: Tensor,
+    q_BMND: Tensor,
     keys: PagedKeys,
-    queries_B: Tensor,
+    queries_BM: Tensor,
     *,
     window: int | None,
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query per sequence over the pages of this rank.
+    """Attention of a few queries per sequence over the pages of this rank.
 
     Args:
-        keys: a slot is visible iff its position is at most the query's and, with a window W, within W of it.
-        queries_B: int64 [B], positions of the queries.
+        keys: a slot is visible iff its position is at most the query's and, with a window W, within W of it. What is in
+            slots that none of a sequence's queries sees, NaN included, has no part.
+        queries_BM: int64 [B, M], positions of the queries; -1 sees nothing.
 
     Returns:
-        out [B, N, E] and lse [B, N], natural log, in fp32 (fp64 for fp64); 0 and -inf where nothing is visible.
+        out [B, M, N, E] and lse [B, M, N], natural log, in fp32 (fp64 for fp64); 0 and -inf where nothing is visible.
     """
-    dtype = accumulator_dtype(q_BND.dtype)
+    dtype = accumulator_dtype(q_BMND.dtype)
     index = keys.table_BP.long()
     k, v = (pages[index].flatten(1, 2).to(dtype) for pages in (keys.k, keys.v))
     position_BS = keys.positions[index].flatten(1)
-    visible = position_BS <= queries_B[:, None]
+    visible = position_BS[:, None] <= queries_BM[..., None]
     if window is not None:
-        visible &= position_BS > queries_B[:, None] - window
-    num_heads_kv = k.shape[2]
-    q = q_BND.to(dtype).unflatten(1, (num_heads_kv, -1))
-    scores = torch.einsum("bgrd,bsgd->bgrs", q, k) * scale
+        visible &= position_BS[:, None] > queries_BM[..., None] - window
+    # A probability of 0 times NaN is NaN: slots that no query sees may hold anything.
+    v = v.masked_fill(~visible.any(1)[..., None, None], 0.0)
+    q = q_BMND.to(dtype).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("bmgrd,bsgd->bmgrs", q, k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
+    scores = scores.masked_fill(~visible[:, :, None, None, :], -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
-    return torch.einsum("bgrs,bsge->bgre", p, v).flatten(1, 2), lse.flatten(1)
+    return torch.einsum("bmgrs,bsge->bmgre", p, v).flatten(2, 3), lse.flatten(2)

@@ -21,11 +21,13 @@ from cpattn.ops.fetch import local_attention
 
 from .hf_latents import sends_latents
 from .hf_masks import terms_of
-from .shard import LayerMask, Shard, active_shard
+from .rows import RowMask
+from .shard import LayerMask, active_shard
 
 # Tensors that layers are handed on the way and that say nothing about the mask.
 _HARMLESS = {"position_ids", "position_embeddings", "cache_position", "num_items_in_batch", "input_ids"}
-_BIASES = ("position_bias", "attn_bias", "attention_bias", "bias", "alibi", "head_mask", "layer_head_mask", "cache")
+_ADDED = ("position_bias", "attn_bias", "attention_bias", "bias", "alibi")
+_BIASES = (*_ADDED, "head_mask", "layer_head_mask", "cache")
 PACKING_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -64,7 +66,8 @@ def cpattn_attention(
     """Attention interface of transformers.
 
     A layer whose mask is a `LayerMask` attends over the tokens of all ranks. Any other layer (a vision
-    tower, a model used without a shard) attends over the tensors it is given, on this rank alone.
+    tower, a model used without a shard) attends over the tensors it is given, on this rank alone; one whose mask is a
+    `RowMask` as the rows' caller says.
 
     Args:
         query, key, value: [B, heads, S, dim], of a sharded batch [1, heads, L, dim]; heads may be
@@ -77,8 +80,11 @@ def cpattn_attention(
         ValueError: something that the layer asks for would be ignored; names the layer.
     """
     observer = _observer.get()
+    if isinstance(attention_mask, RowMask):
+        query = _with_true_temperature(module, query, attention_mask.shard.positions)
+        return _row_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     if isinstance(attention_mask, LayerMask):
-        query = _with_true_temperature(module, query, attention_mask.shard)
+        query = _with_true_temperature(module, query, attention_mask.shard.positions)
         out = _sharded_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     else:
         if observer is None or active_shard.get() is not None:
@@ -128,7 +134,7 @@ def _sharded_attention(
 ) -> Tensor:
     softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
     refuse_what_would_be_ignored(module, dropout, softcap, sink, extra)
-    _refuse_other_window(module, mask, extra)
+    _refuse_other_window(module, (mask.window or (None, None))[0], mask.shard.layout.longest_text, extra)
     tokens, fetched = mask.shard.num_tokens, sends_latents(module)
     if query.shape[0] != 1 or query.shape[2] != tokens or (key.shape[2] != tokens and not fetched):
         raise ValueError(
@@ -155,7 +161,25 @@ def _sharded_attention(
     return F.pad(out, (0, 0, 0, 0, 0, stand_in)).unsqueeze(0) if stand_in else out.unsqueeze(0)
 
 
-def _with_true_temperature(module: nn.Module, query: Tensor, shard: Shard) -> Tensor:
+def _row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowMask,
+    dropout: float,
+    scaling: float | None,
+    extra: Mapping[str, Any],
+) -> Tensor:
+    softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
+    refuse_what_would_be_ignored(module, dropout, softcap, sink, extra)
+    _refuse_other_window(module, mask.left, mask.shard.longest_text, extra)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{_name(module)}: {key.shape[2]} keys for {query.shape[2]} tokens: no cross-attention here")
+    return mask.attend(query, key, value, scaling, softcap, sink)
+
+
+def _with_true_temperature(module: nn.Module, query: Tensor, positions: Tensor) -> Tensor:
     """Queries [1, heads, L, dim] whose layer scaled them by their place in the local tensor, by their position instead.
 
     Llama 4's layers without RoPE count places from 0 on: log1p(floor((place + 1) / floor_scale)) * attn_scale + 1.
@@ -168,18 +192,18 @@ def _with_true_temperature(module: nn.Module, query: Tensor, shard: Shard) -> Te
     def scales(positions: Tensor) -> Tensor:
         return torch.log1p(torch.floor((positions.float() + 1.0) / floor_scale)) * attn_scale + 1.0
 
-    ratio = scales(shard.positions.to(query.device)) / scales(places)
+    ratio = scales(positions.to(query.device)) / scales(places)
     return (query * ratio[None, None, :, None]).to(query.dtype)
 
 
-def _refuse_other_window(module: nn.Module, mask: LayerMask, extra: Mapping[str, Any]) -> None:
+def _refuse_other_window(module: nn.Module, left: int | None, longest: int, extra: Mapping[str, Any]) -> None:
     # A layer that passes None has none, whatever its attributes say.
     window = extra["sliding_window"] if "sliding_window" in extra else getattr(module, "sliding_window", None)
-    left = (mask.window or (None, None))[0]
-    if isinstance(window, int) and 0 < window < mask.shard.layout.longest_text and left not in (window - 1, window):
+    if isinstance(window, int) and 0 < window < longest and left not in (window - 1, window):
+        seen = "all keys" if left is None else f"{left} keys"
         raise ValueError(
-            f"{_name(module)}: the layer has a sliding window of {window} and its mask has the window {mask.window}: "
-            f"one of the two would be ignored"
+            f"{_name(module)}: the layer has a sliding window of {window} and its mask shows {seen} before a query's "
+            f"own: one of the two would be ignored"
         )
 
 
@@ -224,11 +248,12 @@ def _whole_attention(
     is_causal: bool | None,
     extra: Mapping[str, Any],
 ) -> Tensor:
-    """Attention over the tensors at hand: SDPA, or plainly where SDPA has no softcap or sinks."""
+    """Attention over the tensors at hand: SDPA, or plainly where SDPA has no softcap, bias or sinks."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     softcap, sink = extra.get("softcap"), extra.get("s_aux", extra.get("sinks"))
-    if softcap is None and sink is None:
+    biases = [extra[name] for name in _ADDED if isinstance(extra.get(name), Tensor)]
+    if softcap is None and sink is None and not biases:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **extra
         )[0]
@@ -240,11 +265,14 @@ def _whole_attention(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and query.shape[2] > 1 and is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    for bias in biases:
+        scores = scores + bias
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     if sink is not None:
-        scores = torch.cat([scores, sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        sink = sink.view(1, -1, 1, 1) if sink.ndim == 1 else sink  # of each head, or of each query (Inkling)
+        scores = torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:3], 1)], -1)
     probabilities = torch.softmax(scores.float(), -1).to(query.dtype)[..., : key.shape[2]]
     return (F.dropout(probabilities, dropout) @ value).transpose(1, 2).contiguous()
 

@@ -17,7 +17,7 @@ import hashlib
 import inspect
 import traceback
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .batch_layout import IGNORE_INDEX, layout_of_batch, shifted_labels
 from .hf_attention import observe_attention
 from .hf_heads import last_tokens
-from .hf_model import takes
+from .hf_model import read, takes
 from .shard import Cut, Shard
 
 # The object being made; its class stands above this file.
@@ -35,25 +35,39 @@ ContextParallel = Any
 
 COLUMNS, PADDING = 12, (0, 4, -5)  # of each row: none, left, right
 _NUM_PROJECTIONS = 4
-_verdicts: dict[str, Cut | str] = {}
+LabelsOf = Literal["next", "own", "unknown"]
 
 
-def placement_cut(parallel: ContextParallel) -> Cut:
-    """Where batches of the model are cut: at the inputs or, if it differs there, at the layers; remembered.
+class Verdict(NamedTuple):
+    """What trying a model showed.
+
+    cut: where its batches are cut: at the inputs or, if results differ there, at the layers.
+    labels_of: whether its loss compares a token's logits with the label of the next token or with its own (Bart).
+    """
+
+    cut: Cut
+    labels_of: LabelsOf
+
+
+_verdicts: dict[str, Verdict | str] = {}
+
+
+def try_placement(parallel: ContextParallel) -> Verdict:
+    """What is found when the model is tried; remembered.
 
     Raises:
-        ValueError: results depend on the placement either way; names the first layer that differs.
+        ValueError: results depend on the placement under every cut; names the first layer that differs.
     """
     signature = _signature(parallel)
     if signature not in _verdicts:
         _verdicts[signature] = _try_cuts(parallel)
     verdict = _verdicts[signature]
-    if verdict not in ("inputs", "decoder", "layers"):
+    if isinstance(verdict, str):
         raise ValueError(verdict)
-    return verdict  # type: ignore[return-value]
+    return verdict
 
 
-def _try_cuts(parallel: ContextParallel) -> Cut | str:
+def _try_cuts(parallel: ContextParallel) -> Verdict | str:
     """The first cut under which the model does not see the placement, or why there is none."""
     cuts: tuple[Cut, ...] = ("decoder",) if parallel.has_other_modalities else ("inputs", "layers")
     with _quiet(parallel.model) as model:
@@ -69,7 +83,7 @@ def _try_cuts(parallel: ContextParallel) -> Cut | str:
         for cut in cuts:
             fault = _fault(parallel, model, batch, natural, cut)
             if fault is None:
-                return cut
+                return Verdict(cut, _labels_of(parallel, model, batch))
             faults.append(fault)
     name = type(parallel.root).__name__
     return (
@@ -105,7 +119,7 @@ def _is_ours(error: Exception) -> bool:
 def _probe_batch(parallel: ContextParallel) -> dict[str, Tensor]:
     config = parallel.text_config
     special = _special_ids(parallel.root.config) | _special_ids(config)
-    vocab = int(_embedding(parallel).num_embeddings)
+    vocab = min(int(_embedding(parallel).num_embeddings), int(read(config, "vocab_size", 1 << 60)))
     usable = np.array([n for n in range(min(vocab, 4096)) if n not in special] or [0])
     ids = usable[np.random.default_rng(7).integers(0, len(usable), (len(PADDING), COLUMNS))]
     mask = np.ones_like(ids)
@@ -299,6 +313,27 @@ def _observe(
             logits = parallel._run(model, shard, ends, {})[1]
     _note_results(parallel, seen, logits, leaves, batch, shard)
     return seen
+
+
+@torch.no_grad()
+def _labels_of(parallel: ContextParallel, model: Any, batch: dict[str, Tensor]) -> LabelsOf:
+    """By which pairs of logits and labels the mean cross entropy is the model's own loss."""
+    if parallel.head != "causal" or not takes(parallel.root, "labels"):
+        return "next"
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+    try:
+        outputs = model(**batch, labels=labels, use_cache=False)
+    except Exception:  # it runs without labels
+        return "unknown"
+    loss, logits = getattr(outputs, "loss", None), outputs.logits
+    if loss is None or hasattr(logits, "to_local"):
+        return "next"
+    pairs: dict[LabelsOf, Any] = {"next": (logits[:, :-1], labels[:, 1:]), "own": (logits, labels)}
+    for name, (rows, targets) in pairs.items():
+        mean = F.cross_entropy(rows.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        if torch.allclose(mean, loss.to(mean), rtol=1e-2):
+            return name
+    return "unknown"
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ from .hf_model import (
     unwrapped,
 )
 from .hf_register import register_attention
-from .placement_probe import placement_cut
+from .placement_probe import LabelsOf, try_placement
 from .shard import Cut, LayerMask, ParallelOutput, Shard, ShardedMask, ShareRows, local_tokens, refuse_cache, sum_over
 from .weights import require_equal_weights
 
@@ -149,6 +149,7 @@ class ContextParallel(GroupLosses):
             require_equal_weights(model, self.loss_group, broadcast=broadcast)
             self.decoder._cpattn_weights_agree = True
         self.cut: Cut = "decoder" if self.has_other_modalities else "inputs"
+        self.labels_of: LabelsOf = "next"
         self._unchecked = check
         if check and not any(p.is_meta for p in model.parameters()):
             self._check_placement()
@@ -176,8 +177,9 @@ class ContextParallel(GroupLosses):
         Args:
             batch: as for the model, whole, the same on all ranks of cp_group: input_ids [B, S] and,
                 where there are, attention_mask ([B, S], or 4-D), position_ids, labels (shifted here,
-                within each document; of a token classification head as they are, of a sequence classification head
-                [B]) or shift_labels (shifted already), cu_seq_lens_q, pixel values and whatever else the model takes.
+                within each document; as they are for a token classification head and for models whose own loss
+                does not shift them, such as Bart's; of a sequence classification head [B]) or shift_labels (shifted
+                already), cu_seq_lens_q, pixel values and whatever else the model takes.
             spec: the mask of a batch of one row, in place of attention_mask: a prefix tree, for example.
             num_targets: what to divide the summed loss by; None is the number of this batch's targets
                 over loss_group. Under gradient accumulation pass that of all micro-batches together
@@ -229,7 +231,7 @@ class ContextParallel(GroupLosses):
         return ParallelOutput(loss, logits, outputs, shard)
 
     def _check_placement(self) -> None:
-        self.cut = placement_cut(self)
+        self.cut, self.labels_of = try_placement(self)
         self._unchecked = False
 
     def _take_requests(self, batch: dict[str, Any], keywords: dict[str, Any]) -> tuple[int | Tensor | None, bool]:
@@ -304,12 +306,17 @@ class ContextParallel(GroupLosses):
         return shard
 
     def _targets(self, labels: Tensor, layout: BatchLayout) -> Tensor:
-        if self.head == "causal":
+        if self.head == "causal" and self.labels_of == "unknown":
+            raise ValueError(
+                f"{type(self.root).__name__} has a loss of its own, not the mean cross entropy of labels: pass "
+                f"shift_labels (each token's target, -100 for none) for that mean, or leave labels out"
+            )
+        if self.head == "causal" and self.labels_of == "next":
             return shifted_labels(labels, layout)
         if self.head == "sequence" or tuple(labels.shape) != (layout.rows, layout.columns):
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, input_ids {(layout.rows, layout.columns)}: a "
-                f"{self.head} classification head has no such labels by token"
+                f"labels have shape {tuple(labels.shape)}, input_ids {(layout.rows, layout.columns)}: one label for "
+                f"each token is needed (a sequence classification head takes its labels [B] by a call)"
             )
         return labels
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpattn.collectives import all_gather
 from cpattn.runtime.agreement import require_agreement
-
-_CHUNK = 1 << 24
+from cpattn.runtime.replicas import differing
 
 
 def require_equal_weights(model: nn.Module, group: dist.ProcessGroup | None, *, broadcast: bool = False) -> None:
@@ -27,29 +24,20 @@ def require_equal_weights(model: nn.Module, group: dist.ProcessGroup | None, *, 
     if group is None or dist.get_world_size(group) == 1:
         return
     held = dict(_replicated(model, group))
-    shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in held.items()]
-    require_agreement("the model of a context-parallel group", {"names and shapes of its weights": shapes}, group)
     if broadcast:
+        shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in held.items()]
+        require_agreement("the model of a context-parallel group", {"names and shapes of its weights": shapes}, group)
         for tensor in held.values():
             dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
-    elif held:
-        _compare(held, group)
-
-
-def _compare(held: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    device = torch.device("cuda") if "nccl" in dist.get_backend(group) else torch.device("cpu")
-    mine = torch.stack([_digest(tensor).to(device) for tensor in held.values()])
-    everyone = all_gather(mine, group).view(-1, len(held))
-    differs = (everyone != everyone[0]).cpu()
-    if not bool(differs.any()):
         return
-    names = [name for name, differ in zip(held, differs.any(0).tolist(), strict=True) if differ]
-    ranks = differs.any(1).nonzero().flatten().tolist()
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise ValueError(
-        f"ranks {ranks} of the group do not have rank 0's weights: {len(names)} of {len(held)} differ ({shown}). Build "
-        f"the model with one seed on all ranks, load the same checkpoint, or pass broadcast=True to take rank 0's"
-    )
+    names, ranks = differing("the model of a context-parallel group", held, group)
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(
+            f"ranks {ranks} of the group do not have rank 0's weights: {len(names)} of {len(held)} differ ({shown}). "
+            f"Build the model with one seed on all ranks, load the same checkpoint, or pass broadcast=True to take "
+            f"rank 0's"
+        )
 
 
 def _replicated(model: nn.Module, group: dist.ProcessGroup) -> Iterator[tuple[str, Tensor]]:
@@ -64,15 +52,3 @@ def _replicated(model: nn.Module, group: dist.ProcessGroup) -> Iterator[tuple[st
                 continue
             values = values.to_local()
         yield name, values
-
-
-def _digest(tensor: Tensor) -> Tensor:
-    """int64 scalar: the tensor's bytes as words, each times an odd number of its place, summed modulo 2**64."""
-    flat = tensor.contiguous().flatten().view(torch.uint8)
-    words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + part.numel(), device=tensor.device)
-        total += (part * (places * 0x9E3779B1 | 1)).sum()
-    return total

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .identity import Saying, calls_of
 
-_NAMES_AT_ONCE = 16  # their digests fit into one header
-
 
 def require_agreement(what: str, fields: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
     """Raise on every rank of the group if any field differs between ranks; each tells the others once.
@@ -36,23 +34,3 @@ def tensor_digest(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     """Shape and a hash of the values: what ranks compare of data."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return tuple(tensor.shape), hashlib.blake2b(data.data, digest_size=8).hexdigest()
-
-
-def require_replicated(tensors: Mapping[str, Tensor], cp_group: dist.ProcessGroup | None) -> None:
-    """Check that tensors that should be the same on all ranks of a group are, bit for bit: sinks, weights, buffers.
-
-    Reads every value, so it is for the start of a run, or now and then; call it on all ranks. For a model:
-    `require_replicated(dict(model.named_parameters()), group)`.
-
-    Args:
-        tensors: by name; on any device.
-        cp_group: None or a group of one compares nothing.
-
-    Raises:
-        ValueError: names the first that differs, and the ranks.
-    """
-    names = sorted(tensors)
-    for start in range(0, len(names), _NAMES_AT_ONCE):
-        some = names[start : start + _NAMES_AT_ONCE]
-        digests = {name: (tensors[name].dtype, *tensor_digest(tensors[name])) for name in some}
-        require_agreement("require_replicated", {"names of the tensors": names, **digests}, cp_group)

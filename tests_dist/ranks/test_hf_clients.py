@@ -79,6 +79,20 @@ def test_a_sample_of_the_sweep(model_type):
     run_on_ranks(2, sample_on_rank, (model_type,))
 
 
+def test_a_model_outside_a_shard_adds_its_bias_and_its_sinks():
+    """Inkling passes a bias and a sink of each query; under a shard it is refused, alone it is eager's."""
+    models = []
+    for attention in ("eager", "cpattn"):
+        torch.manual_seed(0)
+        config = tiny_config("inkling2_text")
+        models.append(hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval())
+        make_lively(models[-1])
+    batch = {name: value for name, value in batches()["left"].items() if name != "labels"}
+    with torch.no_grad():
+        want, got = (model(**batch, use_cache=False).logits[batch["attention_mask"].bool()] for model in models)
+    close(got, want)
+
+
 @pytest.mark.nightly
 def test_the_sweep():
     """Every type of the installed transformers; 0 wrong, 0 crash."""
