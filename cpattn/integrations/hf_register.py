@@ -1,7 +1,9 @@
-"""transformers is told of "cpattn": when it is asked to be, and by itself as soon as both are imported.
+"""transformers is told of "cpattn": when it is asked to be, and by itself as soon as it is imported.
 
 `attn_implementation="cpattn"` then works in a script that forgot `register_attention()`, whatever is imported first.
-This module imports neither torch nor transformers.
+Where this package is installed, the script need not import it at all: torch calls what packages name as entry points
+of `torch.backends` when it is imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off), and we name
+`register_when_imported`. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -54,10 +56,16 @@ def _watch_trainers() -> None:
 
 
 def _when_imported(name: str, then: Callable[[], None]) -> None:
-    if name in sys.modules:
+    if _is_ready(name):
         then()
     elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(name, then))
+
+
+def _is_ready(name: str) -> bool:
+    """Whether a module has been imported; not while it is, which may be what imports torch."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 class _AfterImport(MetaPathFinder):
@@ -67,6 +75,9 @@ class _AfterImport(MetaPathFinder):
         self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name.startswith("transformers.") and _is_ready(self.name):  # it was being imported when we came
+            sys.meta_path.remove(self)
+            self.then()
         if name != self.name:
             return None
         sys.meta_path.remove(self)

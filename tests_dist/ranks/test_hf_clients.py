@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -316,12 +321,17 @@ def test_models_that_attend_by_themselves_are_refused_at_load():
             hf.AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="cpattn")
 
 
-@pytest.mark.parametrize("first", ["import cpattn", "import transformers.modeling_utils, cpattn"])
-def test_a_script_may_forget_to_register(first):
-    import subprocess
-    import sys
-
+@pytest.mark.parametrize("first", ["import cpattn", "import transformers.modeling_utils, cpattn", "", "import torch"])
+def test_a_script_may_forget_to_register(first, tmp_path):
+    """And to import the package at all, where it is installed: torch calls its entry point."""
+    lines = (Path(__file__).parents[2] / "pyproject.toml").read_text().splitlines()
+    entry = lines[lines.index('[project.entry-points."torch.backends"]') + 1].replace('"', "")
+    installed = tmp_path / "installed-0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text(f"[torch.backends]\n{entry}\n")
     code = f"{first}\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
     code += "sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)\n"
     code += "LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation='cpattn')"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    env = os.environ | ({} if "cpattn" in first else {"PYTHONPATH": str(tmp_path)})
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
