@@ -30,12 +30,15 @@ from .shard import LayerMask
 # around them (a state of its own, a shift) is not known.
 SERVED_MIXERS = frozenset(
     {
+        "BailingHybridDeltaAttention",
         "BambaMixer",
         "FalconH1Mixer",
         "GraniteMoeHybridMambaLayer",
         "KimiLinearDeltaAttention",
+        "LaraMiniGatedDeltaNet",
         "Lfm2MoeShortConv",
         "Lfm2ShortConv",
+        "Lfm3ShortConv",
         "Mamba2Mixer",
         "MiniMaxLightningAttention",
         "NemotronHMamba2Mixer",

@@ -9,7 +9,8 @@ Each type is a tiny random model (`tiny_models`), fp32. Four batches: one text, 
 packed documents (what each document is alone). Compared by norm: logits at real tokens, the loss, every parameter's
 gradient, and the model outside a shard. One of:
 
-    exact      all within 1e-5; where rounding is amplified to more, within 1e-9 in fp64
+    exact      all within 1e-5; or, where eager's own result moves by more than that when each weight goes to a
+               neighbouring fp32 number, within that
     refused    cpattn raised ValueError by a name of its own, and says why
     wrong      anything else that came back
     crash      an error that is not cpattn's, a dead process or one that hangs
@@ -43,7 +44,7 @@ from torch.nn import functional as F
 
 from .tiny_models import is_composite, make_lively, tiny_config
 
-TOLERANCE, PRECISE, IGNORE = 1e-5, 1e-9, -100
+TOLERANCE, IGNORE = 1e-5, -100
 KINDS = ("exact", "refused", "wrong", "crash", "not built")
 
 
@@ -192,7 +193,7 @@ def try_type(model_type: str) -> Outcome:
             with torch.no_grad():
                 got = model(**{k: v for k, v in batches()[name].items() if k != "labels"}, use_cache=False).logits
             real = batches()[name]["attention_mask"].bool()
-            _note(outcome, f"alone, {name}", relative(got[real], wanted[name].logits))
+            _note(outcome, f"alone, {name}", relative(got[real], wanted[name].logits), "logits")
     except Exception as error:
         _fail(outcome, error)
     if not _first_rank_s(outcome.kind in ("refused", "crash")) and outcome.kind in ("exact", "wrong"):
@@ -204,40 +205,32 @@ def _try_sharded(outcome: Outcome, model: nn.Module, wanted: dict[str, Step]) ->
     from cpattn.integrations.transformers import ContextParallel
 
     try:
-        parallel, over = ContextParallel(model, dist.group.WORLD), []
+        parallel = ContextParallel(model, dist.group.WORLD)
         for name, batch in batches().items():
             step = sharded_step(model, parallel, batch)
             if wanted:
                 error, what = step.error(wanted[name])
-                outcome.errors[name] = error
-                if not error < TOLERANCE:
-                    over.append((name, f"{name}: {what} off by {error:.2g}"))
-        for name, found in _first_rank_s(over):
-            _try_precisely(outcome, model, name, found, bool(wanted))
+                limit = TOLERANCE if error < TOLERANCE else _sensitivity(outcome.model_type, batch, wanted[name])
+                _note(outcome, name, error, what, limit)
     except Exception as error:
         _fail(outcome, error)
 
 
-def _try_precisely(outcome: Outcome, model: nn.Module, name: str, found: str, compares: bool) -> None:
-    """A batch again in fp64, where rounding is no excuse: some tiny random models amplify it."""
-    from cpattn.integrations.transformers import ContextParallel
+def _sensitivity(model_type: str, batch: dict[str, Tensor], want: Step) -> float:
+    """How far eager's own result moves when each weight goes to a neighbouring fp32 number: the largest of three tries.
 
-    step = sharded_step(model, ContextParallel(_in_fp64(model), dist.group.WORLD), batches()[name])
-    if not compares:
-        return
-    error, what = step.error(eager_step(_in_fp64(_make(outcome.model_type, "eager")), batches()[name]))
-    if error < PRECISE:
-        outcome.reason = _joined(outcome.reason, f"{found} in fp32, by {error:.1g} in fp64")
-    else:
-        outcome.kind = "wrong"
-        outcome.reason = _joined(outcome.reason, f"{found}, and in fp64 {what} by {error:.2g}")
-
-
-def _in_fp64(model: Any) -> Any:
-    """In place. Experts one by one: torch's grouped products have no fp64."""
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    return model.double()
+    Some tiny random models amplify rounding (loops of layers, differences of softmaxes); no other sum of the same numbers
+    can be held to less.
+    """
+    moved = []
+    for seed in range(3):
+        model, generator = _make(model_type, "eager"), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+                weight.mul_(1 + signs * 2.0**-23)
+        moved.append(eager_step(model, batch).error(want)[0])
+    return max(TOLERANCE, *moved)
 
 
 def _first_rank_s(value: Any) -> Any:
@@ -263,11 +256,13 @@ def _make(model_type: str, attention: str) -> nn.Module:
     return model
 
 
-def _note(outcome: Outcome, name: str, error: float) -> None:
+def _note(outcome: Outcome, name: str, error: float, what: str, limit: float = TOLERANCE) -> None:
     outcome.errors[name] = error
-    if not error < TOLERANCE:
+    if not error < limit:
         outcome.kind = "wrong"
-        outcome.reason = _joined(outcome.reason, f"{name}: logits off by {error:.2g}")
+        outcome.reason = _joined(outcome.reason, f"{name}: {what} off by {error:.2g}")
+    elif error >= TOLERANCE:
+        outcome.reason = _joined(outcome.reason, f"{name}: {what} off by {error:.2g}, eager itself is by {limit:.2g}")
 
 
 def _joined(*reasons: str) -> str:
@@ -357,8 +352,9 @@ def report(outcomes: list[Outcome], world: int) -> str:
         "",
         f"Command: `python -m cpattn.launch.benchmarks.hf_sweep --ranks {world}`. transformers "
         f"{transformers.__version__}, torch {torch.__version__}, {platform.machine()}, gloo, fp32, tiny random models;",
-        f"exact: every relative error below {TOLERANCE:g}, or below {PRECISE:g} in fp64 (logits, loss, all gradients;",
-        "one text, padded right, padded left, packed; and logits outside a shard).",
+        f"exact: every relative error below {TOLERANCE:g} (logits, loss, all gradients; one text, padded right, padded",
+        "left, packed; and logits outside a shard). Where rounding is amplified to more, the table says by how much eager's",
+        "own result moves when each weight goes to a neighbouring fp32 number: the limit there.",
         "",
         "| " + " | ".join(f"{kind}" for kind in KINDS) + " | all |",
         "|" + "---|" * (len(KINDS) + 1),

@@ -40,7 +40,7 @@ def steps_on_rank(steps: int) -> list:
 
 def test_steps_are_those_of_one_rank():
     (want, weights), *_ = run_on_ranks(1, steps_on_rank, 3)
-    assert all(figures.grad_norm > 0 and figures.saved_tokens > 3 * 23 for figures, _ in want)
+    assert all(figures.grad_norm > 0 and figures.saved_tokens >= 3 * 23 for figures, _ in want)
     for size in (2, 3):
         for seen, theirs in run_on_ranks(size, steps_on_rank, 3):
             for (figures, completions), (one, same) in zip(seen, want, strict=True):
