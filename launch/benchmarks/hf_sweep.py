@@ -219,8 +219,8 @@ def _try_sharded(outcome: Outcome, model: nn.Module, wanted: dict[str, Step]) ->
 def _sensitivity(model_type: str, batch: dict[str, Tensor], want: Step) -> float:
     """How far eager's own result moves when each weight goes to a neighbouring fp32 number: the largest of three tries.
 
-    Some tiny random models amplify rounding (loops of layers, differences of softmaxes); no other sum of the same numbers
-    can be held to less.
+    Some tiny random models amplify rounding (loops of layers, differences of softmaxes); no other sum of the same
+    numbers can be held to less.
     """
     moved = []
     for seed in range(3):
@@ -353,8 +353,8 @@ def report(outcomes: list[Outcome], world: int) -> str:
         f"Command: `python -m cpattn.launch.benchmarks.hf_sweep --ranks {world}`. transformers "
         f"{transformers.__version__}, torch {torch.__version__}, {platform.machine()}, gloo, fp32, tiny random models;",
         f"exact: every relative error below {TOLERANCE:g} (logits, loss, all gradients; one text, padded right, padded",
-        "left, packed; and logits outside a shard). Where rounding is amplified to more, the table says by how much eager's",
-        "own result moves when each weight goes to a neighbouring fp32 number: the limit there.",
+        "left, packed; and logits outside a shard). Where rounding is amplified to more, the table says by how much",
+        "eager's own result moves when each weight goes to a neighbouring fp32 number: the limit there.",
         "",
         "| " + " | ".join(f"{kind}" for kind in KINDS) + " | all |",
         "|" + "---|" * (len(KINDS) + 1),
