@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.integrations.prefix_tree import PrefixTree, fold_samples
-from cpattn.nn import ContextParallel
+from cpattn.integrations.transformers import ContextParallel
 
 LETTERS = "_.abcdefghijklmnopqrstuvwxyz "  # token 0 pads, token 1 ends
 END, EPSILON = 1, 0.2
