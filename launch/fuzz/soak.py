@@ -40,6 +40,8 @@ KILLED_SHARE = 0.5
 WHOLE_RUNS = 10
 # Descriptors and threads that come and go.
 SLACK = 2
+# Folders that stay where a process is killed at start-up: the fork server's socket, and torch's cache of compiled code.
+_OF_OTHERS = ("pymp-", "torchinductor_")
 # For the processes of a killed run to end.
 PATIENCE_S = 30.0
 _MARK = "CPATTN_SOAK"
@@ -70,7 +72,12 @@ class Left(NamedTuple):
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """What no living process has mapped: other programs' semaphores come and go meanwhile."""
+    there = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps") if there else ():
+        with contextlib.suppress(OSError):
+            there -= {line.rpartition("/dev/shm/")[2] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+    return there
 
 
 def batches(cases: int, seed: int, figures: dict[str, float]) -> Iterator[Batch]:
@@ -184,7 +191,7 @@ def _left_behind(mark: str, folder: str, memory: set[str]) -> Left:
     give_up = time.monotonic() + PATIENCE_S
     while True:
         processes = [*_live(mark), *_ranks_of(os.getpid())]
-        files = [path.name for path in Path(folder).iterdir()]
+        files = [path.name for path in Path(folder).iterdir() if not path.name.startswith(_OF_OTHERS)]
         left = Left(processes, _listening_here(), sorted(shared_memory() - memory), files)
         if not any(left) or time.monotonic() > give_up:
             return left
