@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -41,6 +42,7 @@ from .options import (
     ScheduleOption,
     Schedules,
     StagesOption,
+    require_file,
     require_folder,
     require_module,
     takes_options,
@@ -73,6 +75,9 @@ def plan_command(
     hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}, or a file of cpattn calibrate.")] = "h100",
     limit: Annotated[float, typer.Option(min=0, help="Seconds after which to give up; 0: never.")] = LIMIT_S,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this folder, as PNG and PDF.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the plan as one page for a browser: this file, no network.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
@@ -81,6 +86,7 @@ def plan_command(
         require_folder("--plot", plot)
         if plot is not None:
             require_module("--plot", "matplotlib")
+        require_file("--html", html)
         machine = find_hardware(hardware)
         options = PlanOptions(
             _chunk_size(chunk_size, spec, ranks),
@@ -98,11 +104,8 @@ def plan_command(
         print(json.dumps(_values(answer), indent=2))
     else:
         show([_table(answer), _rivals(answer), *_advice(answer)])
-    if plot is not None:
-        from cpattn.launch.plan_pictures import draw_report
-
-        for path in draw_report(answer.plan, plot, heads=answer.step.heads, hardware=machine):
-            Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
+    for path in _written(answer, plot, html):
+        Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
 class Answer(NamedTuple):
@@ -156,6 +159,28 @@ def _degree(asked: int | str, ranks: int, heads: Heads) -> int:
         raise ValueError(f"--head-degree is {degree} and --ranks {ranks}: it must divide them")
     split_heads(heads.num_q, heads.num_kv, degree)  # or it says why not
     return degree
+
+
+def _written(answer: Answer, plot: Path | None, html: Path | None) -> Iterator[Path]:
+    """The files that are asked for, as they are written."""
+    shown: dict[str, Any] = {"heads": answer.step.heads, "hardware": answer.hardware, "title": _title(answer)}
+    if plot is not None:
+        from .plan_pictures import draw_report
+
+        yield from draw_report(answer.plan, plot, **shown)
+    if html is not None:
+        from .plan_page import page_of_plan
+
+        html.write_text(page_of_plan(answer.plan, **shown))
+        yield html
+
+
+def _title(answer: Answer) -> str:
+    """What was planned, for pictures."""
+    report, degree = answer.report, answer.step.head_degree
+    tokens = f"{report.seqlen_q:,} x {report.seqlen_k:,} tokens"
+    split = f", {degree} of them share rows (each with some of the heads)" if degree > 1 else ""
+    return f"{tokens}, {answer.asked}; {report.cp_size * degree:,} ranks{split}; forward and backward"
 
 
 def _values(answer: Answer) -> dict[str, Any]:

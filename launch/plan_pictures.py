@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -29,32 +29,38 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "savefig.dpi": 220,
     "savefig.bbox": "tight",
     "pdf.fonttype": 42,
 }
 
-# Okabe and Ito's palette for few ranks, told apart by colour-blind readers; a colour map for many.
-FEW = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
-MANY = "turbo"
-COMPUTE, KEYS, QUERIES, HOME = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+# Colours of ranks go from dark to light: told apart by colour-blind readers and in grey. Few ranks take theirs from all
+# over the first list (Paul Tol's muted colours, by lightness), many from a map that is even in lightness.
+FEW = ("#2A1A78", "#7A1C50", "#117733", "#B85A62", "#3FA090", "#D9AC40", "#92D2F0", "#F3E79B")
+MANY = "cividis"
+# What travels lies below a line and differs in lightness too.
+COMPUTE, COMPUTE_NEXT, KEYS, QUERIES, HOME = "#0072B2", "#7FBCE3", "#E69F00", "#009E73", "#882255"
 # Pixels of the mask along each side, bins of the traffic matrix, and lanes of the timeline.
 RESOLUTION, BINS, LANES = 1200, 256, 8
 # Timelines of plans with more routes are left out.
 MOST_ROUTES = 1 << 23
 
 
-def draw_report(plan: Plan, folder: Path, *, heads: Heads, hardware: Hardware) -> list[Path]:
-    """Draw the panels into one figure, folder/plan.png and folder/plan.pdf; the files written."""
+def draw_report(plan: Plan, folder: Path, *, heads: Heads, hardware: Hardware, title: str = "") -> list[Path]:
+    """Draw the panels into one figure, folder/plan.png and folder/plan.pdf; the files written.
+
+    title: what was planned: mask, tokens, ranks, heads, dtype. Set so that it can be read 650 pixels wide.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 7.4), layout="constrained")
+        figure = Figure(figsize=(7.6, 7.6), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(3, 2, width_ratios=(1.12, 1), height_ratios=(1, 1, 1.25))
+        figure.suptitle(title, fontsize=8.5, x=0.01, ha="left", wrap=True)
+        grid = figure.add_gridspec(3, 2, width_ratios=(1.05, 1), height_ratios=(1, 1, 1.3))
         _draw_mask(figure.add_subplot(grid[:2, 0]), plan)
         _draw_shares(figure.add_subplot(grid[0, 1]), plan)
         _draw_bytes(figure.add_subplot(grid[1, 1]), plan, heads)
@@ -69,9 +75,9 @@ def draw_report(plan: Plan, folder: Path, *, heads: Heads, hardware: Hardware) -
 def rank_colours(cp_size: int) -> FloatArray:
     """A colour for each rank, [cp_size, 3]."""
     if cp_size <= len(FEW):
-        return np.array([to_rgb(colour) for colour in FEW[:cp_size]])
-    # The ends of the map are too dark to tell from each other.
-    colours: FloatArray = mpl.colormaps[MANY](np.linspace(0.04, 0.96, cp_size))[:, :3]
+        chosen = np.linspace(0, len(FEW) - 1, cp_size).round().astype(int)
+        return np.array([to_rgb(FEW[number]) for number in chosen])
+    colours: FloatArray = mpl.colormaps[MANY](np.linspace(0.0, 1.0, cp_size))[:, :3]
     return colours
 
 
@@ -111,16 +117,17 @@ def _draw_mask(axes: Axes, plan: Plan) -> None:
     axes.set_ylabel("query token (strip: owner)")
     axes.tick_params(axis="y", pad=9)
     for axis, total in ((axes.xaxis, seqlen_k), (axes.yaxis, seqlen_q)):
-        axis.set_ticks([total * quarter / 4 for quarter in range(5)])
-        axis.set_major_formatter(FuncFormatter(_tokens))
+        axis.set_ticks([total * half / 2 for half in range(3)])
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.get_ticklabels()[0].set_va("top")
     if plan.cp_size <= len(FEW):
         handles = [Patch(color=colour, label=f"rank {rank}") for rank, colour in enumerate(colours)]
         axes.legend(handles=handles, loc="upper right", borderaxespad=0.4)
     else:
-        scale = axes.inset_axes((0.62, 0.95, 0.34, 0.025))
-        scale.imshow(colours[None], aspect="auto", extent=(0, plan.cp_size, 0, 1))
+        scale = axes.inset_axes((0.6, 0.93, 0.36, 0.03))
+        scale.imshow(colours[None], aspect="auto", extent=(-0.5, plan.cp_size - 0.5, 0, 1))
         scale.set_yticks([])
-        scale.set_xticks([0, plan.cp_size])
+        scale.set_xticks([0, plan.cp_size - 1])
         scale.set_xlabel("rank", labelpad=-6)
         scale.spines[:].set_visible(False)
 
@@ -130,15 +137,15 @@ def _draw_shares(axes: Axes, plan: Plan) -> None:
     areas, tokens = plan.areas().astype(np.float64), plan.q_placement.num_tokens.astype(np.float64)
     ranks = np.arange(plan.cp_size)
     worst = 0.02
-    for values, colour, name in ((areas, COMPUTE, "visible pairs"), (tokens, KEYS, "tokens owned")):
+    for values, colour, line, name in ((areas, COMPUTE, "-", "visible pairs"), (tokens, KEYS, "--", "tokens owned")):
         mean = values.mean()
         if not mean:
             continue
         share = values / mean - 1
         worst = max(worst, float(np.abs(share).max()))
-        _steps(axes, ranks, share, colour, f"{name}: max / mean {values.max() / mean:.3f}")
+        _steps(axes, ranks, share, colour, line, f"{name}: max / mean {values.max() / mean:.3f}")
     axes.axhline(0, color="0.5", linewidth=0.6)
-    axes.set_ylim(-1.15 * worst, 1.7 * worst)
+    axes.set_ylim(-1.15 * worst, 2.4 * worst)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.1%}" if value else "mean"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     _legend(axes)
@@ -146,37 +153,38 @@ def _draw_shares(axes: Axes, plan: Plan) -> None:
     _rank_axis(axes, plan.cp_size)
 
 
-def _draw_bytes(axes: Axes, plan: Plan, heads: Heads) -> None:
-    """Bytes in and out of each rank in the forward pass.
-
-    In both passes together they are nearly equal: a row of bf16 keys and values goes out twice, and its
-    gradient in fp32, which weighs as much, comes home once.
-    """
+def bytes_received(plan: Plan, heads: Heads) -> tuple[FloatArray, FloatArray]:
+    """Bytes that come in on each rank in the forward pass, and in both passes together, [cp_size] each."""
     row, size = heads.row_bytes(), plan.cp_size
     kv, q = plan.kv_routes, plan.q_routes
     kv_in, kv_out, q_in, q_out = (
         counts.astype(np.float64)
         for counts in (kv.rows_received(size), kv.rows_sent(size), q.rows_received(size), q.rows_sent(size))
     )
-    received = kv_in * row.kv + q_in * row.q + q_out * row.partial
-    sent = kv_out * row.kv + q_out * row.q + q_in * row.partial
+    forward = kv_in * row.kv + q_in * row.q + q_out * row.partial
+    return forward, forward + kv_in * row.kv_again + kv_out * row.dkv + q_in * row.q_again + q_out * row.dq
+
+
+def _draw_bytes(axes: Axes, plan: Plan, heads: Heads) -> None:
+    size = plan.cp_size
+    forward, both = bytes_received(plan, heads)
     ranks = np.arange(size)
-    _steps(axes, ranks, received, COMPUTE, f"received: mean {_bytes(received.mean())}, max {_bytes(received.max())}")
-    _steps(axes, ranks, sent, QUERIES, f"sent: max {_bytes(sent.max())}")
-    top = max(float(received.max()), float(sent.max()), 1.0)
-    axes.set_ylim(0, 1.3 * top)
+    for values, colour, line, name in ((both, COMPUTE, "-", "both passes"), (forward, KEYS, "--", "forward alone")):
+        label = f"{name}: max {_bytes(values.max())}, mean {_bytes(values.mean())}"
+        _steps(axes, ranks, values, colour, line, label)
+    top = max(float(both.max()), 1.0)
+    axes.set_ylim(0, 1.6 * top)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     _legend(axes)
-    axes.set_title("c  bytes of one layer, forward")
+    axes.set_title("c  bytes received, of one layer")
     _rank_axis(axes, size)
-    axes.set_xlabel("rank")
 
 
 def _draw_traffic(axes: Axes, plan: Plan, heads: Heads) -> None:
     matrix = traffic_matrix(plan, heads, bins=BINS)
     shown = np.ma.masked_equal(matrix, 0)
-    axes.set_title("d  traffic, forward and backward", pad=6)
+    axes.set_title("d  traffic, both passes", pad=6)
     axes.set_xlabel("to rank")
     axes.set_ylabel("from rank")
     axes.spines[:].set_visible(True)
@@ -187,12 +195,13 @@ def _draw_traffic(axes: Axes, plan: Plan, heads: Heads) -> None:
         return
     top = float(matrix.max())
     least = max(float(shown.min()), top / 1e4)
-    norm = LogNorm(least, top) if top > 30 * least else Normalize(0, top)
+    # From the least that moves: a causal mask moves nearly as much between any two ranks.
+    norm = LogNorm(least, top) if top > 30 * least else Normalize(0.98 * least, top)
     extent = (-0.5, size - 0.5, size - 0.5, -0.5)
-    image = axes.imshow(shown, norm=norm, cmap="viridis_r", extent=extent, aspect="auto", interpolation="nearest")
+    image = axes.imshow(shown, norm=norm, cmap=_from_light(), extent=extent, aspect="auto", interpolation="nearest")
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=FuncFormatter(lambda v, _: _bytes(v)))
     per = f"each {-(-size // BINS)} x {-(-size // BINS)} ranks" if size > BINS else "each pair"
-    bar.set_label(f"bytes, {per}", fontsize=7)
+    bar.set_label(f"bytes, {per}; white: none", fontsize=8)
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
@@ -201,7 +210,7 @@ def _draw_traffic(axes: Axes, plan: Plan, heads: Heads) -> None:
 
 def _draw_timeline(axes: Axes, plan: Plan, heads: Heads, hardware: Hardware) -> None:
     """What some ranks do: above the line compute, below it the link; backward follows forward."""
-    axes.set_title(f"e  one layer on {hardware.name}, by the cost model")
+    axes.set_title(f"e  one layer on {hardware.name}, predicted")
     if len(plan.kv_routes) + len(plan.q_routes) > MOST_ROUTES:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "too many routes for a timeline", ha="center", transform=axes.transAxes)
@@ -217,18 +226,19 @@ def _draw_timeline(axes: Axes, plan: Plan, heads: Heads, hardware: Hardware) -> 
     axes.set_ylim(len(lanes) - 0.4, -0.95)
     axes.set_xlim(0, step.seconds * scale)
     for start, name in ((0.0, "forward"), (forward_end, "backward")):
-        axes.text(start * scale + 0.006 * step.seconds * scale, -0.52, name, fontsize=7, va="center")
+        axes.text(start * scale + 0.006 * step.seconds * scale, -0.55, name, fontsize=8, va="center")
     axes.set_yticks(range(len(lanes)), [str(rank) for rank in lanes])
     axes.set_ylabel("rank")
     axes.set_xlabel(f"{unit}; computing {busy / step.seconds:.0%} of the time")
     handles = [
         Patch(color=COMPUTE, label="kernel"),
+        Patch(color=COMPUTE_NEXT, label="its odd stages"),
         Patch(color=KEYS, label="keys arrive"),
         Patch(color=HOME, label="gradients, results"),
     ]
     if len(plan.q_routes):
-        handles.insert(2, Patch(color=QUERIES, label="queries arrive"))
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4, borderaxespad=0)
+        handles.insert(3, Patch(color=QUERIES, label="queries arrive"))
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, borderaxespad=0)
 
 
 def _draw_pass(axes: Axes, timeline: PassTimeline, lanes: list[int], offset: float, scale: float) -> None:
@@ -243,7 +253,7 @@ def _draw_pass(axes: Axes, timeline: PassTimeline, lanes: list[int], offset: flo
 
 def stage_colour(stage: int) -> str:
     """The colour of a stage's kernel: neighbouring stages are told apart."""
-    return (COMPUTE, "#4C9ACB")[stage % 2]
+    return (COMPUTE, COMPUTE_NEXT)[stage % 2]
 
 
 def transfer_colour(name: str) -> str:
@@ -267,36 +277,35 @@ def lanes_of(seconds: FloatArray) -> list[int]:
     return sorted(spread)
 
 
-def _steps(axes: Axes, ranks: NDArray[np.int64], values: FloatArray, colour: str, label: str) -> None:
+def _from_light() -> Any:
+    """A map even in lightness whose light end can still be told from white."""
+    return LinearSegmentedColormap.from_list("light to dark", mpl.colormaps["cividis_r"](np.linspace(0.08, 1, 256)))
+
+
+def _steps(axes: Axes, ranks: NDArray[np.int64], values: FloatArray, colour: str, line: str, label: str) -> None:
     """One level for each rank; points where they would be too narrow to see."""
     if len(ranks) > 512:
         axes.plot(ranks, values, ".", markersize=1.2, color=colour, label=label, rasterized=True)
         axes.lines[-1].set_alpha(0.6)
     else:
-        axes.stairs(values, np.append(ranks, len(ranks)) - 0.5, color=colour, linewidth=1.1, label=label, baseline=None)
+        edges = np.append(ranks, len(ranks)) - 0.5
+        axes.stairs(values, edges, color=colour, linewidth=1.3, linestyle=line, label=label, baseline=None)
 
 
 def _legend(axes: Axes) -> None:
-    options = {"handlelength": 1.2, "columnspacing": 1.0, "handletextpad": 0.5, "markerscale": 5}
-    axes.legend(loc="upper left", ncols=2, borderaxespad=0.2, **options)
+    axes.legend(loc="upper left", borderaxespad=0.2, handlelength=1.5, handletextpad=0.4, markerscale=5)
 
 
 def _rank_axis(axes: Axes, cp_size: int) -> None:
     axes.set_xlim(-0.5, cp_size - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel("rank")
 
 
 def _samples(total: int, resolution: int) -> NDArray[np.int64]:
     """Up to `resolution` token indices: the middles of equal cells."""
     count = max(1, min(total, resolution))
     return ((np.arange(count) + 0.5) * max(total, 1) / count).astype(np.int64)
-
-
-def _tokens(value: float, _: object = None) -> str:
-    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:g}"
 
 
 def _bytes(value: float) -> str:
