@@ -417,7 +417,11 @@ def _trim(tokens: Tensor, eos: Tensor | None) -> list[Tensor]:
 
 def _token_ids(name: str, tokens: Tensor | Sequence[int], least: int = 1) -> Tensor:
     """int64 [n] on the CPU."""
-    ids = torch.as_tensor(tokens)
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(tokens).__name__
+        raise ValueError(f"{name} is {kind}: token ids are needed, a list or a tensor of integers") from None
     if ids.ndim == 1 and not len(ids) and not least:
         return torch.zeros(0, dtype=torch.int64)
     if ids.ndim != 1 or not len(ids):

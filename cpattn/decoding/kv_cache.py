@@ -80,8 +80,8 @@ class PagedKVCache:
         if not windows:
             raise ValueError("windows is empty: give one entry for each layer, a window or None")
         windows = tuple(None if window is None else read_int("a layer's window", window) for window in windows)
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}: keys and values are floating-point numbers")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype is {dtype}: keys and values are floating-point numbers of at least 16 bits")
         self.key, self.page_size, self.static_shapes = key, page_size, static_shapes
         self.group, self.cp_size, self.cp_rank = key.cp_group, key.cp_size, key.cp_rank
         self.windows, self.max_new_tokens = windows, max_new_tokens

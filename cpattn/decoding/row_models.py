@@ -110,7 +110,7 @@ class HuggingFaceRows(Rows):
         if parallel.cut == "layers":
             raise ValueError(
                 f"{self.name} numbers its tokens itself: generate runs the tokens of all sequences side by side, at "
-                f"positions that it passes, and this model does not take them"
+                f"positions that it passes, and this model counts otherwise"
             )
         super().__init__(parallel.model, shape)
 

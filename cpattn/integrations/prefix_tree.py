@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec
 
 
@@ -54,8 +55,14 @@ class PrefixTree:
         Returns:
             (places, tokens, samples), int64 [N], sample by sample in order: the logits at places[n] of the
             tree predict tokens[n] of sample samples[n]. A shared place predicts several tokens.
+
+        Raises:
+            ValueError: first is not an int, nor one for each sample.
         """
-        firsts = [first] * len(self.places) if isinstance(first, int) else list(first)
+        given = [first] * len(self.places) if np.ndim(first) == 0 else list(first)  # type: ignore[arg-type]
+        if len(given) != len(self.places):
+            raise ValueError(f"targets: first has {len(given)} numbers for {len(self.places)} samples: one for each")
+        firsts = [read_int(f"first of sample {sample}", n, least=0) for sample, n in enumerate(given)]
         flat = self.input_ids[0]
         where = [p[max(n, 1) - 1 : -1] for p, n in zip(self.places, firsts, strict=True)]
         tokens = [flat[p[max(n, 1) :]] for p, n in zip(self.places, firsts, strict=True)]
@@ -70,11 +77,15 @@ def fold_samples(samples: Sequence[Any]) -> PrefixTree:
     Every common beginning is shared, also those within completions.
 
     Raises:
-        ValueError: there is no sample, or one is empty.
+        ValueError: there is no sample, or one is empty or has other than integers.
     """
-    tokens = [np.asarray(s.cpu() if isinstance(s, Tensor) else s, dtype=np.int64) for s in samples]
-    if not tokens or any(t.ndim != 1 or not len(t) for t in tokens):
+    given = [np.asarray(s.cpu() if isinstance(s, Tensor) else s) for s in samples]
+    if not given or any(t.ndim != 1 or not len(t) for t in given):
         raise ValueError("fold_samples needs at least one sample, each a sequence of at least one token")
+    odd = next((n for n, t in enumerate(given) if not np.issubdtype(t.dtype, np.integer)), None)
+    if odd is not None:
+        raise ValueError(f"fold_samples: sample {odd} is of {given[odd].dtype}: token ids are integers")
+    tokens = [t.astype(np.int64) for t in given]
     nodes: list[NDArray[np.int64]] = []
     paths: list[list[int]] = [[] for _ in tokens]
     # Samples that agree up to a token and on it; depth first, so that a node's children lie behind it.

@@ -67,6 +67,28 @@ def test_planted_faults_are_refused_where_they_are(fault):
         assert "First to differ is model.layers.0.mlp" in str(refusal.value)
 
 
+def test_a_temperature_of_queries_by_place_is_refused_in_its_layer():
+    model = make_model("llama", "cpattn")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Planted(attention.q_proj, FAULTS["temperature by place"])
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj .*queries change and keys do not"):
+        ContextParallel(model)
+
+
+def test_a_layer_that_scales_its_scores_by_the_local_length_is_refused():
+    """Nothing but the attention's own output shows it."""
+    model = make_model("llama", "cpattn")
+    attention, forward = model.model.layers[1].self_attn, type(model.model.layers[1].self_attn).forward
+
+    def scaled(hidden_states, *args, **kwargs):
+        attention.scaling = 0.1 * hidden_states.shape[1] ** 0.5
+        return forward(attention, hidden_states, *args, **kwargs)
+
+    attention.forward = scaled
+    with pytest.raises(ValueError, match=r"First to differ is model\.layers\.1\.self_attn"):
+        ContextParallel(model)
+
+
 def test_a_layer_that_adds_the_mask_is_refused():
     model = make_model("llama", "cpattn")
     layer, forward = model.model.layers[1], type(model.model.layers[1]).forward

@@ -94,3 +94,9 @@ def test_fold_keeps_every_sample():
     assert tree.input_ids.shape[1] == 7
     with pytest.raises(ValueError, match="at least one token"):
         fold_samples([[1], []])
+    with pytest.raises(ValueError, match="sample 1 is of float64: token ids are integers"):
+        fold_samples([[1], [2.5]])
+    with pytest.raises(ValueError, match="first has 2 numbers for 6 samples"):
+        tree.targets(first=[1, 2])
+    with pytest.raises(ValueError, match=r"first of sample 0 is 1\.5"):
+        tree.targets(first=1.5)

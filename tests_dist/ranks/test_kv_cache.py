@@ -445,6 +445,8 @@ def test_empty_prompts_are_refused():
         ([], {}, "there are none"),
         ([1, 2, 3], {}, r"prompt 0 has shape \(\), expected \[tokens\]"),
         ([[1.7, 2.9]], {}, "prompt 0 is torch.float32: token ids are integers"),
+        (["a text"], {}, "prompt 0 is str: token ids are needed"),
+        ([[1]], {"cache_dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn: .* at least 16 bits"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1: it must be an int of at least 0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
