@@ -3,7 +3,7 @@
 Knows routes and tensors, not masks.
 """
 
-from .devices import backend_of, control_device
+from .devices import backend_of, control_device, one_copy, put_on
 from .exchange import (
     PendingRows,
     RowRoutes,
@@ -36,7 +36,9 @@ __all__ = [
     "group_reduce",
     "heads_to_rows",
     "merge_partials",
+    "one_copy",
     "packed_row_bytes",
+    "put_on",
     "roll_call",
     "rows_to_heads",
     "unpack_rows",

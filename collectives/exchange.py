@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import row_kernels
-from .devices import backend_of
+from .devices import backend_of, put_on
 from .merge import merge_partials
 from .row_kernels import RowSegments
 
@@ -88,7 +88,7 @@ class RowRoutes:
         return replace(self, relay=Relay(local, local_at, landed, landed_at, distinct, rows))
 
     def with_segments(self) -> RowRoutes:
-        """The same, prepared for row kernels. The host waits for the device: done once, when routes are bound.
+        """The same, prepared for row kernels; while indices are on the CPU, or the host waits for the device.
 
         Indices without data (memory stated beforehand) cannot be sorted and stay as they are.
         """
@@ -98,6 +98,15 @@ class RowRoutes:
         if relay is not None:
             relay = relay._replace(segments=RowSegments.of(relay.rows))
         return replace(self, relay=relay, segments=RowSegments.of(self.send_index))
+
+    def on(self, device: torch.device) -> RowRoutes:
+        """The same with its indices on a device."""
+        relay, segments = self.relay, self.segments
+        if relay is not None:
+            of_relay = None if relay.segments is None else relay.segments.on(device)
+            relay = Relay(*(put_on(device, t) for t in relay[:-1]), of_relay)
+        segments = None if segments is None else segments.on(device)
+        return replace(self, send_index=put_on(device, self.send_index), relay=relay, segments=segments)
 
     @property
     def num_sent(self) -> int:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import put_on
+
 # Of tensors that the kernels take; see `also_on`.
 _DEVICES = {"cuda"}
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -67,7 +69,7 @@ class RowSegments(NamedTuple):
     order: Tensor
 
     @classmethod
-    def of(cls, index: Tensor, device: torch.device | None = None) -> RowSegments:
+    def of(cls, index: Tensor) -> RowSegments:
         """Segments of parts of which part i goes to row index[i]; parts of a row keep their order.
 
         index: on the CPU, or the host waits for it.
@@ -75,7 +77,11 @@ class RowSegments(NamedTuple):
         order = torch.argsort(index, stable=True)
         rows, counts = torch.unique_consecutive(index[order], return_counts=True)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        return cls(*(t.to(index.device if device is None else device) for t in (rows, offsets, order)))
+        return cls(rows, offsets, order)
+
+    def on(self, device: torch.device) -> RowSegments:
+        """The same on a device."""
+        return RowSegments(*(put_on(device, t) for t in self))
 
 
 def merge_rows(

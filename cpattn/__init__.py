@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cpattn.checks.verify import verify
     from cpattn.decoding.generation import ModelShape, generate
     from cpattn.decoding.kv_cache import PagedKVCache
+    from cpattn.keys.ahead import keys_ahead
     from cpattn.keys.cache import clear_key_cache
     from cpattn.keys.key import AttnKey
     from cpattn.keys.make import make_key
@@ -46,6 +47,7 @@ __all__ = [
     "dispatch",
     "fetch",
     "generate",
+    "keys_ahead",
     "local_attention",
     "make_key",
     "make_plan",
@@ -71,6 +73,7 @@ _MODULE_OF = {
     "clear_key_cache": "keys.cache",
     "dispatch": "ops.layout",
     "fetch": "ops.fetch",
+    "keys_ahead": "keys.ahead",
     "local_attention": "ops.fetch",
     "generate": "decoding.generation",
     "make_key": "keys.make",

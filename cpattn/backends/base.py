@@ -88,7 +88,12 @@ class Backend(Protocol):
         ...
 
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> Any:
-        """What `forward` and `backward` need of a slice table; made once per key and stage."""
+        """What `forward` and `backward` need of a slice table; made once per key and stage.
+
+        Small arrays go to a GPU by `cpattn.collectives.put_on`: those of a whole key then go there in one copy. What
+        cannot be made without knowing the tensors is made in `warm(work, problem)`, where a kernel has that method, and
+        else at its first call.
+        """
         ...
 
     def forward(

@@ -17,9 +17,11 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.collectives import put_on
 from cpattn.solver import SliceTable
 from cpattn.solver.rounds import corner_pieces
 
@@ -65,13 +67,10 @@ class FfaBackend:
 
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
         pieces, kinds = corner_pieces(slices)
-        data = torch.from_numpy(pieces.data).to(device, torch.int32)
-        lengths = (pieces.q1 - pieces.q0, pieces.k1 - pieces.k0)
+        data, lengths = pieces.data.astype(np.int32), (pieces.q1 - pieces.q0, pieces.k1 - pieces.k0)
+        arrays = (np.ascontiguousarray(data[:, 0:2]), np.ascontiguousarray(data[:, 2:4]), kinds.astype(np.int32))
         return _Work(
-            data[:, 0:2].contiguous(),
-            data[:, 2:4].contiguous(),
-            torch.from_numpy(kinds).to(device, torch.int32),
-            *(int(x.max(initial=0)) for x in lengths),
+            *(put_on(device, torch.from_numpy(x)) for x in arrays), *(int(x.max(initial=0)) for x in lengths)
         )
 
     def writes_once(self, work: _Work) -> bool:

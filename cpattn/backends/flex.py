@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.collectives import put_on
 from cpattn.solver import SliceTable
 
 from .base import (
@@ -126,6 +127,10 @@ class FlexBackend:
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
         return _Work(slices, num_queries, num_keys, device)
 
+    def warm(self, work: _Work, problem: Problem) -> None:
+        """Make the passes and their tables of blocks."""
+        _ = work.passes
+
     def writes_once(self, work: _Work) -> bool:
         return len(work.passes) <= 1
 
@@ -199,7 +204,7 @@ def _make_pass(
     bounds[intervals + slot, rows] = end
     counts = _pairs_by_block(rows, first, end, num_queries // BLOCK, num_keys // BLOCK)
     kinds = ((counts > 0).astype(np.int8) + (counts == BLOCK * BLOCK)).astype(np.int8)
-    on_device = torch.from_numpy(bounds).to(device)
+    on_device = put_on(device, torch.from_numpy(bounds))
     return Pass(on_device, kinds, _block_mask(kinds, on_device))
 
 
@@ -232,7 +237,8 @@ def _block_table(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tens
     """How many blocks of each row of blocks, [1, 1, rows], and which come first, [1, 1, rows, columns]."""
     index = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     count = blocks.sum(1).astype(np.int32)
-    return torch.from_numpy(count).to(device)[None, None], torch.from_numpy(index).to(device)[None, None]
+    on_device = [put_on(device, torch.from_numpy(x))[None, None] for x in (count, index)]
+    return on_device[0], on_device[1]
 
 
 def _pairs_by_block(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.collectives import put_on
 from cpattn.solver import SliceTable, window_params
 from cpattn.solver.rounds import (
     CAUSAL_PIECE,
@@ -141,7 +142,7 @@ def _call(mask: Mask, table: SliceTable, device: torch.device, *, first: bool | 
     by_key = np.argsort(k0, kind="stable")
 
     def on_device(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+        return put_on(device, torch.from_numpy(np.ascontiguousarray(x)))
 
     return OffsetCall(
         mask,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.collectives import merge_partials, row_kernels
+from cpattn.collectives import merge_partials, put_on, row_kernels
 from cpattn.solver import IntArray, SliceTable
 
 # Rows of a buffer: a slice, or an int64 index on the buffer's device.
@@ -23,7 +23,7 @@ def as_rows(starts: IntArray, ends: IntArray, device: torch.device) -> Rows:
     if np.array_equal(starts[1:], ends[:-1]):
         return slice(int(starts[0]), int(ends[-1]))
     index = np.concatenate([np.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
-    return torch.from_numpy(index).to(device)
+    return put_on(device, torch.from_numpy(index))
 
 
 def take_rows(x: Tensor, rows: Rows) -> Tensor:

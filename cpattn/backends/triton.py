@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpattn.collectives import put_on
 from cpattn.solver import SliceTable
 from cpattn.solver.block_lists import BlockLists, make_block_lists
 
@@ -77,10 +78,8 @@ class TritonWork:
 
 
 def lists_on(device: torch.device, host: BlockLists) -> DeviceLists:
-    """Block lists on a device, in one copy that the host does not wait for."""
-    packed = torch.from_numpy(host.packed())
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    """Block lists on a device, in one tensor."""
+    packed = put_on(device, torch.from_numpy(host.packed()))
     blocks, full, edges = packed.split([host.blocks.size, host.full.size, host.edges.size])
     return DeviceLists(blocks, full, edges, len(host.blocks), host.num_busy, host.mixed)
 
@@ -108,6 +107,12 @@ class TritonBackend:
 
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> TritonWork:
         return TritonWork(slices, num_queries, num_keys, device)
+
+    def warm(self, work: TritonWork, problem: Problem) -> None:
+        """Make the lists that both passes will walk."""
+        widest = max(problem.head_dim, problem.head_dim_v)
+        tiles = choose_tiles(_kind(work.device.type), problem.dtype.itemsize, widest)
+        work.by_query(tiles.forward), work.by_query(tiles.dq), work.by_key(tiles.dkv)
 
     def writes_once(self, work: TritonWork) -> bool:
         return True

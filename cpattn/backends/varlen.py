@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.collectives import put_on
 from cpattn.solver import SliceTable, window_params
 from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
@@ -152,7 +153,7 @@ def _call(run: _Run, device: torch.device, first: bool) -> VarlenCall:
 
 
 def _cu_seqlens(lengths: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+    return put_on(device, torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)))
 
 
 def run_varlen_forward(

@@ -141,11 +141,12 @@ class AttnKey:
         kind = (device, dtype, softcap)
         if kind not in self._bound:
             running = self.options.running
-            backend = self._backend(device, dtype, softcap)
+            problem, backend = self._problem(device.type, dtype, softcap), self._backend(device, dtype, softcap)
             exchanges = Exchanges(self.cp_group, running.codec, running.grad_dtype)
             self._bound[kind] = bind_plan(
-                self.rank_plan, backend, exchanges, device, transport=self.transport, keep_kv=running.keep_kv
-            )
+                self.rank_plan, backend, exchanges, device, transport=self.transport, keep_kv=running.keep_kv,
+                problem=problem,
+            )  # fmt: skip
         return self._bound[kind]
 
     def _backend(self, device: torch.device, dtype: torch.dtype, softcap: bool) -> Backend:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.backends import Backend
-from cpattn.collectives import RowRoutes, Transport
+from cpattn.backends import Backend, Problem
+from cpattn.collectives import RowRoutes, Transport, one_copy, put_on
 from cpattn.collectives.row_kernels import serves as row_kernels_serve
 from cpattn.solver import Exchange, RankPlan, SliceTable
 
@@ -69,11 +69,34 @@ def bind_plan(
     *,
     transport: Transport,
     keep_kv: bool,
+    problem: Problem | None = None,
 ) -> BoundPlan:
-    """A rank plan with its routes on a device and its slices as the kernel wants them."""
+    """A rank plan with its routes on a device and its slices as the kernel wants them.
+
+    On CUDA all indices go there in one copy that the host does not wait for. problem: what will be computed; with it
+    the kernel makes at once what it would make at its first call (`warm` of `Backend`).
+    """
+    with one_copy(device):
+        return _bind(rank_plan, backend, exchanges, device, transport=transport, keep_kv=keep_kv, problem=problem)
+
+
+def _bind(
+    rank_plan: RankPlan,
+    backend: Backend,
+    exchanges: Exchanges,
+    device: torch.device,
+    *,
+    transport: Transport,
+    keep_kv: bool,
+    problem: Problem | None,
+) -> BoundPlan:
+    warm = getattr(backend, "warm", None)
 
     def prepare(slices: SliceTable, num_queries: int, num_keys: int) -> Any:
-        return backend.prepare(slices, num_queries, num_keys, device)
+        work = backend.prepare(slices, num_queries, num_keys, device)
+        if warm is not None and problem is not None:
+            warm(work, problem)
+        return work
 
     num_guests = rank_plan.queries[-1].num_received
     queries = Trip("queries", "results", None, bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport))
@@ -96,9 +119,12 @@ def bind_hops(
     hops: tuple[Exchange, ...], num_local: int, device: torch.device, transport: Transport
 ) -> tuple[RowRoutes, ...]:
     """The hops of an exchange over that many local rows, with their row indices on a device."""
-    bound = tuple(bind_exchange(hop, device, transport) for hop in hops)
+    cpu = torch.device("cpu")
+    bound = tuple(bind_exchange(hop, cpu, transport) for hop in hops)
     bound = (*bound[:1], *(later.relaying(num_local) for later in bound[1:]))
-    return tuple(hop.with_segments() for hop in bound) if row_kernels_serve(device) else bound
+    if row_kernels_serve(device):
+        bound = tuple(hop.with_segments() for hop in bound)
+    return tuple(hop.on(device) for hop in bound)
 
 
 def bind_exchange(exchange: Exchange, device: torch.device, transport: Transport = "all_to_all") -> RowRoutes:
@@ -111,4 +137,4 @@ def runs_to_index(runs: np.ndarray, device: torch.device) -> Tensor:
     """Row indices int64 of [start, end) runs, one after the other."""
     parts = [np.arange(start, end) for start, end in runs.tolist()]
     index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    return torch.from_numpy(index.astype(np.int64)).to(device)
+    return put_on(device, torch.from_numpy(index.astype(np.int64)))

@@ -359,6 +359,31 @@ def test_a_plan_for_several_layers_is_handed_over():
     run_on_ranks(2, ready_made_for_layers)
 
 
+def bound_ahead():
+    shape = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 8}
+    plans = cpattn.plan_ahead([30, 41, 52], AttnMaskSpec.causal, workers="thread", cp_size=2, **shape)
+    made: list[int] = []
+
+    def make(total, ready):
+        made.append(total)
+        return cpattn.make_key(AttnMaskSpec.causal(total), cp_group=dist.group.WORLD, plan=ready, **shape)
+
+    seen = []
+    for total, key in cpattn.keys_ahead(plans, make, device="cpu", dtype=torch.float32):
+        assert key.spec.total_seqlen == total
+        assert list(key._bound) == [(torch.device("cpu"), torch.float32, False)]
+        seen.append((total, tuple(made)))
+    return seen
+
+
+def test_keys_are_bound_before_their_turn():
+    """One ahead by default; all of them, in order, on all ranks."""
+    expected = [(30, (30, 41)), (41, (30, 41, 52)), (52, (30, 41, 52))]
+    assert run_on_ranks(2, bound_ahead) == [expected, expected]
+    with pytest.raises(ValueError, match="depth is 0"):
+        cpattn.keys_ahead([], lambda item, ready: None, device="cpu", dtype=torch.float32, depth=0)
+
+
 BAD_LAYERS: dict[str, dict[str, Any]] = {
     "also has 1024: expected cpattn.LayerKind": {"also": [1024]},
     "also has a mask over 77 x 77 tokens and the key's is over 78 x 78": {"also": [LayerKind(AttnMaskSpec.causal(77))]},
