@@ -11,12 +11,11 @@ from .exchange import (
     all_gather,
     group_cast,
     group_reduce,
-    packed_row_bytes,
-    unpack_rows,
 )
 from .headers import PendingHeaders, gather_headers, roll_call
 from .heads import HeadExchange, heads_to_rows, rows_to_heads
 from .merge import merge_partials
+from .packing import packed_row_bytes, unpack_rows
 from .wire import Fp8Rows, RowCodec, cast_encoded
 
 __all__ = [

@@ -24,13 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import row_kernels
 from .devices import backend_of, put_on
 from .merge import merge_partials
+from .packing import empty_packed, gather_packed, pack_side_by_side, unpack
 from .row_kernels import RowSegments
 
 # all_to_all: one collective of all ranks. p2p: sends and receives between those that have rows for each other.
 Transport = Literal["all_to_all", "p2p"]
 
-# Views of the packed bytes are read as up to 8-byte elements.
-_ALIGN = 8
 # Of point-to-point messages, so that a caller's own on the same group are not taken for them (NCCL has no tags).
 _TAG = 0x6370
 # Devices on which a group's ranks have met in a collective before the first point-to-point message.
@@ -200,7 +199,7 @@ def group_cast(
         the last dimension is contiguous. `rows` may be overwritten at once.
     """
     hops = _as_hops(hops)
-    return _cast_hop(_gather_packed(rows, hops[0].send_index), rows, hops, group, into)
+    return _cast_hop(gather_packed(rows, hops[0].send_index), rows, hops, group, into)
 
 
 def _cast_hop(
@@ -213,13 +212,13 @@ def _cast_hop(
     """Start the first of the hops, whose rows have been gathered."""
     hop, *later = hops
     shapes = [(t.shape[1:], t.dtype) for t in local]
-    received = _empty_packed(hop.num_received, shapes, send.device) if later or into is None else into
+    received = empty_packed(hop.num_received, shapes, send.device) if later or into is None else into
     work = exchange_rows(received, send, hop.recv_splits, hop.send_splits, hop, group)
     if not later:
-        return PendingRows(work, lambda: _unpack(received, shapes), sending=send)
+        return PendingRows(work, lambda: unpack(received, shapes), sending=send)
 
     def next_hop() -> PendingRows:
-        send = _gather_relayed(local, _unpack(received, shapes), _relay_of(later[0]))
+        send = _gather_relayed(local, unpack(received, shapes), _relay_of(later[0]))
         return _cast_hop(send, local, later, group, into)
 
     return PendingRows(work, next_hop, more_hops=True, sending=send)
@@ -251,12 +250,12 @@ def group_reduce(
     """
     *earlier, hop = _as_hops(hops)
     shapes, dtypes = [(t.shape[1:], t.dtype) for t in rows], [t.dtype for t in rows]
-    send = _pack(list(rows)) if packed is None else packed
-    received = _empty_packed(hop.num_sent, shapes, send.device)
+    send = pack_side_by_side(list(rows)) if packed is None else packed
+    received = empty_packed(hop.num_sent, shapes, send.device)
     work = exchange_rows(received, send, hop.send_splits, hop.recv_splits, hop, group)
 
     def finish() -> PendingRows | tuple[Tensor, ...]:
-        parts = _unpack(received, shapes)
+        parts = unpack(received, shapes)
         if not earlier:
             _reduce_by_sender(parts, into, hop.send_splits, hop.send_index, op, hop.segments)
             return tuple(into)
@@ -422,85 +421,11 @@ class _Several(dist.Work):
         return all(work.is_completed() for work in self._works)
 
 
-def packed_row_bytes(rows: Sequence[Tensor]) -> int:
-    """Bytes of one row of several tensors side by side in a buffer, as it travels."""
-    return sum(_aligned(_row_bytes(t.shape[1:], t.dtype)) for t in rows)
-
-
-def unpack_rows(packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors that lie side by side in a packed buffer, as views; `like` has their row shapes and dtypes."""
-    return _unpack(packed, [(t.shape[1:], t.dtype) for t in like])
-
-
-def _row_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
-
-
-def _empty_packed(
-    num_rows: int, shapes: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device
-) -> Tensor:
-    """A buffer for rows of tensors side by side; a single tensor travels as it is."""
-    if len(shapes) == 1:
-        (shape, dtype), *_ = shapes
-        return torch.empty(num_rows, *shape, dtype=dtype, device=device)
-    width = sum(_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes)
-    return torch.empty(num_rows, width, dtype=torch.uint8, device=device)
-
-
-def _gather_packed(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
-    """The rows `index` of several tensors side by side in one buffer, each copied once."""
-    shapes = [(t.shape[1:], t.dtype) for t in tensors]
-    packed = _empty_packed(index.numel(), shapes, index.device)
-    if row_kernels.can_pack(tensors):
-        row_kernels.pack_rows(packed, [t.detach() for t in tensors], _places(shapes), index)
-        return packed
-    for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
-        torch.index_select(tensor.detach(), 0, index, out=view)
-    return packed
-
-
-def _places(shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[int]:
-    """The byte of a packed row at which each tensor begins."""
-    sizes = [_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes]
-    return [sum(sizes[:nth]) for nth in range(len(sizes))]
-
-
 def _gather_relayed(local: Sequence[Tensor], landed: Sequence[Tensor], relay: Relay) -> Tensor:
     """What a later hop sends, gathered from where it lies: the local rows are many, and few of them are sent."""
     shapes = [(t.shape[1:], t.dtype) for t in local]
-    packed = _empty_packed(relay.rows.numel(), shapes, relay.rows.device)
-    for mine, came, view in zip(local, landed, _unpack(packed, shapes), strict=True):
+    packed = empty_packed(relay.rows.numel(), shapes, relay.rows.device)
+    for mine, came, view in zip(local, landed, unpack(packed, shapes), strict=True):
         view.index_copy_(0, relay.local_at, mine.detach().index_select(0, relay.local))
         view.index_copy_(0, relay.landed_at, came.index_select(0, relay.landed))
     return packed
-
-
-def _pack(tensors: list[Tensor]) -> Tensor:
-    """Rows of several tensors side by side in one buffer."""
-    if len(tensors) == 1:
-        return tensors[0].contiguous()
-    shapes = [(t.shape[1:], t.dtype) for t in tensors]
-    packed = _empty_packed(tensors[0].shape[0], shapes, tensors[0].device)
-    if row_kernels.can_pack(tensors):
-        row_kernels.pack_rows(packed, [t.detach() for t in tensors], _places(shapes), None)
-        return packed
-    for tensor, view in zip(tensors, _unpack(packed, shapes), strict=True):
-        view.copy_(tensor)
-    return packed
-
-
-def _unpack(packed: Tensor, shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> tuple[Tensor, ...]:
-    """The tensors that lie side by side in the rows of a packed buffer, as views."""
-    if len(shapes) == 1:
-        return (packed,)
-    views, at = [], 0
-    for shape, dtype in shapes:
-        nbytes = _row_bytes(shape, dtype)
-        columns = packed[:, at : at + nbytes].view(dtype)
-        views.append(columns.unflatten(1, shape) if shape else columns.squeeze(1))
-        at += _aligned(nbytes)
-    return tuple(views)

@@ -299,7 +299,7 @@ class _WatchedExchanges:
 
     def __init__(self, exchanges: Exchanges, call: _OpenCall) -> None:
         self._exchanges, self._call = exchanges, call
-        self.group, self.travelling = exchanges.group, exchanges.travelling
+        self.group, self.travelling, self.gradients = exchanges.group, exchanges.travelling, exchanges.gradients
 
     def encode(self, rows: Sequence[torch.Tensor]) -> Rows:
         return self._if_encoding(self._exchanges.encode, "encode")(rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpattn.collectives import Fp8Rows, exchange, merge_partials, row_kernels
+from cpattn.collectives import Fp8Rows, exchange, merge_partials, packing, row_kernels
 from cpattn.collectives.row_kernels import RowSegments, add_rows, decode_fp8, encode_fp8, merge_rows, pack_rows
 from tests_dist.support.interpreter import needs_interpreter, quicken
 
@@ -40,8 +40,8 @@ def test_segments_keep_the_order_of_senders() -> None:
 def test_sums_of_all_senders_equal_an_index_add_for_each(fresh: bool) -> None:
     """Two tensors of different widths in one packed buffer."""
     like = [torch.empty(0, 2, 5), torch.empty(0, 2, 3)]
-    packed = torch.empty(7, exchange.packed_row_bytes(like), dtype=torch.uint8)
-    parts = exchange.unpack_rows(packed, like)
+    packed = torch.empty(7, packing.packed_row_bytes(like), dtype=torch.uint8)
+    parts = packing.unpack_rows(packed, like)
     for number, part in enumerate(parts):
         part.copy_(normal(*part.shape, seed=number))
     before = [normal(6, 2, 5, seed=5), normal(6, 2, 3, seed=6)]
@@ -92,8 +92,8 @@ def test_packing_copies_bytes() -> None:
         for index in (INDEX, None):
             rows = 6 if index is None else len(index)
             shapes = [(t.shape[1:], t.dtype) for t in tensors]
-            packed = exchange._empty_packed(rows, shapes, q.device).zero_()
-            views = exchange._unpack(packed, shapes)
+            packed = packing.empty_packed(rows, shapes, q.device).zero_()
+            views = packing.unpack(packed, shapes)
             places = [v.data_ptr() - packed.data_ptr() for v in views]
             assert row_kernels.can_pack(tensors)
             pack_rows(packed, tensors, places, index)

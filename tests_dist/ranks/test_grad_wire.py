@@ -92,6 +92,16 @@ def bytes_on_rank(grad_wire: str | None, schedule: str) -> list[int]:
         dist.all_to_all_single = original
 
 
+def profiled_on_rank() -> None:
+    spec = AttnMaskSpec.causal(96)
+    with cpattn.profile():
+        run_attention(spec, make_inputs(spec, heads=(4, 2)), key_options={"chunk_size": 8, "grad_wire": "bf16"})
+
+
+def test_profiles_see_it() -> None:
+    run_on_ranks(2, profiled_on_rank)
+
+
 def test_half_the_bytes() -> None:
     """Counted at the transport: keys are kept, so gradients are all that travels in backward."""
     plain, rounded = (run_on_ranks(4, bytes_on_rank, way, "keys") for way in (None, "bf16"))
