@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpattn.collectives import Fp8Rows, exchange, merge_partials, packing, row_kernels
+from cpattn.collectives import Fp8Rows, merge_partials, packing, row_kernels
 from cpattn.collectives.row_kernels import RowSegments, add_rows, decode_fp8, encode_fp8, merge_rows, pack_rows
 from tests_dist.support.interpreter import needs_interpreter, quicken
 
