@@ -29,7 +29,7 @@ from tests_dist.support.pages import (
 SCRIPT = re.compile(r"bash (launch/\S+\.sh)")
 # The time that planning took differs from run to run; predicted times do not.
 VARIES = re.compile(r"\d+\.\d+ CPU s\b")
-LANGUAGES = {"", "python", "bash", "text", "json", "toml"}
+LANGUAGES = {"", "python", "bash", "text", "json", "toml", "diff"}
 # Pages that make their own groups or need more than ranks: run in other tests.
 ELSEWHERE = {"README.md": "test_readme.py runs the quickstart file under torchrun", "testing.md": "test_testing.py"}
 
