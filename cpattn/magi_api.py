@@ -2,7 +2,8 @@
 
     from cpattn.magi_api import calc_attn, dispatch, magi_attn_flex_key, undispatch
 
-Names, argument order and defaults are those of MagiAttention 1.1; a key is a `cpattn.AttnKey`. What
+Names, argument order and defaults are those of MagiAttention's main branch of November 2026 (what older versions have
+by other names is kept); a key is a `cpattn.AttnKey`. What
 differs: nothing is ever padded (`pad_size` is taken and not needed: ranks may hold different numbers of
 tokens), overlapping rectangles mean their union, any head dim and dtype and the CPU are served, several
 masks of one group do not disturb each other, and changing a cu_seqlens tensor in place changes nothing.
@@ -14,7 +15,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from cpattn.keys.key import AttnKey
 from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec, Document
 from cpattn.ops.attention import attention
+from cpattn.solver import UNBOUNDED, SliceTable
+from cpattn.solver.rounds import CAUSAL_PIECE, FULL_PIECE, INV_PIECE, corner_pieces
 
 __all__ = [
     "AttnForwardMeta",
@@ -33,30 +36,49 @@ __all__ = [
     "AttnOverlapMode",
     "AttnRange",
     "AttnRanges",
+    "BSDispatchAlg",
+    "DPDispatchAlg",
+    "DispatchAlg",
     "DispatchConfig",
     "DistAttnConfig",
+    "DistAttnRuntimeDictManager",
+    "DistAttnRuntimeKey",
+    "GeneralAttnMaskType",
+    "GreedyOverlapAlg",
+    "GrpCollConfig",
+    "LBDispatchAlg",
     "MinHeapDispatchAlg",
+    "OverlapAlg",
     "OverlapConfig",
     "SequentialDispatchAlg",
+    "SortedSequentialSelectAlg",
+    "ToppHeapDispatchAlg",
     "UniformOverlapAlg",
+    "apply_padding",
     "calc_attn",
     "clear_cache",
     "compute_pad_size",
     "dispatch",
+    "dist_attn_runtime_dict_mgr",
+    "flex_flash_attn_func",
     "full_attention_to_varlen_attention",
     "get_most_recent_key",
     "get_position_ids",
     "infer_attn_mask_from_cu_seqlens",
     "infer_attn_mask_from_sliding_window",
+    "infer_varlen_mask_from_batch",
     "magi_attn_flex_dispatch",
     "magi_attn_flex_key",
     "magi_attn_varlen_dispatch",
     "magi_attn_varlen_key",
     "make_flex_key_for_new_mask_after_dispatch",
     "make_varlen_key_for_new_mask_after_dispatch",
+    "pad_at_dim",
     "roll",
+    "roll_simple",
     "squash_batch_dim",
     "undispatch",
+    "unpad_at_dim",
 ]
 
 DEFAULT_CHUNK_SIZE = 512
@@ -69,6 +91,22 @@ class AttnMaskType(Enum):
     CAUSAL = "causal"
     BICAUSAL = "bi_causal"
     INVCAUSAL = "inv_causal"
+
+    @classmethod
+    def from_int_type(cls, int_type: int) -> AttnMaskType:
+        """0 full, 1 causal, 2 inverse causal, 3 both. Raises ValueError for another number."""
+        if int_type not in range(len(_BY_NUMBER)):
+            raise ValueError(f"mask type {int_type}: 0 is full, 1 causal, 2 inverse causal, 3 bi-causal")
+        return cls(_BY_NUMBER[int_type])
+
+    def to_int_type(self) -> int:
+        """The inverse of `from_int_type`."""
+        return _BY_NUMBER.index(self.value)
+
+
+_BY_NUMBER = ("full", "causal", "inv_causal", "bi_causal")
+GeneralAttnMaskType: TypeAlias = "str | AttnMaskType | Sequence[str | AttnMaskType]"
+DistAttnRuntimeKey = AttnKey
 
 
 class AttnOverlapMode(Enum):
@@ -94,9 +132,64 @@ class AttnRange:
         """Tokens of the range."""
         return self.end - self.start
 
+    @classmethod
+    def from_range(cls, attn_range: Any, check: bool = False) -> AttnRange:
+        """From a pair (start, end) or an `AttnRange`; always checked."""
+        start, end = attn_range.to_naive_range() if isinstance(attn_range, AttnRange) else attn_range
+        return cls(int(start), int(end))
+
     def to_naive_range(self) -> tuple[int, int]:
         """(start, end)."""
         return self.start, self.end
+
+    def clone(self) -> AttnRange:
+        """The same range."""
+        return AttnRange(self.start, self.end)
+
+    def offset(self, offset: int) -> AttnRange:
+        """The range moved by so many tokens."""
+        return AttnRange(self.start + offset, self.end + offset)
+
+    def truncate(self, start: int | None = None, end: int | None = None) -> AttnRange:
+        """What of it lies in [start, end); empty where nothing does."""
+        low = self.start if start is None else max(self.start, start)
+        high = self.end if end is None else min(self.end, end)
+        return AttnRange(low, max(low, high))
+
+    def intersect(self, other: AttnRange) -> AttnRange:
+        """The tokens of both."""
+        return self.truncate(other.start, other.end)
+
+    def intersect_size(self, other: AttnRange) -> int:
+        """How many tokens are in both."""
+        return self.intersect(other).seqlen
+
+    def union(self, other: AttnRange) -> list[AttnRange]:
+        """The tokens of either, as one range or, where they lie apart, as two in order."""
+        return list(AttnRanges([r for r in (self, other) if r.seqlen]).merge())
+
+    def union_size(self, other: AttnRange) -> int:
+        """How many tokens are in either."""
+        return sum(r.seqlen for r in self.union(other))
+
+    def diff_by(self, other: AttnRange) -> list[AttnRange]:
+        """The tokens of the other that are not in this one."""
+        return list(AttnRanges([other]).find_hole_ranges(AttnRanges([self])))
+
+    def is_subrange_of(self, other: AttnRange) -> bool:
+        """Whether the other has all of its tokens."""
+        return other.start <= self.start and self.end <= other.end
+
+    def is_overlap_with(self, other: AttnRange) -> bool:
+        """Whether a token is in both."""
+        return self.intersect_size(other) > 0
+
+    def is_empty(self) -> bool:
+        """Whether it has no token."""
+        return self.seqlen == 0
+
+    def __len__(self) -> int:
+        return self.seqlen
 
 
 class AttnRanges:
@@ -141,6 +234,183 @@ class AttnRanges:
         """[(start, end), ...]."""
         return [r.to_naive_range() for r in self._ranges]
 
+    @property
+    def start(self) -> int:
+        """The smallest start. Raises ValueError where there is no range."""
+        if not self._ranges:
+            raise ValueError("there is no range, so there is no start")
+        return min(r.start for r in self._ranges)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest range."""
+        return max((r.seqlen for r in self._ranges), default=0)
+
+    @property
+    def points(self) -> list[int]:
+        """Starts and ends, each once, in order."""
+        return sorted({point for r in self._ranges for point in r.to_naive_range()})
+
+    def is_empty(self) -> bool:
+        """Whether there is no range."""
+        return not self._ranges
+
+    def is_valid(self) -> bool:
+        """True: a range that is none cannot be made."""
+        return True
+
+    def check_valid(self) -> None:
+        """Nothing to do: see `is_valid`."""
+
+    def insert(self, idx: int, attn_range: AttnRange, check: bool = False) -> None:
+        """Put a range at a place."""
+        self._ranges.insert(idx, attn_range)
+
+    def extend(self, attn_ranges: Iterable[AttnRange], check: bool = False) -> None:
+        """Add ranges."""
+        self._ranges.extend(attn_ranges)
+
+    def pop(self, idx: int = -1) -> AttnRange:
+        """Take a range out. Raises IndexError where there is none."""
+        return self._ranges.pop(idx)
+
+    def clear_empty(self) -> AttnRanges:
+        """Those that have a token."""
+        return AttnRanges(r for r in self._ranges if r.seqlen)
+
+    def clone(self) -> AttnRanges:
+        """Another list of the same ranges."""
+        return AttnRanges(self._ranges)
+
+    def sort(self) -> AttnRanges:
+        """By start; equal starts keep their order."""
+        return AttnRanges(sorted(self._ranges, key=lambda r: r.start))
+
+    def merge(self) -> AttnRanges:
+        """The same tokens as ranges that neither overlap nor touch, in order."""
+        return self.merge_with_split_alignment(1)
+
+    def merge_with_split_alignment(self, split_alignment: int = 1) -> AttnRanges:
+        """As `merge`, of the ranges widened to multiples of split_alignment."""
+        merged: list[AttnRange] = []
+        for r in self.sort():
+            start = r.start // split_alignment * split_alignment
+            end = -(-r.end // split_alignment) * split_alignment
+            if merged and start <= merged[-1].end:
+                merged[-1] = AttnRange(merged[-1].start, max(merged[-1].end, end))
+            else:
+                merged.append(AttnRange(start, end))
+        return AttnRanges(merged)
+
+    def chunk(self, chunk_size: int, check: bool = True) -> list[AttnRanges]:
+        """The ranges cut, in their order, into lists of chunk_size tokens; the last may have fewer.
+
+        Raises:
+            ValueError: ranges overlap, or chunk_size is below 1.
+        """
+        if chunk_size < 1 or (check and not self.is_non_overlap()):
+            raise ValueError(f"chunk of {chunk_size} tokens: at least 1, and ranges must not overlap: {self}")
+        chunks: list[AttnRanges] = []
+        room = 0
+        for start, end in self.to_naive_ranges():
+            while start < end:
+                if not room:
+                    chunks.append(AttnRanges())
+                    room = chunk_size
+                taken = min(room, end - start)
+                chunks[-1].append(AttnRange(start, start + taken))
+                start, room = start + taken, room - taken
+        return chunks
+
+    def truncate(self, start: int | None = None, end: int | None = None) -> AttnRanges:
+        """What of each lies in [start, end); without those that have nothing there."""
+        return AttnRanges(r.truncate(start, end) for r in self._ranges).clear_empty()
+
+    def is_sorted(self) -> bool:
+        """Whether starts never fall."""
+        return all(a.start <= b.start for a, b in itertools.pairwise(self._ranges))
+
+    def is_merged(self) -> bool:
+        """Whether they are in order and neither overlap nor touch."""
+        return all(a.end < b.start for a, b in itertools.pairwise(self._ranges))
+
+    def is_non_overlap(self) -> bool:
+        """Whether no token is in two of them."""
+        return self.total_seqlen == self.merge().total_seqlen
+
+    def is_cu_seqlens(self, seqlen: int) -> bool:
+        """Whether they follow one another from 0 to seqlen."""
+        bounds = [0, *(r.end for r in self._ranges)]
+        return [r.start for r in self._ranges] == bounds[:-1] and bounds[-1] == seqlen
+
+    def to_cu_seqlens(self, seq_len: int) -> list[int]:
+        """Prefix sums. Raises ValueError where `is_cu_seqlens` is False."""
+        if not self.is_cu_seqlens(seq_len):
+            raise ValueError(f"{self} does not go from 0 to {seq_len} without gaps: no prefix sums")
+        return [0, *(r.end for r in self._ranges)]
+
+    def make_ranges_local(self, other_attn_ranges: AttnRanges, is_self_merged: bool = False) -> AttnRanges:
+        """Where the other's ranges lie among this list's tokens, merged and laid end to end.
+
+        Raises:
+            ValueError: a range has tokens that are not in one of the merged ranges.
+        """
+        own = list(self.merge())
+        begins = list(itertools.accumulate((r.seqlen for r in own), initial=0))
+        local = AttnRanges()
+        for r in other_attn_ranges:
+            at = next((n for n, whole in enumerate(own) if r.is_subrange_of(whole)), None)
+            if at is None:
+                raise ValueError(f"range [{r.start}, {r.end}) is not within one of {AttnRanges(own)}")
+            local.append(r.offset(begins[at] - own[at].start))
+        return local
+
+    def find_hole_ranges(
+        self, other_attn_ranges: AttnRanges, is_self_merged: bool = False, is_other_merged: bool = False
+    ) -> AttnRanges:
+        """This list's tokens that the other has not, merged."""
+        holes = AttnRanges()
+        taken = other_attn_ranges.merge()
+        for r in self.merge():
+            at = r.start
+            for hole in taken.truncate(r.start, r.end):
+                holes.extend(AttnRanges([AttnRange(at, hole.start)]).clear_empty())
+                at = hole.end
+            holes.extend(AttnRanges([AttnRange(at, r.end)]).clear_empty())
+        return holes
+
+    def find_overlap_ranges(
+        self, other_attn_ranges: AttnRanges, is_self_merged: bool = False, is_other_merged: bool = False
+    ) -> AttnRanges:
+        """The tokens of both, merged."""
+        own, theirs = self.merge(), other_attn_ranges.merge()
+        return AttnRanges(part for r in own for part in theirs.truncate(r.start, r.end)).merge()
+
+    def intersect_size(self) -> int:
+        """Tokens that are in several ranges, once for each range after the first."""
+        return self.total_seqlen - self.merge().total_seqlen
+
+    def intersect_size_with(self, other: AttnRanges) -> int:
+        """Tokens that are in both lists, counted as `intersect_size` does over the two together."""
+        both = self.find_overlap_ranges(other)
+        parts = AttnRanges(p for r in [*self, *other] for p in both.truncate(r.start, r.end))
+        return parts.intersect_size()
+
+    def union_size(self) -> int:
+        """`total_seqlen`."""
+        return self.total_seqlen
+
+    def union_size_with(self, other: AttnRanges) -> int:
+        """Tokens of both lists, overlaps counted again."""
+        return self.total_seqlen + other.total_seqlen
+
+    def to_tensor(self, device: Any = "cpu") -> Tensor:
+        """int32 [ranges, 2]."""
+        return torch.tensor(self.to_naive_ranges(), dtype=torch.int32, device=device).reshape(-1, 2)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._ranges[index] = list(value) if isinstance(index, slice) else value
+
     def __len__(self) -> int:
         return len(self._ranges)
 
@@ -160,25 +430,80 @@ class AttnRanges:
 
 
 @dataclass(frozen=True)
-class MinHeapDispatchAlg:
-    """Balanced placement."""
+class DispatchAlg:
+    """How tokens are placed: here balanced by the planner, or in order."""
 
     layout: str = field(default="balanced", init=False)
 
 
 @dataclass(frozen=True)
-class SequentialDispatchAlg:
+class MinHeapDispatchAlg(DispatchAlg):
+    """Balanced placement."""
+
+
+@dataclass(frozen=True)
+class LBDispatchAlg(DispatchAlg):
+    """Balanced placement."""
+
+
+@dataclass(frozen=True)
+class DPDispatchAlg(DispatchAlg):
+    """Balanced placement."""
+
+
+@dataclass(frozen=True)
+class BSDispatchAlg(DispatchAlg):
+    """Balanced placement."""
+
+
+@dataclass(frozen=True)
+class ToppHeapDispatchAlg(DispatchAlg):
+    """Balanced placement; top_p has no effect."""
+
+    top_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class SequentialDispatchAlg(DispatchAlg):
     """Contiguous placement."""
 
     layout: str = field(default="contiguous", init=False)
 
 
 @dataclass(frozen=True)
-class UniformOverlapAlg:
+class SortedSequentialSelectAlg(DispatchAlg):
+    """Balanced placement."""
+
+
+@dataclass(frozen=True)
+class OverlapAlg:
+    """How remote keys are cut into stages: the planner decides."""
+
+
+@dataclass(frozen=True)
+class UniformOverlapAlg(OverlapAlg):
     """Stages of equal size; the planner decides."""
 
     random_costs: bool = False
-    random_seed: int = 42
+    random_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GreedyOverlapAlg(OverlapAlg):
+    """The planner decides."""
+
+
+@dataclass(frozen=True)
+class GrpCollConfig:
+    """Buffers and SMs of MagiAttention's own collectives; without effect here."""
+
+    num_sms: int = 24
+    nvl_chunk_size: int = 8
+    nvl_buffer_size: int = 256
+    rdma_chunk_size: int = 16
+    rdma_buffer_size: int = 128
+    num_nvl_bytes: int = int(2e9)
+    num_rdma_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +517,10 @@ class DispatchConfig:
 
 @dataclass(frozen=True)
 class OverlapConfig:
-    """degree: number of remote stages, where mode is STATIC and enable is True; else the planner's choice."""
+    """degree: number of remote stages where mode is STATIC and enable is True, 0 for one; None: the planner's choice.
+
+    The cost factors have no effect: `cpattn calibrate` measures.
+    """
 
     enable: bool = True
     mode: AttnOverlapMode = AttnOverlapMode.STATIC
@@ -201,11 +529,13 @@ class OverlapConfig:
     min_chunk_size: int = 512
     max_num_chunks: int = 64
     alg: Any = field(default_factory=UniformOverlapAlg)
+    calc_cost_factor: float = 1.0
+    comm_cost_factor: float = 1.0
 
     @property
     def num_stages(self) -> int | None:
         """What `make_key` takes."""
-        if not self.enable:
+        if not self.enable or self.degree == 0:
             return 1
         return self.degree if self.mode is AttnOverlapMode.STATIC and self.degree else None
 
@@ -216,6 +546,7 @@ class DistAttnConfig:
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
     overlap_config: OverlapConfig = field(default_factory=OverlapConfig)
+    grpcoll_config: GrpCollConfig = field(default_factory=GrpCollConfig)
 
 
 class AttnForwardMeta(NamedTuple):
@@ -428,6 +759,52 @@ def roll(x: Tensor, shift: int, dim: int, key: AttnKey) -> Tensor:
     return moved + _layout.roll(x, stream, shift - total, dim, fill_value=0) if shift else moved
 
 
+def roll_simple(x: Tensor, shift: int, dim: int, key: AttnKey) -> Tensor:
+    """`roll`, which there is in one form only."""
+    return roll(x, shift, dim, key)
+
+
+def flex_flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_ranges: Any = None,
+    k_ranges: Any = None,
+    attn_type_map: Any = None,
+    *,
+    sink: Tensor | None = None,
+    sink_layout: str = "sh",
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_max_logits: bool = False,
+    **kernel_options: Any,
+) -> tuple[Tensor, AttnForwardMeta]:
+    """(out, meta) of attention over tensors that one rank has whole: no group, nothing dispatched.
+
+    Args:
+        q: [T_q, num_heads_q, dim]. k, v: [T_k, num_heads_kv, dim].
+        q_ranges, k_ranges: int [rectangles, 2] (or pairs).
+        attn_type_map: int [rectangles], as `AttnMaskType.from_int_type`; None: all full.
+        sink: [sinks, num_heads_q] ("sh") or [num_heads_q].
+        kernel_options: of FFA's kernels (deterministic, sm_margin, max_seqlen_q, ...): without effect.
+
+    Raises:
+        ValueError: tokens are chosen by index_attn_indices, another sink layout, or ranges are missing.
+        NotImplementedError: return_max_logits.
+    """
+    if kernel_options.get("index_attn_indices") is not None or q_ranges is None or k_ranges is None:
+        raise ValueError("the mask is said by q_ranges and k_ranges (attention by index_attn_indices is not served)")
+    if sink is not None and sink_layout != "sh":
+        raise ValueError(f"sink_layout is {sink_layout!r}: 'sh', logits of each head, is served")
+    rows, keys = ([tuple(map(int, r)) for r in ranges] for ranges in (q_ranges, k_ranges))
+    numbers = [0] * len(rows) if attn_type_map is None else [int(n) for n in attn_type_map]
+    kinds = [AttnMaskType.from_int_type(n) for n in numbers]
+    spec = _flex_spec(rows, keys, kinds, len(q), None if len(q) == len(k) else len(k))
+    heads = {"num_heads_q": q.shape[1], "num_heads_kv": k.shape[1], "head_dim": q.shape[2], "head_dim_v": v.shape[2]}
+    key = make_key(spec, **heads)
+    return calc_attn(q, k, v, key, sink, softmax_scale, softcap, return_max_logits)
+
+
 def calc_attn(
     q: Tensor,
     k: Tensor,
@@ -499,16 +876,21 @@ def infer_attn_mask_from_cu_seqlens(
     cu_seqlens_k: Tensor,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    global_window_size: int = 0,
 ) -> tuple[AttnRanges, AttnRanges, list[AttnMaskType], int, int]:
     """(q_ranges, k_ranges, mask types, total_seqlen_q, total_seqlen_k) of packed documents.
 
     Args:
-        window_size: (left, right) keys beside the query's own, -1 for all; documents are then the same
-            for queries and keys. Not together with causal: a causal window is (left, 0).
+        window_size: (left, right) keys beside the query's own, -1 for all, as `infer_attn_mask_from_sliding_window`
+            has them for each document. Not together with causal: a causal window is (left, 0).
+        global_window_size: so many first keys of each document are seen by all of its queries, as far as the window's
+            right side lets them; only with a window.
 
     Raises:
-        ValueError: a window together with causal, or documents that differ under a window.
+        ValueError: a window together with causal, a negative number, or documents that do not pair up.
     """
+    if global_window_size < 0:
+        raise ValueError(f"global_window_size is {global_window_size}: a number of keys, 0 or more")
     q_sums, k_sums = ([int(n) for n in c] for c in (cu_seqlens_q, cu_seqlens_k))
     if tuple(window_size) == (-1, -1):
         q_ranges, k_ranges = AttnRanges.from_cu_seqlens(q_sums), AttnRanges.from_cu_seqlens(k_sums)
@@ -518,33 +900,82 @@ def infer_attn_mask_from_cu_seqlens(
         return q_ranges, k_ranges, [kind] * len(q_ranges), q_sums[-1], k_sums[-1]
     if causal:
         raise ValueError(f"window_size is {window_size} and causal is True: a causal window is causal=False, (left, 0)")
-    if q_sums != k_sums:
-        raise ValueError("window_size with different documents of queries and keys is not defined")
-    lengths = [b - a for a, b in itertools.pairwise(q_sums)]
-    left, right = (max(lengths, default=0) if side < 0 else side for side in window_size)
-    spec = AttnMaskSpec.sliding_window(lengths, (left, right))
-    return (
-        AttnRanges.from_ranges(spec.q_ranges),
-        AttnRanges.from_ranges(spec.k_ranges),
-        [AttnMaskType(kind) for kind in spec.mask_types],
-        spec.total_seqlen,
-        spec.total_seqlen,
-    )
+    if len(q_sums) != len(k_sums):
+        raise ValueError(f"{len(q_sums) - 1} documents of queries and {len(k_sums) - 1} of keys: they must pair up")
+    rects = AttnRanges(), AttnRanges(), []
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(q_sums), itertools.pairwise(k_sums), strict=True):
+        first = min(k0 + global_window_size, k1)
+        left, right = (None if side < 0 or side >= k1 - k0 - 1 else side for side in window_size)
+        ahead = None if right is None else right + k0 - q0
+        aligned, shift = max(q0, q1 - (k1 - k0)), k1 - q1
+        band = (None if left is None else shift - left, None if right is None else shift + right)
+        _add_band(rects, (q0, q1), (k0, first), None, ahead)
+        _add_band(rects, (aligned, q1), (first, k1), *band)
+    return *rects, q_sums[-1], k_sums[-1]
 
 
 def infer_attn_mask_from_sliding_window(
     q_range: AttnRange, k_range: AttnRange, window_size: Sequence[int]
 ) -> tuple[AttnRanges, AttnRanges, list[AttnMaskType]]:
-    """Rectangles of a (left, right) window over one document; q_range and k_range must be the same."""
-    if q_range != k_range:
-        raise ValueError(f"q_range {q_range} and k_range {k_range}: a window is over one document's own keys")
-    length, start = q_range.seqlen, q_range.start
-    left, right = (length if side < 0 else side for side in window_size)
-    spec = AttnMaskSpec.sliding_window([length], (left, right))
-    q_ranges, k_ranges = (
-        AttnRanges.from_ranges([(a + start, b + start) for a, b in ranges]) for ranges in (spec.q_ranges, spec.k_ranges)
+    """Rectangles of a window over a document's queries and keys, the last query standing at the last key.
+
+    Args:
+        window_size: (left, right) keys before and after the one where a query stands; -1 for all. Queries before the
+            first key see nothing.
+    """
+    sums = [[r.start, r.end] for r in (q_range, k_range)]
+    q_ranges, k_ranges, kinds = AttnRanges(), AttnRanges(), list[AttnMaskType]()
+    (q0, q1), (k0, k1) = sums
+    left, right = (None if side < 0 or side >= k1 - k0 - 1 else side for side in window_size)
+    shift = k1 - q1
+    band = (None if left is None else shift - left, None if right is None else shift + right)
+    _add_band((q_ranges, k_ranges, kinds), (max(q0, q1 - (k1 - k0)), q1), (k0, k1), *band)
+    return q_ranges, k_ranges, kinds
+
+
+def _add_band(
+    rects: tuple[AttnRanges, AttnRanges, list[AttnMaskType]],
+    q: tuple[int, int],
+    k: tuple[int, int],
+    low: int | None,
+    high: int | None,
+) -> None:
+    """Add the rectangles of the queries q and keys k with low <= key - query <= high."""
+    if q[0] >= q[1] or k[0] >= k[1]:
+        return
+    low, high = (-UNBOUNDED if low is None else low), (UNBOUNDED if high is None else high)
+    pieces, kinds = corner_pieces(SliceTable.from_columns(*q, *k, low, high).canonical()[0])
+    names = {FULL_PIECE: AttnMaskType.FULL, CAUSAL_PIECE: AttnMaskType.CAUSAL, INV_PIECE: AttnMaskType.INVCAUSAL}
+    for kind, (q0, q1, k0, k1, _, _) in zip(kinds.tolist(), pieces.data.tolist(), strict=True):
+        rects[0].append(AttnRange(q0, q1))
+        rects[1].append(AttnRange(k0, k1))
+        rects[2].append(names.get(kind, AttnMaskType.BICAUSAL))
+
+
+def apply_padding(
+    q_ranges: AttnRanges, k_ranges: AttnRanges, attn_mask_type: list[AttnMaskType], total_seqlen: int, pad_size: int
+) -> tuple[AttnRanges, AttnRanges, list[AttnMaskType]]:
+    """The rectangles with one more for pad_size queries behind the sequence, which see nothing."""
+    return (
+        AttnRanges([*q_ranges, AttnRange(total_seqlen, total_seqlen + pad_size)]),
+        AttnRanges([*k_ranges, AttnRange(0, 0)]),
+        [*attn_mask_type, AttnMaskType.FULL],
     )
-    return q_ranges, k_ranges, [AttnMaskType(kind) for kind in spec.mask_types]
+
+
+def pad_at_dim(x: Tensor, dim: int, pad_size: int, value: float = 0.0, side: str = "right") -> Tensor:
+    """x with pad_size more entries along a dimension, on its "right" or "left"."""
+    if side not in ("left", "right"):
+        raise ValueError(f"side is {side!r}: 'left' or 'right'")
+    shape = list(x.shape)
+    shape[dim] = pad_size
+    padding = x.new_full(shape, value)
+    return torch.cat([padding, x] if side == "left" else [x, padding], dim)
+
+
+def unpad_at_dim(x: Tensor, dim: int, pad_size: int) -> Tensor:
+    """x without its last pad_size entries along a dimension."""
+    return x.narrow(dim, 0, x.shape[dim] - pad_size)
 
 
 def squash_batch_dim(x: Tensor) -> Tensor:
@@ -552,10 +983,38 @@ def squash_batch_dim(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
+def infer_varlen_mask_from_batch(batch_size: int, seq_len: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """(cu_seqlens_q, cu_seqlens_k), int32, of a batch of equal rows laid out one after the other."""
+    sums = torch.arange(0, batch_size + 1, dtype=torch.int32, device=device) * seq_len
+    return sums, sums
+
+
 def full_attention_to_varlen_attention(batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """(cu_seqlens_q, cu_seqlens_k) of a batch of equal rows laid out one after the other."""
     sums = torch.arange(0, batch_size + 1) * seq_len
     return sums, sums
+
+
+class DistAttnRuntimeDictManager:
+    """MagiAttention's table of runtimes by key. Here a key is its own runtime: nothing is looked up or evicted."""
+
+    def get(self, key: AttnKey) -> AttnKey:
+        """The key."""
+        return key
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, AttnKey)
+
+    def get_most_recent_key(self, cp_group: Any) -> AttnKey:
+        """`get_most_recent_key`."""
+        return get_most_recent_key(cp_group)
+
+    def clear(self, cp_group: Any = None) -> None:
+        """`clear_cache`."""
+        clear_cache(cp_group)
+
+
+dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager()
 
 
 # The group is kept with its key, so that its id cannot come to mean another group.

@@ -9,13 +9,13 @@ A layer makes its attention once and calls it through a pair of adapters:
 The layer's own layout, in and out, is [B, S, heads, dim], or [T, heads, dim] for packed tokens. The
 same arguments mean the same mask under every `attn_impl`; what an implementation cannot do, it refuses.
 
-Windows: `window_size=(left, right)` counts the keys before and after the query's own (-1: no limit),
-as TransformerEngine does; `window_size=W` and `sliding_window=W` are W keys, the query's own included.
+Windows: `window_size=W` and `sliding_window=W` are W keys, the query's own included. `window_size=(left, right)` is as
+Automodel documents it for each implementation: under "sdpa" and "fa4" left counts the query's own key too, elsewhere
+left and right count the keys before and after it, as TransformerEngine does. -1: no limit.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -49,9 +49,7 @@ from .local_masks import (
     visible_pairs,
 )
 
-logger = logging.getLogger(__name__)
-
-ATTN_IMPLS = ("te", "sdpa", "flex", "magi", "cpattn")
+ATTN_IMPLS = ("te", "sdpa", "fa4", "flex", "magi", "cpattn")
 
 _CAUSAL_TYPES = ("causal", "padding_causal", "causal_bottom_right", "padding_causal_bottom_right", "block_causal")
 _SDPA_OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -65,9 +63,11 @@ _DOCUMENT_NAMES = (
 )
 # Arguments that change the numbers, and who serves them (windows and documents: everyone).
 _SERVED_BY = {
-    "softcap": ("flex", "magi", "cpattn"),
+    "softcap": ("fa4", "flex", "magi", "cpattn"),
     "sink_weights": ("flex", "magi", "cpattn"),
     "sinks": ("flex", "magi", "cpattn"),
+    "learnable_sink": ("fa4",),
+    "packed_token_indices": ("fa4",),
     "s_aux": ("magi",),
     "key": ("cpattn",),
     "mask": ("flex", "cpattn"),
@@ -82,7 +82,6 @@ _SERVED_BY = {
 _SINK_NAMES = ("sinks", "sink_weights")
 
 _memo = TensorMemo()
-_warned_of_windows = False
 
 
 def initialize_attn_module_and_func(
@@ -100,8 +99,9 @@ def initialize_attn_module_and_func(
 
     Args:
         attn_impl: "te" (TransformerEngine), "sdpa" (torch's), "flex" (`FlexAttention`), "cpattn" (this
-            project's kernels, and with `key=` at the call its context parallelism) or "magi" (the
-            same through `magi_attn_utils` and its active group and mask).
+            project's kernels, and with `key=` at the call its context parallelism), "magi" (the
+            same through `magi_attn_utils` and its active group and mask) or "fa4" (this project's kernels,
+            called as Automodel calls FlashAttention-4).
         num_attention_heads: query heads.
         num_qk_channels, num_v_channels: head dim of q and k, and of v; any, equal or not.
         softmax_scale: factor on the scores.
@@ -112,7 +112,8 @@ def initialize_attn_module_and_func(
         kwargs: "te": more arguments for `DotProductAttention`, and portable=True for
             `PortableDotProductAttention` in its place. "sdpa": defaults of `attn_mask`, `dropout_p`,
             `is_causal`, `scale`, `enable_gqa`. "flex": `fixed_block_size`. The others: none. Arguments
-            at values that say nothing (attention_dropout=0, softmax_type="vanilla") are taken by all.
+            at values that say nothing (attention_dropout=0, softmax_type="vanilla") are taken by all, and by
+            "flex", "magi", "cpattn" and "fa4" softmax_type="learnable": then each call needs its sinks.
 
     Returns:
         (module or None, function of q, k, v in the layout of `preprocess_args_and_kwargs_for_attn`).
@@ -148,19 +149,22 @@ def initialize_attn_module_and_func(
             "enable_gqa": num_gqa_groups is not None,
         }
         return None, _SdpaFunc(causal, {**options, **kwargs})
+    needs_sinks = kwargs.get("softmax_type") == "learnable"
     kwargs = _without_neutral(attn_impl, kwargs)
     if attn_impl == "flex":
         _refuse_unknown("flex", kwargs, ("fixed_block_size",))
         kind = attn_mask_type if attn_mask_type == "block_causal" else "causal" if causal else "no_mask"
         flex = FlexAttention(kind, kwargs.get("fixed_block_size"))
-        return flex, _FlexFunc(flex, softmax_scale, num_gqa_groups is not None)
+        return flex, _with_sinks(_FlexFunc(flex, softmax_scale, num_gqa_groups is not None), needs_sinks)
     _refuse_unknown(attn_impl, kwargs, ())
-    if attn_impl == "cpattn":
-        return None, _CpattnFunc(causal, softmax_scale)
+    if attn_impl == "fa4" and qkv_format != "bshd":
+        raise ValueError(f"attn_impl 'fa4' takes [B, S, heads, dim]; qkv_format is {qkv_format!r}: use 'cpattn'")
+    if attn_impl in ("cpattn", "fa4"):
+        return None, _with_sinks(_CpattnFunc(causal, softmax_scale), needs_sinks)
     from .magi_attn_utils import make_magi_attn_func
 
     func = make_magi_attn_func(softmax_scale=softmax_scale)
-    return None, func if causal else partial(func, is_causal=False)
+    return None, _with_sinks(func if causal else partial(func, is_causal=False), needs_sinks)
 
 
 def preprocess_args_and_kwargs_for_attn(
@@ -212,6 +216,8 @@ def preprocess_args_and_kwargs_for_attn(
         return q, k, v, _magi_arguments(q, k, attention_mask, kwargs)
     if attn_impl == "cpattn":
         return q, k, v, _mask_arguments(attention_mask, documents, kwargs)
+    if attn_impl == "fa4":
+        return q, k, v, _fa4_arguments(q, attention_mask, documents, kwargs)
     if attn_impl == "flex":
         arguments = _mask_arguments(attention_mask, documents, kwargs)
         arguments |= {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}
@@ -281,14 +287,27 @@ def _refuse_unknown(impl: str, kwargs: dict[str, Any], known: tuple[str, ...]) -
         raise TypeError(f"Unsupported {impl} attention kwargs: {unknown}")
 
 
+def _with_sinks(func: Callable[..., Tensor], needed: bool) -> Callable[..., Tensor]:
+    """The function; of a layer whose softmax has learnable sinks, one that does not forget them."""
+    if not needed:
+        return func
+
+    def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        if all(call.get(name) is None for name in (*_SINK_NAMES, "s_aux")):
+            raise ValueError("the layer was made with softmax_type='learnable': each call needs sink_weights=")
+        return func(q, k, v, **call)
+
+    return attend_with_sinks
+
+
 def _without_neutral(impl: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments less those at values that ask for nothing; those that ask for more are refused."""
     kwargs = dict(kwargs)
     softmax_type = kwargs.pop("softmax_type", "vanilla")
-    if softmax_type != "vanilla":
+    if softmax_type not in ("vanilla", "learnable"):
         raise ValueError(
             f"softmax_type is {softmax_type!r} and attn_impl {impl!r}: sinks are given at the call, as "
-            f"sink_weights=, to attn_impl 'flex', 'magi' or 'cpattn'"
+            f"sink_weights=, to attn_impl 'flex', 'magi' or 'cpattn' (softmax_type='learnable')"
         )
     for name in ("attention_dropout", "dropout_p"):
         dropout = kwargs.pop(name, 0.0)
@@ -316,6 +335,50 @@ def _mask_arguments(
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask
     return arguments
+
+
+def _fa4_arguments(
+    q: Tensor, attention_mask: Tensor | None, documents: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Automodel's arguments for FlashAttention-4 as those of "cpattn".
+
+    packed_token_indices are the places of the documents' tokens among the B * S; cu_seqlens counts these tokens only.
+    """
+    if q.dim() != 4 or kwargs.get("qkv_format") == "thd" or "cu_seqlens_padded" in documents:
+        raise ValueError("attn_impl 'fa4' takes [B, S, heads, dim], and no documents that are padded: use 'cpattn'")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError("attn_impl 'fa4' cannot consume a matrix as attention_mask: use 'sdpa' or 'cpattn'")
+    places = kwargs.get("packed_token_indices")
+    if places is not None and documents:
+        sums, total = documents["cu_seqlens"], q.shape[:2].numel()
+        starts = _memo.get(places, ("starts", total), lambda: _starts_of_documents(places, sums, total))
+        documents = {"cu_seqlens": sums, "cu_seqlens_padded": starts}
+    arguments = _mask_arguments(attention_mask, documents, {**kwargs, "window_size": _counted_window(kwargs, "fa4")})
+    if kwargs.get("learnable_sink") is not None:
+        arguments["sinks"] = kwargs["learnable_sink"]
+    return arguments
+
+
+def _starts_of_documents(places: Tensor, sums: Tensor, total: int) -> Tensor:
+    """Where documents start among B * S places, as cu_seqlens_padded has it."""
+    at, ends = places.detach().cpu().long(), sums.detach().cpu().long()
+    inside = torch.ones(len(at), dtype=torch.bool)
+    inside[ends[:-1][ends[:-1] < len(at)]] = False
+    if ends[-1] != len(at) or bool((torch.diff(at, prepend=at[:1] - 1)[inside] != 1).any()):
+        raise ValueError("packed_token_indices: each document of cu_seqlens must have neighbouring places")
+    starts = torch.cat([at[ends[:-1].clamp(max=max(len(at) - 1, 0))], torch.tensor([total])])
+    return starts.to(sums.device, sums.dtype)
+
+
+def _counted_window(kwargs: dict[str, Any], impl: str) -> Any:
+    """window_size whose left side counts the query's own key, as one that counts the keys before it."""
+    window = kwargs.get("window_size")
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or not isinstance(window[0], int):
+        return window
+    left, right = window
+    if left == 0:
+        raise ValueError(f"window_size={tuple(window)} under attn_impl {impl!r}: left counts the query's own key")
+    return (left - 1 if left > 0 else left, right)
 
 
 def _te_arguments(
@@ -496,8 +559,7 @@ def _sdpa_arguments(
     q: Tensor, k: Tensor, attention_mask: Tensor | None, documents: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     causal = _is_causal(kwargs.get("attn_mask_type", "causal"))
-    window = join_windows(kwargs.get("window_size"), kwargs.get("sliding_window"))
-    _tell_of_window(kwargs.get("window_size"), window)
+    window = join_windows(_counted_window(kwargs, "sdpa"), kwargs.get("sliding_window"))
     arguments: dict[str, Any] = {"is_causal": causal}
     if kwargs.get("dropout_p"):
         arguments["dropout_p"] = kwargs["dropout_p"]
@@ -572,18 +634,6 @@ def _remember(mask: Tensor, causal: bool, blind: bool) -> Tensor:
     seen = mask.any(-1, keepdim=True) if blind else None
     _built_masks[mask] = _BuiltMask(causal, seen, mask if seen is None else mask | ~seen)
     return mask
-
-
-def _tell_of_window(window_size: Any, window: Sides) -> None:
-    global _warned_of_windows
-    if isinstance(window_size, (tuple, list)) and window[0] is not None and not _warned_of_windows:
-        _warned_of_windows = True
-        logger.warning(
-            "window_size=%s under attn_impl 'sdpa' is %d keys before the query's own, as under 'te': one "
-            "more than nemo_automodel's sdpa path takes it for. sliding_window=W is W keys, its own included.",
-            tuple(window_size),
-            window[0],
-        )
 
 
 class _SdpaFunc:

@@ -1,9 +1,9 @@
 """MagiAttention wiring of NeMo Automodel, on this runtime: replace the import and keep the recipe.
 
 "magi" names the engine of this package here. Names, signatures and defaults are those of Automodel's
-`components.distributed.magi_attn_utils`; the numbers are right where the original's were not (any batch
-size, padding, packed documents, windows, sinks, softcap, prefix trees and vision models at any number of
-ranks, fp16 and fp32), and what cannot be served is refused by name.
+`components.distributed.magi_attn_utils`, before 0.7; `context_parallel.magi` has those of 0.7. The numbers are right
+where the original's were not (any batch size, padding, packed documents, windows, sinks, softcap, prefix trees and
+vision models at any number of ranks, fp16 and fp32), and what cannot be served is refused by name.
 
 Two paths, as in the original:
 
@@ -30,8 +30,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cpattn.integrations.batch_layout import IGNORE_INDEX
+from cpattn.integrations.batch_layout import IGNORE_INDEX, BatchLayout
 from cpattn.keys.key import AttnKey
 from cpattn.keys.make import make_key
 from cpattn.masks.spec import AttnMaskSpec
@@ -90,10 +91,15 @@ class StepSpec(AttnMaskSpec):
 
 
 class _Step:
-    """A prepared step of the custom path: its group (kept alive), its key, and whether a layer used it."""
+    """A prepared step of the custom path: its group (kept alive), its key, and whether a layer used it.
 
-    def __init__(self, group: Any, key: AttnKey) -> None:
-        self.group, self.key, self.used = group, key, False
+    layout: of a batch of rows, which tokens are real. length: rows that this rank's tensors are filled up to, behind
+    the key's own (`context_parallel.magi`); they attend to nothing.
+    """
+
+    def __init__(self, group: Any, key: AttnKey, layout: BatchLayout | None = None) -> None:
+        self.group, self.key, self.layout, self.used = group, key, layout, False
+        self.length = key.num_tokens
 
 
 _STEPS_BY_GROUP: dict[int, _Step] = {}
@@ -495,8 +501,8 @@ def _step_spec(key: AttnKey) -> StepSpec:
     return step
 
 
-def _begin_step(model: nn.Module, cp_group: Any, key: AttnKey) -> None:
-    _STEPS_BY_GROUP[id(cp_group)] = _LAST_STEP[model] = _Step(cp_group, key)
+def _begin_step(model: nn.Module, cp_group: Any, key: AttnKey, layout: BatchLayout | None = None) -> None:
+    _STEPS_BY_GROUP[id(cp_group)] = _LAST_STEP[model] = _Step(cp_group, key, layout)
 
 
 @dataclass
@@ -570,8 +576,8 @@ class MagiState:
         return nullcontext, batch
 
 
-def _require_used(model: nn.Module) -> None:
-    last = _LAST_STEP.get(model)
+def _require_used(model: nn.Module | None) -> None:
+    last = None if model is None else _LAST_STEP.get(model)
     used = True if last is None else last.used if isinstance(last, _Step) else last.num_layers_run > 0
     if not used:
         raise RuntimeError(
@@ -586,7 +592,7 @@ def _prepare_rows_cp(model: nn.Module, batch: dict, cp_group: Any) -> dict:
     local = {name: shard.inputs[name] for name in ("input_ids", "position_ids")}
     if shard.targets is not None:
         local["labels"] = shard.targets
-    _begin_step(model, cp_group, shard.key)
+    _begin_step(model, cp_group, shard.key, shard.layout)
     return {**_other_entries(batch, shard), **local, "magi_attn_spec": _step_spec(shard.key)}
 
 
@@ -668,11 +674,20 @@ def make_magi_attn_func(softmax_scale: float | None = None) -> Callable[..., Ten
         key = _key_of_call(rows, (q_, k_, v_), kwargs)
         if window != NO_WINDOW:
             key = key.with_mask(key.spec, window=window)
-        out = attention(q_, k_, v_, key, **numbers)
+        fill = _rows_of_fill(q_, key)
+        out = attention(*(t[: len(t) - fill] for t in (q_, k_, v_)), key, **numbers)
         assert isinstance(out, Tensor)
+        out = F.pad(out, (0, 0, 0, 0, 0, fill)) if fill else out
         return out.unflatten(0, rows) if q.ndim == 4 else out
 
     return attn_func
+
+
+def _rows_of_fill(q: Tensor, key: AttnKey) -> int:
+    """Rows behind the key's own that a prepared step was filled up with."""
+    step = _STEPS_BY_GROUP.get(id(get_active_cp_group()))
+    filled = step is not None and step.length == len(q) and step.key.num_tokens == key.num_tokens
+    return len(q) - key.num_tokens if filled else 0
 
 
 def _key_of_call(rows: tuple[int, int], qkv: tuple[Tensor, Tensor, Tensor], kwargs: dict[str, Any]) -> AttnKey:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +109,8 @@ class ContextParallelTrainer:
 
 
 def _with_targets(batch: Any, parallel: WholeBatches) -> Any:
-    if not isinstance(batch.get("labels"), Tensor) or batch.get("shift_labels") is not None:
+    # GRPO's batches are lists of prompts.
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor) or "shift_labels" in batch:
         return batch
     return {**batch, "shift_labels": parallel.next_token_targets(batch)}
 

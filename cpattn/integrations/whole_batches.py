@@ -50,7 +50,7 @@ class WholeBatches(ContextParallel):
     def serves(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call with these inputs is shared out; one with a cache (decoding) runs whole on each rank."""
         given = any(isinstance(inputs.get(name), Tensor) for name in ("input_ids", "inputs_embeds"))
-        cached = inputs.get("past_key_values") is not None
+        cached = any(inputs.get(name) is not None for name in ("past_key_values", "cache"))
         return given and not cached and self.cp_group is not None and active_shard.get() is None
 
     def run_whole(self, inputs: dict[str, Any]) -> Any:

@@ -38,7 +38,8 @@ def learn(cp_size: int, attention: str = "cpattn") -> Outcome:
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()

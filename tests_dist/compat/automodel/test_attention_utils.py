@@ -5,8 +5,6 @@ Where a test says what the original did, a few lines here stand for it, so that 
 
 from __future__ import annotations
 
-import itertools
-import logging
 import re
 import sys
 import types
@@ -22,7 +20,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpattn import AttnMaskSpec, dispatch, make_key, undispatch
-from cpattn.automodel import attention_utils
 from cpattn.automodel.attention_utils import (
     initialize_attn_module_and_func,
     postprocess_output_for_attn,
@@ -66,6 +63,11 @@ def original_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=SCALE, enable_gqa=True, **options).transpose(1, 2)
 
 
+def before(impl: str, left: int) -> tuple[int, int]:
+    """window_size for `left` keys before the query's own: under "sdpa" and "fa4" Automodel counts that key too."""
+    return (left + 1 if impl in ("sdpa", "fa4") else left, 0)
+
+
 class CountSyncs(TorchDispatchMode):
     """Counts reads of a tensor's value by Python."""
 
@@ -81,12 +83,11 @@ class CountSyncs(TorchDispatchMode):
 # All implementations say the same.
 
 
-@pytest.mark.parametrize("impl", LOCAL)
-@pytest.mark.parametrize(
-    ("batch", "left"), [({}, None), ({"window_size": (3, 0)}, 3), ({"window_size": [5, 0]}, 5)]
-)
-def test_causal_batches_against_dense(impl: str, batch: dict[str, Any], left: int | None) -> None:
+@pytest.mark.parametrize("impl", [*LOCAL, "fa4"])
+@pytest.mark.parametrize(("kind", "left"), [(tuple, None), (tuple, 3), (list, 5)])
+def test_causal_batches_against_dense(impl: str, kind: type, left: int | None) -> None:
     q, k, v = inputs(2, 19)
+    batch = {} if left is None else {"window_size": kind(before(impl, left))}
     leaves = [x.requires_grad_() for x in (q, k, v)]
     got = make_layer(impl)(q, k, v, **batch)
     want = dense_batch(q, k, v, band(19, 19, left), scale=SCALE)
@@ -98,24 +99,21 @@ def test_causal_batches_against_dense(impl: str, batch: dict[str, Any], left: in
         assert rel_error(mine, theirs) < 1e-6
 
 
-def test_a_one_window_for_all_implementations() -> None:
-    """The original read (W, 0) as W + 1 keys under te and W under sdpa; flex took W as W keys."""
+def test_a_windows_are_as_automodel_documents_them() -> None:
+    """(W, 0) is W + 1 keys under te and W under sdpa and fa4; an int is W keys everywhere."""
     window = 4
     q, k, v = inputs(1, 17)
-    original = {
-        "te": (band(17, 17, window)),
-        "sdpa": band(17, 17, window - 1),  # k > q - left
-    }
-    seen = {name: int(mask[0, -1].sum()) for name, mask in original.items()}
-    assert seen == {"te": window + 1, "sdpa": window}
-    outs = [make_layer(impl)(q, k, v, window_size=(window, 0)) for impl in LOCAL]
-    want = dense_batch(q, k, v, band(17, 17, window), scale=SCALE)
-    assert all(rel_error(out, want) < 1e-6 for out in outs)
-    assert rel_error(original_sdpa(q, k, v, attn_mask=original["sdpa"]), want) > 1e-2
-
     counted = dense_batch(q, k, v, band(17, 17, window - 1), scale=SCALE)
-    for name, impl in itertools.product(("sliding_window", "window_size"), LOCAL):
-        assert rel_error(make_layer(impl)(q, k, v, **{name: window}), counted) < 1e-6
+    beside = dense_batch(q, k, v, band(17, 17, window), scale=SCALE)
+    assert rel_error(original_sdpa(q, k, v, attn_mask=band(17, 17, window - 1)), counted) < 1e-6  # k > q - left
+    for impl in (*LOCAL, "fa4"):
+        want = counted if impl in ("sdpa", "fa4") else beside
+        assert rel_error(make_layer(impl)(q, k, v, window_size=(window, 0)), want) < 1e-6
+        for name in ("sliding_window", "window_size"):
+            assert rel_error(make_layer(impl)(q, k, v, **{name: window}), counted) < 1e-6
+    for impl in ("sdpa", "fa4"):
+        with pytest.raises(ValueError, match=f"under attn_impl '{impl}': left counts the query's own key"):
+            make_layer(impl)(q, k, v, window_size=(0, 0))
 
 
 def test_a_windows_that_disagree_are_refused() -> None:
@@ -127,16 +125,6 @@ def test_a_windows_that_disagree_are_refused() -> None:
         preprocess_args_and_kwargs_for_attn(q, k, v, None, "sdpa", window_size="all")
 
 
-def test_a_the_changed_meaning_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr(attention_utils, "_warned_of_windows", False)
-    q, k, v = inputs(1, 5)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            preprocess_args_and_kwargs_for_attn(q, k, v, None, "sdpa", window_size=(3, 0))
-    assert len(caplog.records) == 1
-    assert "one more than nemo_automodel" in caplog.text
-
-
 @pytest.mark.parametrize("impl", LOCAL)
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_b_window_and_matrix_both_hold(impl: str, kind: torch.dtype) -> None:
@@ -146,7 +134,7 @@ def test_b_window_and_matrix_both_hold(impl: str, kind: torch.dtype) -> None:
     visible |= torch.eye(16, dtype=torch.bool)
     matrix = visible[:, None] if kind == torch.bool else additive(visible)
     want = dense_batch(q, k, v, visible & band(16, 16, 5, right=0), scale=SCALE)
-    assert rel_error(make_layer(impl)(q, k, v, matrix, window_size=(5, 0)), want) < 1e-6
+    assert rel_error(make_layer(impl)(q, k, v, matrix, window_size=before(impl, 5)), want) < 1e-6
     original = original_sdpa(q, k, v, attn_mask=band(16, 16, 4))
     assert rel_error(original, want) > 1e-2
 
@@ -157,7 +145,7 @@ def test_c_packed_documents_do_not_see_each_other(impl: str, left: int | None) -
     """The original's sdpa ignored cu_seqlens, and took [T, heads, dim] for [B, S, heads, dim]."""
     lengths = [7, 0, 12, 1, 9]
     q, k, v = inputs(sum(lengths))
-    window = {} if left is None else {"window_size": (left, 0)}
+    window = {} if left is None else {"window_size": before(impl, left)}
     got = make_layer(impl)(q, k, v, cu_seqlens=cu_seqlens(lengths), max_seqlen=12, **window)
     visible = same_document(lengths) & band(29, 29, left)
     want = dense_batch(q[None], k[None], v[None], visible, scale=SCALE)[0]
@@ -224,7 +212,7 @@ def test_d_sdpa_refuses_a_causal_call_of_a_layer_that_is_not() -> None:
 def test_e_last_query_stands_at_last_key(impl: str, left: int | None) -> None:
     """The original was top-left aligned without a window, and bottom-right with one."""
     q, k, v = inputs(2, 4, num_k=9)
-    window = {} if left is None else {"window_size": (left, 0)}
+    window = {} if left is None else {"window_size": before(impl, left)}
     want = dense_batch(q, k, v, band(4, 9, left, shift=5), scale=SCALE)
     assert rel_error(make_layer(impl)(q, k, v, **window), want) < 1e-6
     if left is None:
@@ -346,12 +334,45 @@ def test_j_magi_takes_padding_as_a_mask() -> None:
         )
 
 
-@pytest.mark.parametrize("impl", ["magi", "cpattn", "flex"])
-def test_j_sinks_at_init_are_refused_where_they_would_vanish(impl: str) -> None:
-    with pytest.raises(ValueError, match="sinks are given at the call"):
-        initialize_attn_module_and_func(impl, 4, 8, 8, 0.3, softmax_type="learnable")
+@pytest.mark.parametrize("impl", ["magi", "cpattn", "flex", "fa4"])
+def test_j_sinks_said_at_init_come_at_each_call(impl: str) -> None:
+    """As GPT-OSS's attention is made under every implementation; the original's flex took them or forgot them."""
+    layer = make_layer(impl, softmax_type="learnable")
+    q, k, v = inputs(2, 9)
+    sinks = torch.linspace(-1, 1, HEADS)
+    name = "learnable_sink" if impl == "fa4" else "sink_weights"
+    want = dense_batch(q, k, v, band(9, 9), scale=SCALE, sink=sinks)
+    assert rel_error(layer(q, k, v, **{name: sinks}), want) < 1e-6
+    with pytest.raises(ValueError, match="made with softmax_type='learnable': each call needs"):
+        layer(q, k, v)
+    with pytest.raises(ValueError, match="softmax_type is 'off-by-one'"):
+        initialize_attn_module_and_func(impl, 4, 8, 8, 0.3, softmax_type="off-by-one")
     with pytest.raises(ValueError, match="has no dropout"):
         initialize_attn_module_and_func(impl, 4, 8, 8, 0.3, attention_dropout=0.1)
+
+
+def test_fa4_takes_what_automodel_passes_to_it() -> None:
+    """Padding, and documents among padding: cu_seqlens counts the tokens of packed_token_indices only."""
+    q, k, v = inputs(2, 10)
+    padding = torch.ones(2, 10, dtype=torch.long)
+    padding[1, 7:] = 0
+    visible = band(10, 10) & padding.bool()[:, None] & padding.bool()[:, :, None]
+    want = dense_batch(q, k, v, visible, scale=SCALE)
+    assert rel_error(make_layer("fa4")(q, k, v, padding), want) < 1e-6
+    ids = torch.tensor([[1] * 4 + [2] * 5 + [0], [3] * 6 + [0] * 4])
+    packing = {
+        "cu_seqlens": torch.tensor([0, 4, 9, 15], dtype=torch.int32),
+        "packed_token_indices": ids.flatten().nonzero().flatten(),
+        "max_seqlen": 6,
+    }
+    visible = band(10, 10, 2) & (ids[:, :, None] == ids[:, None]) & (ids > 0)[:, None]
+    want = dense_batch(q, k, v, visible, scale=SCALE)
+    assert rel_error(make_layer("fa4")(q, k, v, **packing, window_size=(3, 0)), want) < 1e-6
+    packing["packed_token_indices"] = packing["packed_token_indices"].flip(0)
+    with pytest.raises(ValueError, match="each document of cu_seqlens must have neighbouring places"):
+        make_layer("fa4")(q, k, v, **packing)
+    with pytest.raises(ValueError, match=r"'fa4' takes \[B, S, heads, dim\]"):
+        make_layer("fa4")(q[0], k[0], v[0], cu_seqlens=torch.tensor([0, 10], dtype=torch.int32))
 
 
 # ----------------------------------------------------------------------------------------------------
