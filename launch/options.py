@@ -232,7 +232,7 @@ class LayerOptions:
         return {"chunk_size": self.chunk_size, "layout": self.layout.value, "schedule": self.schedule.value}
 
 
-def _named(heads: Heads) -> dict[str, int]:
+def _named(heads: Heads) -> dict[str, Any]:
     return {"num_heads_q": heads.num_q, "num_heads_kv": heads.num_kv, "head_dim": heads.head_dim}
 
 
@@ -261,7 +261,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**made, **given)
 
     functools.update_wrapper(run, command)
-    del run.__wrapped__  # typer would read its signature instead
+    del run.__dict__["__wrapped__"]  # typer would read its signature instead
     named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     run.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -161,7 +161,8 @@ def blind_to_inf(lse: Tensor) -> Tensor:
 def sampled_runs(table: SliceTable, *, keys: bool = False) -> list[tuple[int, int]]:
     """A few runs [start, end) of query rows (or key rows), disjoint: at both ends of slices that are evenly spread."""
     table = table.transpose() if keys else table
-    chosen = np.unique(np.linspace(0, len(table) - 1, _RUNS // 2).astype(int)) if len(table) else []
+    spread = np.linspace(0, len(table) - 1, _RUNS // 2 if len(table) else 0)
+    chosen = np.unique(spread.astype(np.int64))
     runs: list[tuple[int, int]] = []
     for q0, q1 in sorted(table.data[chosen, :2].tolist()):
         for start in (q0, max(q0, q1 - _RUN_ROWS)):

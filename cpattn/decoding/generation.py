@@ -179,11 +179,11 @@ class Session:
             return
         with self.rows.quiet():
             layers = self.rows.layers(int(self.lengths.max()) + max_tokens)
-            prompt = _Prompt.of(ids, share=all(layer.window is None for layer in layers))
-            key = _prompt_key(prompt.spec, layers[0], cp_group, key_options)
+            tree = _Prompt.of(ids, share=all(layer.window is None for layer in layers))
+            key = _prompt_key(tree.spec, layers[0], cp_group, key_options)
             numbers = {"max_new_tokens": max_tokens, "page_size": page_size, "dtype": cache_dtype or dtype}
-            self._caches = _Caches(key, layers, paths=prompt.paths, device=self.device, **numbers)
-            self._first = self._prefill(prompt, key)
+            self._caches = _Caches(key, layers, paths=tree.paths, device=self.device, **numbers)
+            self._first = self._prefill(tree, key)
 
     @property
     def batch_size(self) -> int:
@@ -288,7 +288,8 @@ class Session:
 
     def _feed(self, pending: list[list[int]]) -> Tensor:
         """Logits [B, vocab] after each sequence's pending tokens, which go into the cache, some at a time."""
-        left, last = [list(tokens) for tokens in pending], {}
+        left = [list(tokens) for tokens in pending]
+        last: dict[int, Tensor] = {}
         while any(left):
             counts = [min(len(tokens), MOST_AT_ONCE) for tokens in left]
             some = [token for tokens, n in zip(left, counts, strict=True) for token in tokens[:n]]
@@ -358,7 +359,7 @@ class _Caches:
             cache = PagedKVCache(of_heads, windows=windows, paths=paths, **options)
             self.all.append(cache)
             for number, n in enumerate(mine):
-                self._of_layer[n] = cache, number, masks.get(layers[n].window, of_heads)
+                self._of_layer[n] = cache, number, of_heads if (window := layers[n].window) is None else masks[window]
 
     def advance(self, counts: list[int] | None) -> Tensor:
         """Positions of the step's tokens."""

@@ -14,7 +14,7 @@ head dims of q/k and of v.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -269,7 +269,7 @@ class PagedKVCache:
         assert step is not None
         keys = PagedKeys(self._keys[layer], self._values[layer], pool.reach(self.static_shapes), pool.positions)
         if step.sequences is None:
-            numbers = {"window": pool.window, "scale": scale, "softcap": softcap}
+            numbers: dict[str, Any] = {"window": pool.window, "scale": scale, "softcap": softcap}
             out, lse = paged_partial(q[:, None], keys, step.queries[:, None], **numbers)
             return out[:, 0], lse[:, 0]
         growing, group, counts = np.unique(step.sequences, return_inverse=True, return_counts=True)

@@ -170,6 +170,7 @@ class _GroupedScheduler(AcceleratedScheduler):
     """Steps once for each group."""
 
     num_groups = 1
+    split_batches: bool
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         if not self.step_with_optimizer or self.split_batches:

@@ -33,4 +33,4 @@ def watch_trainers() -> None:
     from transformers import trainer
 
     if NotForgotten not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(NotForgotten)
+        trainer.DEFAULT_CALLBACKS.append(NotForgotten)  # type: ignore[arg-type]  # a list of another callback's type

@@ -18,12 +18,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cpattn.launch.demo.model import ModelConfig, Transformer
 from cpattn.launch.torchrun import run_on_ranks
@@ -68,10 +70,10 @@ def worker(path: Path, prompt: int, new: int) -> None:
     count_bytes(received)
     advance = PagedKVCache.advance
 
-    def marked(self: PagedKVCache) -> Any:
+    def marked(self: PagedKVCache, counts: Sequence[int] | None = None) -> Tensor:
         marks.append((time.perf_counter(), dict(received)))
         caches[:] = [self]
-        return advance(self)
+        return advance(self, counts)
 
     PagedKVCache.advance = marked  # type: ignore[method-assign]
     model = Transformer(CONFIG, seed=0)

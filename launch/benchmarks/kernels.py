@@ -293,7 +293,8 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
 
 def run(given: argparse.Namespace) -> list[Row]:
     """Measure a part within the budget, writing after every row."""
-    began, rows = time.perf_counter(), []
+    began = time.perf_counter()
+    rows: list[Row] = []
     names = list(PARTS) if given.part == "all" else [given.part]
     shapes = [s for name in names for s in PARTS[name]]
     if given.tokens is not None:

@@ -150,9 +150,9 @@ def make_policy() -> Any:
     """A tiny Llama, the same on all ranks."""
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokens = {"vocab_size": len(LETTERS), "pad_token_id": 0, "eos_token_id": END, "bos_token_id": 2}
-    config = transformers.LlamaConfig(**sizes, **tokens)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    tokens: dict[str, Any] = {"vocab_size": len(LETTERS), "pad_token_id": 0, "eos_token_id": END, "bos_token_id": 2}
+    config = transformers.LlamaConfig(num_hidden_layers=2, **sizes, **tokens)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="cpattn")
 
