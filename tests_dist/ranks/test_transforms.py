@@ -181,7 +181,10 @@ def test_delta_keeps_its_digits_in_the_place_of_out(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_a_saturated_softmax_where_queries_travel(dtype: torch.dtype) -> None:
-    """As good as where keys travel, up to the rounding of fp32: differences that all but cancel."""
+    """As good as where keys travel: what is left of numbers that all but cancel is the rounding of fp32 sums in both.
+
+    At head dim 16 it is nothing where keys travel: a kernel on this CPU then adds up dout . v and delta in one order.
+    """
     run_on_ranks(4, check_saturated, dtype=dtype)
 
 
@@ -189,15 +192,15 @@ def check_saturated(dtype: torch.dtype) -> None:
     spec, group = AttnMaskSpec.causal(256), torch.distributed.group.WORLD
     for factor in (1, 100, 10000):
         generator = torch.Generator().manual_seed(0)
-        whole = [torch.randn(256, heads, 16, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
+        whole = [torch.randn(256, heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
         whole[0], whole[1] = whole[0] * factor, whole[1] * factor
         leaves = [t.double().requires_grad_() for t in whole[:3]]
-        out, _ = dense_attention(*leaves, spec.to_dense(), scale=0.25)
+        out, _ = dense_attention(*leaves, spec.to_dense(), scale=0.125)
         truth = torch.autograd.grad(out, leaves, whole[3].double())
         errors = {}
         for schedule in ("keys", "tiles"):
             key = cpattn.make_key(
-                spec, num_heads_q=4, num_heads_kv=2, head_dim=16, schedule=schedule, cp_group=group, chunk_size=16
+                spec, num_heads_q=4, num_heads_kv=2, head_dim=64, schedule=schedule, cp_group=group, chunk_size=16
             )
             moved = int(sum(hop.num_received for hop in key.rank_plan.queries))
             assert (moved > 0) <= (schedule == "tiles")
@@ -206,7 +209,5 @@ def check_saturated(dtype: torch.dtype) -> None:
             grads = torch.autograd.grad(result, local, cpattn.dispatch(whole[3], key))
             pairs = zip(grads, truth, strict=True)
             errors[schedule] = [float((cpattn.undispatch(g, key).double() - t).norm()) for g, t in pairs]
-        # Scores' gradients are rounded to fp32 at the size of dout . v, and multiply q and k.
-        rounding = torch.finfo(torch.float32).eps * 4 * float(whole[1].double().norm())
         for tiles, keys, right in zip(errors["tiles"], errors["keys"], truth, strict=True):
-            assert tiles <= 2 * keys + 4 * torch.finfo(dtype).eps * float(right.norm()) + rounding, (factor, errors)
+            assert tiles <= 1.5 * keys + torch.finfo(dtype).eps * float(right.norm()), (factor, errors)
