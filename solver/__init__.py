@@ -26,6 +26,7 @@ from .head_split import (
 )
 from .joint import JointPlans, joint_imbalance, make_joint_plans
 from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_tiles, tiles_to_slices
+from .place.equal import require_divisible
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import (
     Exchange,
@@ -132,6 +133,7 @@ __all__ = [
     "place_zigzag",
     "plan_report",
     "received_runs",
+    "require_divisible",
     "row_costs",
     "rows_missing",
     "simulate",

@@ -11,6 +11,8 @@ from .cost import DEFAULT_HARDWARE, Hardware, RowCosts
 from .estimate import Staging
 from .place.balance import place_balanced
 from .place.components import find_components
+from .place.equal import chunk_of_equal, equal_and_even, require_divisible
+from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
@@ -46,6 +48,7 @@ def make_dispatch_plan(
     ranks_per_node: int | None = None,
     search_effort: int = 0,
     hardware: Hardware = DEFAULT_HARDWARE,
+    equal_shards: bool = False,
 ) -> Plan:
     """Plan attention under a mask for every rank of a group.
 
@@ -65,11 +68,15 @@ def make_dispatch_plan(
         search_effort: extra placement search, in units of a fixed number of steps (about 25 ms each, the
             same result on every rank); 0 is the fast default.
         hardware: speeds by which placement on two levels, schedule and stages are chosen.
+        equal_shards: every rank owns as many tokens.
 
     Raises:
-        ValueError: a size is out of range or the layout is unknown.
+        ValueError: a size is out of range, the layout is unknown, or the tokens cannot be shared equally.
     """
     check_sizes(total_seqlen, total_seqlen_k, cp_size, chunk_size, num_stages, layout, search_effort)
+    for total in (total_seqlen, total_seqlen_k or 0) if equal_shards else ():
+        require_divisible(total, cp_size)
+        chunk_size = chunk_of_equal(total_seqlen, cp_size, chunk_size)
     can_tile = layout == "balanced" and total_seqlen_k is None
     if schedule not in SCHEDULES or (schedule == "tiles" and not can_tile):
         raise ValueError(
@@ -96,9 +103,13 @@ def make_dispatch_plan(
             chunk_size=chunk_size,
             search_effort=search_effort,
         )
+        if equal_shards:
+            placements = (equal_and_even(slices, placement) for placement in placements)
         drafts = [Draft.of(keys_schedule(slices, placement), placement, placement) for placement in placements]
     else:
         placed = _place_by_name(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout)
+        if equal_shards:
+            placed = share_equally(placed[0]), share_equally(placed[1])
         drafts = [Draft.of(keys_schedule(slices, placed[0]), *placed)]
     staging, keys = _fastest([(draft.staging(*choices), draft) for draft in drafts], costs, hardware, ranks_per_node)
     if tiles is not None and tiles.bytes_moved(costs) < TILES_BYTES * keys.bytes_moved(costs):

@@ -21,6 +21,8 @@ from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .dispatch import Layout, check_sizes, keys_schedule
 from .place.balance import place_balanced
 from .place.density import DensityProfile
+from .place.equal import chunk_of_equal, require_divisible
+from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .place.queues import place_by_density
 from .placement import Placement, place_contiguous, place_zigzag
@@ -66,6 +68,7 @@ def make_joint_plans(
     search_effort: int = 0,
     costs: RowCosts = DEFAULT_COSTS,
     hardware: Hardware = DEFAULT_HARDWARE,
+    equal_shards: bool = False,
 ) -> JointPlans:
     """Plans for several masks of self-attention over the same tokens, with one placement for all.
 
@@ -79,8 +82,8 @@ def make_joint_plans(
         weights: how many layers have each mask, or any numbers in proportion; None: one each.
         layout: "balanced" for all masks together, or "contiguous" or "zigzag" by name.
         schedule: "keys": queries are computed where they lie. "auto": those of one mask may move.
-        total_seqlen, cp_size, chunk_size, num_stages, ranks_per_node, search_effort, costs, hardware:
-            as in `make_dispatch_plan`.
+        total_seqlen, cp_size, chunk_size, num_stages, ranks_per_node, search_effort, costs, hardware,
+            equal_shards: as in `make_dispatch_plan`.
 
     Raises:
         ValueError: no masks, weights that are not one finite number above 0 for each, a size out of
@@ -92,18 +95,24 @@ def make_joint_plans(
             f"{len(masks)} masks with weights {weights}: give at least one mask, and for each a finite weight above 0"
         )
     check_sizes(total_seqlen, None, cp_size, chunk_size, num_stages, layout, search_effort)
+    if equal_shards:
+        require_divisible(total_seqlen, cp_size)
+        chunk_size = chunk_of_equal(total_seqlen, cp_size, chunk_size)
     if schedule not in ("auto", "keys"):
         raise ValueError(f"schedule is {schedule!r}: masks that share a placement have 'auto' or 'keys'")
     if layout == "balanced":
         placements = list(
             _placements(masks, weights, total_seqlen, cp_size, chunk_size, search_effort, ranks_per_node)
         )
+        if equal_shards:
+            placements = list(map(share_equally, placements))
         candidates = list(_with_evened(masks, weights, placements))
         if schedule == "auto" and cp_size > 2:
             candidates += _tiled(masks, weights, total_seqlen, cp_size, costs)
     else:
         by_name = {"contiguous": place_contiguous, "zigzag": place_zigzag}
-        candidates = [_Candidate.of(masks, by_name[layout](total_seqlen, cp_size))]
+        placement = by_name[layout](total_seqlen, cp_size)
+        candidates = [_Candidate.of(masks, share_equally(placement) if equal_shards else placement)]
     assemble = partial(
         assemble_plan, num_stages=num_stages, ranks_per_node=ranks_per_node, costs=costs, hardware=hardware
     )

@@ -98,7 +98,7 @@ class ContextParallel(GroupLosses):
         grad_reduction: what happens to gradients after backward: "sum" when they are summed over
             loss_group (`reduce_gradients`), "mean" when they are averaged over it (DDP, FSDP2).
         max_chunk_size: grain of placement: a sixteenth of a rank's tokens, at most this.
-        layout, backend, search_effort: as in `make_key`.
+        layout, backend, search_effort, equal_shards: as in `make_key`.
         check_batch: compare the batch between the ranks of cp_group before it is used (one small
             all-gather): different data on two ranks would give wrong numbers without a word.
         check: try the model before it is trusted: a small batch runs in its natural order and in a shuffled one on
@@ -125,6 +125,7 @@ class ContextParallel(GroupLosses):
         check_batch: bool = True,
         check: bool = True,
         broadcast: bool = False,
+        equal_shards: bool = False,
     ) -> None:
         if grad_reduction not in ("sum", "mean"):
             raise ValueError(f"grad_reduction is {grad_reduction!r}: 'sum' or 'mean'")
@@ -134,6 +135,7 @@ class ContextParallel(GroupLosses):
         self.grad_reduction = grad_reduction
         self.max_chunk_size = max_chunk_size
         self.options: dict[str, Any] = {"layout": layout, "backend": backend, "search_effort": search_effort}
+        self.options |= {"equal_shards": True} if equal_shards else {}
         self.check_batch = check_batch
         config = unwrapped(model).config
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -12,7 +12,7 @@ from cpattn.masks.spec import AttnMaskSpec
 from cpattn.planning.head_degree import choose_head_degree, most_heads
 from cpattn.planning.options import LayerKind, PlanOptions, check_spec, read_heads, window_on_mask
 from cpattn.planning.ready import PlannedMask, ReadyPlan, plan_layers, with_layers
-from cpattn.solver import Hardware, Heads, Layout, ScheduleKind, split_heads
+from cpattn.solver import Hardware, Heads, Layout, ScheduleKind, require_divisible, split_heads
 
 from .cache import cached
 from .group import CpRanks, find_ranks
@@ -49,6 +49,7 @@ def make_key(
     transport: TransportChoice = "auto",
     plan: ReadyPlan | None = None,
     identify: bool = True,
+    equal_shards: bool = False,
 ) -> AttnKey:
     """Plan attention under a mask for a context-parallel group.
 
@@ -110,6 +111,9 @@ def make_key(
             ranks pass theirs.
         identify: ranks tell each other before each pass of attention what they call, and raise if they are out of
             step; False saves that message, and ranks out of step then compute wrong numbers, hang or die.
+        equal_shards: every rank owns as many tokens, under every mask of a length: for pipelines whose stages stack
+            microbatches, and for frameworks that take shards to be equal. A length that the ranks do not divide is
+            refused; areas stay even and traffic grows a little. A plan given as `plan` must have been made so.
 
     Raises:
         ValueError: a value is out of range, this rank is not in the group, the plan was damaged, or ranks differ.
@@ -121,7 +125,9 @@ def make_key(
     ranks = find_ranks(cp_group)
     degree = _read_degree(head_degree, plan, ranks.size, heads)
     machine, per_node = read_hardware(hardware, ranks.group), _read_nodes(ranks_per_node, ranks, degree)
-    planning = PlanOptions(chunk_size, layout, schedule, num_stages, per_node, search_effort, machine)
+    planning = PlanOptions(
+        chunk_size, layout, schedule, num_stages, per_node, search_effort, machine, bool(equal_shards)
+    )
     options = KeyOptions(planning, running, window_on_mask(window, spec), degree)
     masks = with_layers(spec, options.window, num_layers, also)
     order = _Order(masks, heads, options, ranks, plan, head_degree == "auto").checked()
@@ -147,8 +153,13 @@ class _Order(NamedTuple):
         Raises:
             ValueError: the plan is for something else.
         """
+        equal = self.options.planning.equal_shards
+        for total in (self.masks[0][1].total_seqlen, self.masks[0][1].seqlen_k) if equal else ():
+            require_divisible(total, self.ranks.size)
         if self.ready is None:
             return self
+        if equal and not self.ready.options.equal_shards:
+            raise ValueError("equal_shards is set and plan was made without it: give make_plan equal_shards=True")
         degree, wire = self.options.head_degree, self.options.running.wire
         self.ready.require_fit(
             [layers for layers, _ in self.masks], self.heads, self.ranks.size, wire, head_degree=degree

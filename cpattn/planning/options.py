@@ -22,6 +22,7 @@ class PlanOptions:
     ranks_per_node: ranks that share a node in a two-level network; None: one level.
     search_effort: extra placement search, in iterations.
     hardware: speeds that the plan is made for.
+    equal_shards: every rank owns as many tokens.
 
     Raises:
         ValueError: a number is out of range. The solver knows upper limits and names.
@@ -34,6 +35,7 @@ class PlanOptions:
     ranks_per_node: int | None = None
     search_effort: int = 0
     hardware: Hardware = DEFAULT_HARDWARE
+    equal_shards: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("chunk_size", 1), ("num_stages", 1), ("search_effort", 0)):

@@ -189,6 +189,7 @@ def make_plan(
     num_layers: float = 1.0,
     also: Sequence[LayerKind] = (),
     hardware: Hardware | str | Path | None = None,
+    equal_shards: bool = False,
 ) -> ReadyPlan:
     """Plan a mask for a group of `cp_size` ranks; for all of them at once, without torch.
 
@@ -206,6 +207,8 @@ def make_plan(
     cp_size = read_int("cp_size", cp_size)
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
     machine = DEFAULT_HARDWARE if hardware is None else find_hardware(hardware)
-    options = PlanOptions(chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine)
+    options = PlanOptions(
+        chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine, bool(equal_shards)
+    )
     masks = with_layers(spec, window_on_mask(window, spec), num_layers, also)
     return ReadyPlan(plan_layers(masks, heads, options, cp_size=cp_size), heads, options, wire)
