@@ -76,6 +76,7 @@ def pip(*args: str) -> None:
 def test_the_wheel_holds_every_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"cpattn/py.typed", "cpattn/docs/planning.md", "cpattn/docs/images/timeline.png"}
+    expected |= {"cpattn/launch/plan_page.html", "cpattn/launch/scripts/several_nodes.sh"}
     for _, path in source_files():
         name = module_name(path).replace(".", "/")
         expected.add(f"{name}/__init__.py" if path.name == "__init__.py" else f"{name}.py")
