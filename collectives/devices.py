@@ -58,7 +58,8 @@ def one_copy(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or _under.pairs is not None:
         yield
         return
-    _under.pairs = pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    _under.pairs = pairs
     try:
         yield
     finally:

@@ -102,8 +102,8 @@ class RowRoutes:
         """The same with its indices on a device."""
         relay, segments = self.relay, self.segments
         if relay is not None:
-            of_relay = None if relay.segments is None else relay.segments.on(device)
-            relay = Relay(*(put_on(device, t) for t in relay[:-1]), of_relay)
+            moved = {name: put_on(device, getattr(relay, name)) for name in Relay._fields if name != "segments"}
+            relay = Relay(**moved, segments=None if relay.segments is None else relay.segments.on(device))
         segments = None if segments is None else segments.on(device)
         return replace(self, send_index=put_on(device, self.send_index), relay=relay, segments=segments)
 

@@ -800,8 +800,8 @@ def flex_flash_attn_func(
     numbers = [0] * len(rows) if attn_type_map is None else [int(n) for n in attn_type_map]
     kinds = [AttnMaskType.from_int_type(n) for n in numbers]
     spec = _flex_spec(rows, keys, kinds, len(q), None if len(q) == len(k) else len(k))
-    heads = {"num_heads_q": q.shape[1], "num_heads_kv": k.shape[1], "head_dim": q.shape[2], "head_dim_v": v.shape[2]}
-    key = make_key(spec, **heads)
+    (num_q, head_dim), (num_kv, head_dim_v) = q.shape[1:], v.shape[1:]
+    key = make_key(spec, num_heads_q=num_q, num_heads_kv=num_kv, head_dim=head_dim, head_dim_v=head_dim_v)
     return calc_attn(q, k, v, key, sink, softmax_scale, softcap, return_max_logits)
 
 
@@ -902,7 +902,7 @@ def infer_attn_mask_from_cu_seqlens(
         raise ValueError(f"window_size is {window_size} and causal is True: a causal window is causal=False, (left, 0)")
     if len(q_sums) != len(k_sums):
         raise ValueError(f"{len(q_sums) - 1} documents of queries and {len(k_sums) - 1} of keys: they must pair up")
-    rects = AttnRanges(), AttnRanges(), []
+    rects: tuple[AttnRanges, AttnRanges, list[AttnMaskType]] = AttnRanges(), AttnRanges(), []
     for (q0, q1), (k0, k1) in zip(itertools.pairwise(q_sums), itertools.pairwise(k_sums), strict=True):
         first = min(k0 + global_window_size, k1)
         left, right = (None if side < 0 or side >= k1 - k0 - 1 else side for side in window_size)

@@ -119,7 +119,7 @@ def _draw_mask(axes: Axes, plan: Plan) -> None:
     for axis, total in ((axes.xaxis, seqlen_k), (axes.yaxis, seqlen_q)):
         axis.set_ticks([total * half / 2 for half in range(3)])
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.get_ticklabels()[0].set_va("top")
+    axes.yaxis.get_ticklabels()[0].set_verticalalignment("top")
     if plan.cp_size <= len(FEW):
         handles = [Patch(color=colour, label=f"rank {rank}") for rank, colour in enumerate(colours)]
         axes.legend(handles=handles, loc="upper right", borderaxespad=0.4)

@@ -665,7 +665,7 @@ def make_magi_attn_func(softmax_scale: float | None = None) -> Callable[..., Ten
 
     def attn_func(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         q_, k_, v_ = (t.flatten(0, 1) if t.ndim == 4 else t for t in (q, k, v))
-        numbers = {"softmax_scale": softmax_scale, "softcap": kwargs.pop("softcap", None), "sink": None}
+        numbers: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": kwargs.pop("softcap", None), "sink": None}
         for name in ("sinks", "sink_weights", "s_aux"):
             sink = kwargs.pop(name, None)
             numbers["sink"] = sink if numbers["sink"] is None else numbers["sink"]
@@ -675,7 +675,8 @@ def make_magi_attn_func(softmax_scale: float | None = None) -> Callable[..., Ten
         if window != NO_WINDOW:
             key = key.with_mask(key.spec, window=window)
         fill = _rows_of_fill(q_, key)
-        out = attention(*(t[: len(t) - fill] for t in (q_, k_, v_)), key, **numbers)
+        q_, k_, v_ = (t[: len(t) - fill] for t in (q_, k_, v_))
+        out = attention(q_, k_, v_, key, **numbers)
         assert isinstance(out, Tensor)
         out = F.pad(out, (0, 0, 0, 0, 0, fill)) if fill else out
         return out.unflatten(0, rows) if q.ndim == 4 else out

@@ -69,9 +69,8 @@ class FfaBackend:
         pieces, kinds = corner_pieces(slices)
         data, lengths = pieces.data.astype(np.int32), (pieces.q1 - pieces.q0, pieces.k1 - pieces.k0)
         arrays = (np.ascontiguousarray(data[:, 0:2]), np.ascontiguousarray(data[:, 2:4]), kinds.astype(np.int32))
-        return _Work(
-            *(put_on(device, torch.from_numpy(x)) for x in arrays), *(int(x.max(initial=0)) for x in lengths)
-        )
+        q_ranges, k_ranges, on_device = (put_on(device, torch.from_numpy(x)) for x in arrays)
+        return _Work(q_ranges, k_ranges, on_device, *(int(x.max(initial=0)) for x in lengths))
 
     def writes_once(self, work: _Work) -> bool:
         return True

@@ -117,7 +117,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             return self._packed(query, key, value, packed_seq_params, kind in _CAUSAL)
         plan = _rows_key(self.cp_group, len(query), kind in _CAUSAL, self.window)
         # Rows of the batch see the same mask: they go through as more heads.
-        out = self._attend(*(t.flatten(1, 2) for t in (query, key, value)), plan, query.shape[1])
+        q, k, v = (t.flatten(1, 2) for t in (query, key, value))
+        out = self._attend(q, k, v, plan, query.shape[1])
         return out.unflatten(1, (query.shape[1], -1)).flatten(2)
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams, causal: bool) -> Tensor:
@@ -127,7 +128,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         order = plan.order.to(q.device)
         if len(q) != len(order):
             raise ValueError(f"query has {len(q)} tokens and Megatron's cut gives this rank {len(order)}")
-        out = self._attend(*(t.index_select(0, order) for t in (q, k, v)), plan.key, 1)
+        q, k, v = (t.index_select(0, order) for t in (q, k, v))
+        out = self._attend(q, k, v, plan.key, 1)
         return torch.empty_like(out).index_copy(0, order, out).flatten(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key: AttnKey, rows: int) -> Tensor:
@@ -148,7 +150,8 @@ def _size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-_HEADS = {"num_heads_q": 1, "num_heads_kv": 1, "head_dim": 64}  # those of a call are read off its tensors
+# Those of a call are read off its tensors.
+_HEADS: dict[str, Any] = {"num_heads_q": 1, "num_heads_kv": 1, "head_dim": 64}
 _MOST_KEYS = 32
 _rows_keys: dict[Any, tuple[Any, AttnKey]] = {}  # the group is kept, so that its id cannot come to mean another
 

@@ -27,7 +27,8 @@ from .batch_layout import IGNORE_INDEX, BatchLayout, MaskTerm, layout_of_batch
 from .shard import LayerMask, Shard, local_tokens
 
 _NAMES = ("prepare_context_parallel_input", "apply_cp_to_forward")
-_HEADS = {"num_heads_q": 1, "num_heads_kv": 1, "head_dim": 64}  # those of a call are read off its tensors
+# Those of a call are read off its tensors.
+_HEADS: dict[str, Any] = {"num_heads_q": 1, "num_heads_kv": 1, "head_dim": 64}
 
 
 def use_cpattn() -> None:

@@ -109,7 +109,9 @@ class MagiState(_before.MagiState):
         if shared_out and model is None:
             raise ValueError("model is None: a batch is shared out by the model's heads; pass the model")
         total = 0 if batch.get("input_ids") is None else batch["input_ids"].numel()
-        context, prepared = super().prepare_llm_batch(model, batch, device_mesh, is_thd, pad_id, num_chunks)
+        # None where nothing is shared out, and the model is not looked at.
+        whose: Any = model
+        context, prepared = super().prepare_llm_batch(whose, batch, device_mesh, is_thd, pad_id, num_chunks)
         if not shared_out:
             return context, prepared, None
         assert model is not None
