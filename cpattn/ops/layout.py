@@ -6,7 +6,9 @@ their sum. Every backward gives the exact gradient of that sum with respect to t
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from cpattn.solver import (
 )
 
 Side = Literal["q", "k"]
+Calling: TypeAlias = Callable[[str, Tensor], AbstractContextManager[Any]]
 
 
 def dispatch(x: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q") -> Tensor:
@@ -128,9 +131,14 @@ def roll(
         fill_value = -100 if is_label else 0
     if x_local.dtype == torch.uint8 and not 0 <= fill_value < 256:
         raise ValueError(f"roll: fill_value is {fill_value}, which {x_local.dtype} cannot hold: pass another")
-    plan = _roll_plan(key, int(shift), x_local.device)
+    shift = int(shift)
+    plan = _roll_plan(key, shift, x_local.device)
     moved = x_local.movedim(dim, 0)
-    received = cast_rows(moved, plan.routes, key.cp_group)
+
+    def tell(way: str, rows: Tensor) -> AbstractContextManager[int]:
+        return _calling(key, f"roll{way}", rows, "q", shift=shift)
+
+    received = start_cast_rows(moved, plan.routes, key.cp_group, tell).wait()
     fill = moved.new_full((1, *moved.shape[1:]), fill_value)
     rows = torch.cat([moved, received, fill])
     return rows.index_select(0, plan.source).movedim(0, dim)
@@ -194,11 +202,15 @@ def cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> 
     return start_cast_rows(x, routes, group).wait()
 
 
-def start_cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> TravellingRows:
+def start_cast_rows(
+    x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None, calling: Calling | None = None
+) -> TravellingRows:
     """Start `cast_rows`. What runs before `wait` hides the exchange, and its backward hides that of the gradients:
     autograd runs the nodes made last first, so those made in between run between the two ends of the way home.
+
+    calling: tells the other ranks of the call; takes "" or " backward", and the rows.
     """
-    flight = _Flight(routes, group)
+    flight = _Flight(routes, group, calling)
     return TravellingRows(_StartCast.apply(x, flight), flight)
 
 
@@ -216,8 +228,9 @@ class TravellingRows(NamedTuple):
 class _Flight:
     """What the two ends of an exchange share."""
 
-    def __init__(self, routes: RowRoutes, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, routes: RowRoutes, group: dist.ProcessGroup | None, calling: Calling | None) -> None:
         self.routes, self.group, self.num_rows = routes, group, 0
+        self.calling: Calling = calling or (lambda way, rows: nullcontext())
         self.forward: PendingRows | None = None
         self.backward: tuple[PendingRows, Tensor] | None = None
 
@@ -228,7 +241,8 @@ class _StartCast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
         ctx.flight, flight.num_rows = flight, x.shape[0]
-        flight.forward = group_cast((x,), flight.routes, flight.group)
+        with flight.calling("", x):
+            flight.forward = group_cast((x,), flight.routes, flight.group)
         return x.new_empty(()).expand(flight.routes.num_received, *x.shape[1:])  # a link of the graph, no memory
 
     @staticmethod
@@ -253,7 +267,8 @@ class _FinishCast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         flight = ctx.flight
         total = grad.new_zeros((flight.num_rows, *grad.shape[1:]))
-        flight.backward = group_reduce((grad,), (total,), flight.routes, flight.group, async_op=True), total
+        with flight.calling(" backward", grad):
+            flight.backward = group_reduce((grad,), (total,), flight.routes, flight.group, async_op=True), total
         return grad, None
 
 
@@ -272,7 +287,8 @@ class _GatherRows(torch.autograd.Function):
         most = int(counts.max())
         padded = x.new_zeros((most, *x.shape[1:]))
         padded[: x.shape[0]] = x
-        gathered = all_gather(padded, key.cp_group)
+        with _calling(key, "undispatch", x, side):
+            gathered = all_gather(padded, key.cp_group)
         return gathered.index_select(0, _gathered_rows(key, side, x.device))
 
     @staticmethod
@@ -284,11 +300,19 @@ class _GatherRows(torch.autograd.Function):
         mine = counts[key.cp_rank]
         send = grad.index_select(0, _tokens_by_rank(key, side, grad.device))
         parts = grad.new_empty((key.cp_size * mine, *grad.shape[1:]))
-        dist.all_to_all_single(parts, send, [mine] * key.cp_size, counts, group=key.cp_group)
+        with _calling(key, "undispatch backward", grad, side):
+            dist.all_to_all_single(parts, send, [mine] * key.cp_size, counts, group=key.cp_group)
         total = parts[:mine].to(torch.promote_types(grad.dtype, torch.float32), copy=True)
         for rank in range(1, key.cp_size):  # rank order, so that the sum repeats bit for bit
             total += parts[rank * mine : (rank + 1) * mine]
         return total.to(grad.dtype), None, None
+
+
+def _calling(key: AttnKey, what: str, x: Tensor, side: Side, **fields: Any) -> AbstractContextManager[int]:
+    """Tell the other ranks of an exchange of rows; not in a graph that is being traced, which holds no messages."""
+    if torch.compiler.is_compiling():
+        return nullcontext(-1)
+    return key.calling(what, x.device, row=tuple(x.shape[1:]), dtype=x.dtype, side=side, **fields)
 
 
 def _placement(key: AttnKey, side: Side) -> Placement:

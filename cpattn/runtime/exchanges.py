@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -21,6 +22,8 @@ from cpattn.collectives import (
     heads_to_rows,
     rows_to_heads,
 )
+
+from .identity import exchange_of
 
 Rows: TypeAlias = tuple[Tensor, ...]
 
@@ -45,6 +48,16 @@ class Trip(NamedTuple):
     @property
     def num_received(self) -> int:
         return self.hops[-1].num_received
+
+    @property
+    def there(self) -> str:
+        """What travels, for messages."""
+        return self.name if self.stage is None else f"{self.name}, stage {self.stage}"
+
+    @property
+    def back(self) -> str:
+        """What comes home, for messages."""
+        return self.home if self.stage is None else f"{self.home}, stage {self.stage}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +98,13 @@ class Exchanges:
 
         into: what they are received into. then: what is made of them on arrival.
         """
-        if self.codec is None:
-            pending = group_cast(rows, trip.hops, self.group, into=into)
-        else:
-            dtypes, plain = [t.dtype for t in rows[: len(encoded)]], rows[len(encoded) :]
-            pending = cast_encoded(encoded, plain, trip.hops, self.group, self.codec, dtypes=dtypes, into=into)
-        return pending if then is None else _Converted(pending, then)
+        with _named(trip.there):
+            if self.codec is None:
+                pending = group_cast(rows, trip.hops, self.group, into=into)
+            else:
+                dtypes, plain = [t.dtype for t in rows[: len(encoded)]], rows[len(encoded) :]
+                pending = cast_encoded(encoded, plain, trip.hops, self.group, self.codec, dtypes=dtypes, into=into)
+        return _Named(pending, trip.there, then)
 
     def reduce(
         self,
@@ -102,24 +116,39 @@ class Exchanges:
         packed: Tensor | None = None,
     ) -> PendingRows:
         """Start to send results home along the trip; `into` is unchanged until they are waited for."""
-        return group_reduce(rows, into, trip.hops, self.group, op=op, packed=packed, async_op=True)
+        with _named(trip.back):
+            pending = group_reduce(rows, into, trip.hops, self.group, op=op, packed=packed, async_op=True)
+        return _Named(pending, trip.back)
 
     def to_heads(self, name: str, x_TND: Tensor, by: HeadExchange) -> PendingRows:
         """Start to trade rows for heads; name: of what is traded ("heads of q")."""
         assert self.group is not None, "heads are traded in a group"
-        return rows_to_heads(x_TND, by, self.group)
+        with _named(name):
+            return _Named(rows_to_heads(x_TND, by, self.group), name)
 
     def to_rows(self, name: str, x_BMD: Tensor, by: HeadExchange) -> PendingRows:
         """Start to trade heads for rows; name: of what is traded ("rows of out")."""
         assert self.group is not None, "heads are traded in a group"
-        return heads_to_rows(x_BMD, by, self.group)
+        with _named(name):
+            return _Named(heads_to_rows(x_BMD, by, self.group), name)
 
 
-class _Converted(PendingRows):
-    """An exchange under way that gives what is made of its rows."""
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What fails in the block says which exchange it was: `exchange_of(error)`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if exchange_of(error) is None:
+            error.cpattn_exchange = name  # type: ignore[attr-defined]
+        raise
 
-    def __init__(self, pending: PendingRows, convert: Callable[[Rows], Rows]) -> None:
-        self._pending, self._convert = pending, convert
+
+class _Named(PendingRows):
+    """An exchange under way whose failure says what travelled; `convert` makes its result of its rows."""
+
+    def __init__(self, pending: PendingRows, name: str, convert: Callable[[Rows], Rows] | None = None) -> None:
+        self._pending, self._name, self._convert = pending, name, convert
 
     @property
     def work(self) -> dist.Work | None:
@@ -130,10 +159,14 @@ class _Converted(PendingRows):
         return self._pending.more_hops
 
     def arrive(self) -> None:
-        self._pending.arrive()
+        with _named(self._name):
+            self._pending.arrive()
 
     def advance(self) -> None:
-        self._pending.advance()
+        with _named(self._name):
+            self._pending.advance()
 
     def wait(self) -> Rows:
-        return self._convert(self._pending.wait())
+        with _named(self._name):
+            rows = self._pending.wait()
+        return rows if self._convert is None else self._convert(rows)

@@ -181,10 +181,11 @@ class Calls:
 
     def _lost(self, saying: Saying, error: RuntimeError) -> NoReturn:
         silent = list(roll_call(self.group, ROLL_CALL_S)) if self._by_message else []
+        where = f" ({exchange_of(error)})" if exchange_of(error) else ""
         who = f"ranks {silent} of the group do not answer" if silent else "all ranks of the group still answer"
         raise LostRankError(
-            f"rank {self.rank} in {saying.in_words()}: an exchange failed, and {who}; the group is of no use any more "
-            f"({_first_line(error)})"
+            f"rank {self.rank} in {saying.in_words()}: an exchange failed{where}, and {who}; the group is of no use "
+            f"any more ({_first_line(error)})"
         ) from error
 
     @contextmanager
@@ -272,6 +273,11 @@ def _is_transport(error: RuntimeError) -> bool:
     """Whether an error is of an exchange: gloo's name files of its own, NCCL's its library."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "onnection" in text
+
+
+def exchange_of(error: RuntimeError) -> str | None:
+    """What travelled in the exchange that failed, where it is known: "keys 2, stage 2"."""
+    return getattr(error, "cpattn_exchange", None)
 
 
 def _digest(text: str) -> str:

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 # On a busy machine a message takes a while to be read; a timeout of the group takes no less than itself.
 SOON_S = 0.8 * TIMEOUT_S
 WAITS = rf"LostRankError: rank \d waits in \S.*, and ranks \[{FAULTY}\] of the group did not come"
-LOST = rf"an exchange failed, and ranks \[{FAULTY}\] of the group do not answer"
+# Which of the exchanges it was depends on when the rank left.
+ROWS_OF = r"(queries|results|(keys|gradients) \d, stage \d)"
+LOST = rf"an exchange failed \({ROWS_OF}\), and ranks \[{FAULTY}\] of the group do not answer"
 MIDDLE = rf"LostRankError: rank \d in attention( backward)? \(key .*{LOST}"
 REFUSED = r"LostRankError: rank \d is in attention .* rank 1 of the group raised in attention: ValueError: q has shape"
 # Fault, what the others say, whether they say so before the group's timeout.

@@ -110,7 +110,36 @@ def a_new_mask_there():
     attend(key if not odd() else key.with_mask(AttnMaskSpec.causal(64), window=11))
 
 
+def gathered_columns():
+    key = key_of()
+    cpattn.undispatch(torch.ones(key.num_tokens, 3 if odd() else 2), key)
+
+
+def gathered_gradients():
+    key = key_of()
+    x = torch.ones(key.num_tokens, 2, requires_grad=True)
+    whole = cpattn.undispatch(x, key)
+    (cpattn.undispatch(x, key) if odd() else whole.sum()).sum().backward()
+
+
+def shifts():
+    key = key_of()
+    cpattn.roll(torch.ones(key.num_tokens), key, -2 if odd() else -1)
+
+
+def a_roll_against_attention():
+    key = key_of()
+    if odd():
+        cpattn.roll(torch.ones(key.num_tokens), key)
+    else:
+        attend(key)
+
+
 ROWS: dict[Callable[[], None], str] = {
+    gathered_columns: r"undispatch: row differs between ranks: .* rank \d has \(2,\), rank \d has \(3,\)",
+    gathered_gradients: r"out of step: .* rank \d is in undispatch backward \(key .* rank \d in undispatch \(key",
+    shifts: r"roll: shift differs between ranks: .* rank \d has -1, rank \d has -2",
+    a_roll_against_attention: r"out of step: .* rank \d is in attention \(key .* rank \d in roll \(key",
     scales: r"attention: scale differs between ranks: .* rank \d has 0.2, rank \d has 0.3",
     softcaps: r"attention: softcap differs .* rank \d has 2.0, rank \d has 3.0",
     dtypes: r"attention: dtype differs .* rank \d has torch.float16, rank \d has torch.bfloat16",
