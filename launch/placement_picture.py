@@ -18,9 +18,9 @@ from cpattn.solver import UNBOUNDED, IntArray, Placement, SliceTable
 from cpattn.solver.place.components import TokenPool, find_components
 from cpattn.solver.place.density import DensityProfile
 from cpattn.solver.place.divide import Allowed
-from cpattn.solver.place.improve import repack
+from cpattn.solver.place.improve import Holdings, repack
 from cpattn.solver.place.measure import kv_rows_received, rank_areas
-from cpattn.solver.place.peel import PeelOptions, place_peeled
+from cpattn.solver.place.peel import place_peeled
 
 from .plan_pictures import STYLE
 
@@ -39,7 +39,7 @@ def documents() -> SliceTable:
 def peeled(table: SliceTable, total: int) -> Placement:
     """The placement that one peeling makes."""
     pool = TokenPool(DensityProfile.from_table(table, total), *find_components(table, total))
-    return place_peeled(pool, cp_size=RANKS, chunk_size=CHUNK, area_slack=0.0195, options=PeelOptions())
+    return place_peeled(pool, cp_size=RANKS, chunk_size=CHUNK, area_slack=0.0195, lean=0.8)
 
 
 def divided(table: SliceTable, before: Placement) -> Placement:
@@ -48,7 +48,7 @@ def divided(table: SliceTable, before: Placement) -> Placement:
     tokens, areas = before.num_tokens, rank_areas(table, before)
     allowed = Allowed(int(tokens.min()), int(tokens.min()) + CHUNK, max(1.02 * areas.mean(), float(areas.max())))
     profile, (components, _) = DensityProfile.from_table(table, total), find_components(table, total)
-    return repack(before, profile, components, allowed, num_rounds=24)
+    return repack(Holdings([before], profile, components, allowed), num_rounds=24)[0]
 
 
 def draw(path: Path) -> None:

@@ -71,7 +71,7 @@ def plan_command(
     schedule: ScheduleOption = Schedules.auto,
     num_stages: StagesOption = None,
     head_degree: DegreeOption = 1,
-    search_effort: Annotated[int, typer.Option(help="Iterations of extra placement search.")] = 0,
+    search_effort: Annotated[int, typer.Option(help="Search, in units of 100 ms; 0: as long as it pays.")] = 0,
     hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}, or a file of cpattn calibrate.")] = "h100",
     limit: Annotated[float, typer.Option(min=0, help="Seconds after which to give up; 0: never.")] = LIMIT_S,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this folder, as PNG and PDF.")] = None,

@@ -30,6 +30,8 @@ SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 TILES_BYTES, TILES_SECONDS = 0.95, 0.9
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
+# Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
+_LAYERS_PAID = 16
 # Routes of a plan up to which it is simulated to be compared with others.
 _MOST_SIMULATED = 1 << 14
 
@@ -65,9 +67,9 @@ def make_dispatch_plan(
             so they go only with layout "balanced" and self-attention.
         costs: what a query row and a key row cost to move.
         ranks_per_node: ranks that share a node, in a two-level network; None: one level.
-        search_effort: extra placement search, in units of a fixed number of steps (about 25 ms each, the
-            same result on every rank); 0 is the fast default.
-        hardware: speeds by which placement on two levels, schedule and stages are chosen.
+        search_effort: how long to search for a placement of fewer rows, in units of a fixed number of steps (about
+            100 ms each, the same result on every rank). 0: as long as a step may gain by it, one unit at most.
+        hardware: speeds by which that, placement on two levels, schedule and stages are chosen.
         equal_shards: every rank owns as many tokens.
 
     Raises:
@@ -102,6 +104,7 @@ def make_dispatch_plan(
             cp_size=cp_size,
             chunk_size=chunk_size,
             search_effort=search_effort,
+            row_ms=row_ms(costs, hardware, ranks_per_node),
         )
         if equal_shards:
             placements = (equal_and_even(slices, placement) for placement in placements)
@@ -132,6 +135,12 @@ def _fastest(
         return staged[0]
     small = all(len(staging.weights) * draft.num_runs() <= _MOST_SIMULATED for staging, draft in staged)
     return min(staged, key=simulated if small else lambda pair: pair[0].seconds)
+
+
+def row_ms(costs: RowCosts, hardware: Hardware, ranks_per_node: int | None) -> float:
+    """Milliseconds for which a search that saves a row of the busiest rank is worth its time."""
+    link = hardware.within if ranks_per_node is None else hardware.across
+    return 1e3 * _LAYERS_PAID * costs.kv / link.bytes_per_s
 
 
 def keys_schedule(slices: SliceTable, q_placement: Placement) -> Schedule:
@@ -166,18 +175,27 @@ def check_sizes(
 
 
 def _place_balanced(
-    slices: SliceTable, *, ranks_per_node: int | None, hardware: Hardware, **options: int
+    slices: SliceTable,
+    *,
+    ranks_per_node: int | None,
+    hardware: Hardware,
+    total_seqlen: int,
+    cp_size: int,
+    chunk_size: int,
+    search_effort: int,
+    row_ms: float,
 ) -> Iterator[Placement]:
     """Placements to choose from by time: one, or several on a network of two levels.
 
-    options: of `place_balanced`.
+    Others: as of `place_balanced`.
     """
-    on_nodes = list(place_on_nodes(slices, ranks_per_node=ranks_per_node, **options))
+    size = {"total_seqlen": total_seqlen, "cp_size": cp_size, "chunk_size": chunk_size, "search_effort": search_effort}
+    on_nodes = list(place_on_nodes(slices, **size, ranks_per_node=ranks_per_node, row_ms=row_ms))
     yield from on_nodes
     # Placed as on one level, documents are spread over nodes: not worth the time where that is slow.
     alike = _LINKS_ALIKE * hardware.across.bytes_per_s >= hardware.within.bytes_per_s
-    if not on_nodes or alike or len(find_components(slices, options["total_seqlen"])[0]) == 1:
-        yield place_balanced(slices, **options)
+    if not on_nodes or alike or len(find_components(slices, total_seqlen)[0]) == 1:
+        yield place_balanced(slices, **size, row_ms=row_ms)
 
 
 def _place_by_name(

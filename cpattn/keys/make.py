@@ -81,7 +81,7 @@ def make_key(
             for all layers together, and `key.with_mask` gives the key of each mask. With schedule "auto" the
             queries of one of the masks may travel; "tiles" is refused. Six full layers and 26 with a window:
             num_layers=6, also=[LayerKind(None, 1024, 26)].
-        search_effort: iterations of extra placement search (0: the fast default).
+        search_effort: placement search in units of about 100 ms; 0: as long as a step may gain by it, one at most.
         wire: "e4m3" or "e5m2": k and v, and q and the gradient of out where they move, travel as
             8-bit floats with a scale for each row and head; half the bytes of bf16, and its error
             (docs/te_ops.md has figures; prefer e4m3). None: as they are.

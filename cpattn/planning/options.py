@@ -20,7 +20,7 @@ class PlanOptions:
     schedule: "auto", "keys" or "tiles".
     num_stages: parts in which remote keys are fetched; None chooses.
     ranks_per_node: ranks that share a node in a two-level network; None: one level.
-    search_effort: extra placement search, in iterations.
+    search_effort: placement search in units of about 100 ms; 0: as long as a step may gain by it.
     hardware: speeds that the plan is made for.
     equal_shards: every rank owns as many tokens.
 

@@ -3,15 +3,15 @@
 Several constructions are tried, each made for one kind of structure and none for a named mask, and
 the one that moves the fewest rows among those in balance is taken:
 
-- `place_contiguous`, then evened out: equal pieces in order. Best where neighbours share keys
-  (windows) and where nothing else is to be found (random blocks).
+- `place_contiguous`, made even: equal pieces in order. Best where neighbours share keys
+  (windows), where a component has about a rank's tokens, and where nothing else is to be found (random blocks).
 - `place_peeled`: long components split from their dense end, short ones kept whole. Best for packed
   documents; on one causal sequence it is the zigzag.
 - `place_in_levels`: a share of every density level. Best for prefix trees.
 - `place_by_density`: runs of dense and of sparse tokens. In balance for every mask there is.
 
 Where the mask has several components, what pairs of ranks then hold is divided anew: for fewer rows
-(`repack`, with which `search_effort` goes on), and so that no rank sends far more than the others
+(`repack`, as long as it pays or `search_effort` says), and so that no rank sends far more than the others
 (`relieve_senders`). docs/placement.md tells it at length.
 
 All of it is counted in iterations and computed from shared data, so all ranks get the same answer.
@@ -30,39 +30,26 @@ from ..placement import Placement, place_contiguous
 from ..slices import IntArray, SliceTable
 from .components import TokenPool, find_components, join_small
 from .density import DensityProfile
-from .divide import Allowed
+from .divide import BUSY_SENDER, Allowed
 from .even import even_out
-from .improve import BUSY_SENDER, relieve_heaviest, relieve_senders, repack
+from .improve import Holdings, relieve_heaviest, relieve_senders, repack
 from .measure import kv_rows_received, kv_rows_sent, rank_areas
-from .peel import PeelOptions, place_peeled
+from .peel import place_peeled
 from .queues import place_by_density, place_in_levels
 
 # Largest area of a rank over the mean that counts as balanced. One component can be cut anywhere, so nothing
 # hinders an even cut, and an uneven one saves few rows: with 1.01, a causal sequence would move 1 % less.
 AREA_LIMIT = 1.02
 AREA_LIMIT_ONE_COMPONENT = 1.004
-
-# Contiguous pieces are evened out only where they start near enough to balance: long packed documents
-# do not, and evening them out one exchange at a time would take long and scatter them.
-_EVENED_BELOW = 1.5
-
 # With more components than this for each rank, the tiny ones are joined.
 _MOST_COMPONENTS_PER_RANK = 16
-
-# Peelings in the order in which they are tried.
-_PEELINGS = (
-    PeelOptions(0.8, 3.2, 1.0, 0.0, 0.4),
-    PeelOptions(1.0, 2.2, 2.0, 0.0, 0.7),
-    PeelOptions(1.0, 4.5, 0.7, 2.0, 0.7),
-    PeelOptions(0.0, 3.2, 0.7, 0.0, 0.4),
-    PeelOptions(0.3, 2.2, 0.7, 2.0, 0.7),
-    PeelOptions(0.5, 3.2, 0.5, 0.0, 0.0),
-)
-
-# Milliseconds for the search; those for each rank, if that is more; and those for a unit of search effort. Peelings
-# get up to 45 %. (Counted as what peelings and rounds take on one core of 2024; never measured.)
-_SEARCH_MS, _SEARCH_MS_PER_RANK, _EFFORT_MS = 106.0, 0.22, 25.0
-_MOST_ROUNDS = 48
+# Ranks of all drafts that are divided at once, where ranks are few: that takes hardly longer than one draft.
+_MOST_DRAFTED = 64
+# A unit of search effort: so many times a rank divides what it holds, and about so many milliseconds. The default
+# is never more than one.
+_UNIT_DIVISIONS, UNIT_MS = 3072, 100.0
+# How lean peelings are, in the order in which they are tried.
+_LEAN = (0.8, 1.0, 0.0, 0.4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,53 +96,39 @@ class _Problem:
         rows = kv_rows_received(self.table, placement)
         return _Scored((excess, int(rows.sum()), int(rows.max())), imbalance, placement)
 
-    def even_out(self, placement: Placement) -> Placement:
-        """The placement with its areas brought under the limit by exchanges."""
-        limit = (self.limit - 0.0003) * self.mean_area
-        if rank_areas(self.table, placement).max() <= limit:
-            return placement
-        return even_out(placement, self.profile, limit=limit, max_exchanges=2 * self.cp_size)
+    def of_one_component(self, contiguous: _Scored) -> Iterator[_Scored]:
+        """The placements that may suit a mask of one component."""
+        size = {"total_seqlen": self.total_seqlen, "cp_size": self.cp_size}
+        # Equal pieces in order are made even where ranks receive less than they own, as under a window.
+        if contiguous.key[1] < self.total_seqlen:
+            yield self.evened(contiguous)
+        if len(self.profile) > 2:
+            yield self.score(place_in_levels(self.profile, **size, chunk_size=self.chunk_size))
+        yield self.peeled(_LEAN[0])
+        yield self.score(place_by_density(self.profile, **size))
 
-    def constructions(self, contiguous: _Scored) -> Iterator[Placement]:
-        """The placements that suit this mask's structure, except the one that suits any."""
-        if self.limit < contiguous.imbalance < _EVENED_BELOW:
-            yield self.even_out(contiguous.placement)
-        if self.num_components == 1 and len(self.profile) > 2:
-            yield place_in_levels(
-                self.profile, total_seqlen=self.total_seqlen, cp_size=self.cp_size, chunk_size=self.chunk_size
-            )
-        for options in _PEELINGS[: self.effort().peelings]:
-            pool = TokenPool(self.profile, *self.components)
-            peeled = place_peeled(
-                pool,
-                cp_size=self.cp_size,
-                chunk_size=self.chunk_size,
-                area_slack=self.limit - 1.0005,
-                options=options,
-            )
-            yield self.even_out(peeled)
+    def peeled(self, lean: float) -> _Scored:
+        """Long components split from their dense end, made even."""
+        pool, slack = TokenPool(self.profile, *self.components), self.limit - 1.0005
+        size = {"cp_size": self.cp_size, "chunk_size": self.chunk_size}
+        return self.evened(self.score(place_peeled(pool, **size, area_slack=slack, lean=lean)))
 
-    def effort(self, search_effort: int = 0) -> _Effort:
-        """What the search may take, by what a peeling and a round of repacking take."""
-        time = max(_SEARCH_MS - 0.15 * self.cp_size, _SEARCH_MS_PER_RANK * self.cp_size)
-        peeling = 0.11 * self.cp_size + 0.014 * self.num_components
-        a_round = 0.5 + 0.0075 * self.cp_size + 0.0007 * self.num_components
-        peelings = 1 if self.num_components == 1 else min(max(int(0.45 * time / peeling), 1), len(_PEELINGS))
-        rounds = max(int((time - peelings * peeling) / a_round), 2)
-        starts = min(max(rounds // _MOST_ROUNDS, 1), 2)
-        return _Effort(peelings, starts, min(rounds, _MOST_ROUNDS) + int(_EFFORT_MS * search_effort / a_round))
-
-    def lightened(self, scored: _Scored) -> _Scored:
+    def evened(self, scored: _Scored) -> _Scored:
         """The placement with its heaviest ranks within the limit, where that works."""
-        allowed = self._allowed(scored.placement)._replace(area=(self.limit - 0.0001) * self.mean_area)
-        parts = (scored.placement, self.profile, self.components[0], allowed)
-        return self.score(relieve_heaviest(*parts, num_divisions=self.cp_size))
+        if scored.key[0] <= 0:
+            return scored
+        area, num_moves = (self.limit - 0.0003) * self.mean_area, 2 * self.cp_size
+        if self.num_components == 1:
+            return self.score(even_out(scored.placement, self.profile, limit=area, max_exchanges=num_moves))
+        return self.score(relieve_heaviest(self._state(scored.placement, area=area), num_rounds=24))
 
-    def repacked(self, scored: _Scored, num_rounds: int) -> _Scored:
-        """The placement with what pairs of ranks hold divided anew, no less balanced."""
-        placement = scored.placement
-        allowed = self._allowed(placement)
-        return self.score(repack(placement, self.profile, self.components[0], allowed, num_rounds=num_rounds))
+    def repacked(self, starts: list[_Scored], effort: float) -> _Scored:
+        """The best of the placements with what pairs of ranks hold divided anew, no less balanced."""
+        num_drafts = max(_MOST_DRAFTED // self.cp_size, 1)
+        num_rounds = int(effort * _UNIT_DIVISIONS / (num_drafts * self.cp_size)) + 1
+        drafts = [starts[i % len(starts)].placement for i in range(num_drafts)]
+        # Costs are a guess for most masks, but packed documents.
+        return min(map(self.score, repack(self._state(*drafts), num_rounds=num_rounds)[:2]), key=_key)
 
     def relieve_senders(self, best: _Scored) -> Placement:
         """The placement, or one whose busiest sender sends clearly less, for hardly more rows in all."""
@@ -164,28 +137,23 @@ class _Problem:
         busiest = int(kv_rows_sent(self.table, placement).max())
         if busiest <= BUSY_SENDER * most_received:
             return placement
-        relieved = relieve_senders(
-            placement, self.profile, self.components[0], self._allowed(placement), num_pairs=24
-        )
+        relieved = relieve_senders(self._state(placement), num_pairs=24)
         now = kv_rows_received(self.table, relieved)
         fewer = kv_rows_sent(self.table, relieved).max() <= 0.9 * busiest
         return relieved if fewer and now.sum() <= 1.01 * rows and now.max() <= most_received else placement
 
-    def _allowed(self, placement: Placement) -> Allowed:
-        """Bounds for every rank's share that the placement keeps, as wide as they may be."""
-        largest = float(rank_areas(self.table, placement).max())
-        tokens = placement.num_tokens
+    def _state(self, *drafts: Placement, area: float | None = None) -> Holdings:
+        """Drafts to work on, with bounds for every rank's share that they keep, as wide as they may be.
+
+        area: the largest that a rank may come to, if these need not keep it.
+        """
+        tokens = np.concatenate([draft.num_tokens for draft in drafts])
         least = min(int(tokens.min()), self.total_seqlen // self.cp_size - self.chunk_size // 2)
         least = max(least, int(tokens.max()) - self.chunk_size)
-        return Allowed(least, least + self.chunk_size, max(largest, (self.limit - 0.0001) * self.mean_area))
-
-
-class _Effort(NamedTuple):
-    """How much is searched: peelings, the best of them that are repacked, and rounds of it for each."""
-
-    peelings: int
-    starts: int
-    rounds: int
+        if area is None:
+            largest = max(float(rank_areas(self.table, draft).max()) for draft in dict.fromkeys(drafts))
+            area = max(largest, (self.limit - 0.0001) * self.mean_area)
+        return Holdings(drafts, self.profile, self.components[0], Allowed(least, least + self.chunk_size, area))
 
 
 class _Scored(NamedTuple):
@@ -196,6 +164,10 @@ class _Scored(NamedTuple):
     placement: Placement
 
 
+def _key(scored: _Scored) -> tuple[float, int, int]:
+    return scored.key
+
+
 def place_balanced(
     table: SliceTable,
     *,
@@ -203,6 +175,7 @@ def place_balanced(
     cp_size: int,
     chunk_size: int,
     search_effort: int = 0,
+    row_ms: float = UNIT_MS,
     area_limit: float = AREA_LIMIT,
 ) -> Placement:
     """Owner of every token for self-attention whose queries and keys share the placement.
@@ -210,8 +183,9 @@ def place_balanced(
     Args:
         table: disjoint canonical slices, indices in [0, total_seqlen).
         chunk_size: token counts of any two ranks differ by at most this; at least 1.
-        search_effort: further search, in units of about 25 ms; 0 is the fast default. Of use only where
-            the mask has several components.
+        search_effort: how long to search, in units of about 100 ms; 0: as long as the rows that it may save are
+            worth it, one unit at most. Of use only where the mask has several components.
+        row_ms: by which that is decided: what a row received costs, in milliseconds, until a plan is made anew.
         area_limit: largest area over the mean; for one component it is AREA_LIMIT_ONE_COMPONENT if that is less.
 
     Returns:
@@ -224,25 +198,21 @@ def place_balanced(
     start = problem.score(contiguous)
     if start.key[:2] == (0.0, 0):
         return contiguous
-    found = [start, *map(problem.score, problem.constructions(start))]
-    best = min(found, key=_key)
-    if best.key[0] > 0 and problem.num_components > 1:
-        best = problem.lightened(best)
-        found.append(best)
-    if best.key[0] > 0 or problem.num_components == 1:
-        even = place_by_density(problem.profile, total_seqlen=total_seqlen, cp_size=cp_size)
-        found.append(problem.score(even))
+    if problem.num_components == 1:
+        return min([start, *problem.of_one_component(start)], key=_key).placement
+    found = [start, problem.peeled(_LEAN[0])]
+    row_share = min(found, key=_key).key[1] / cp_size
+    effort = search_effort or min(row_share * row_ms / UNIT_MS, 1.0)
+    num_more = int(effort * _MOST_DRAFTED / cp_size)
+    found += [problem.peeled(lean) for lean in _LEAN[1 : 1 + num_more]]
+    if (num_more or effort >= 1) and start.key[0] > 0 and start.key[1] < total_seqlen:
+        found.append(problem.evened(start))
+    if min(found, key=_key).key[0] > 0:
+        found.append(problem.score(place_by_density(problem.profile, total_seqlen=total_seqlen, cp_size=cp_size)))
     found.sort(key=_key)
     best = found[0]
-    if problem.num_components == 1 or not best.key[1]:
+    if not best.key[1]:
         return best.placement
-    effort = problem.effort()
-    for scored in found[: effort.starts]:
-        best = min(best, problem.repacked(scored, effort.rounds), key=_key)
-    if search_effort:
-        best = min(best, problem.repacked(found[0], problem.effort(search_effort).rounds), key=_key)
+    starts = [scored for scored in found if scored.key[0] <= best.key[0]]
+    best = min(best, problem.repacked(starts, effort), key=_key)
     return problem.relieve_senders(best)
-
-
-def _key(scored: _Scored) -> tuple[float, int, int]:
-    return scored.key

@@ -14,10 +14,10 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from ..slices import IntArray, SliceTable
-from .density import AreaRamp, DensityProfile, Line
+from .density import AreaRamp, DensityProfile
 
-# How one component is listed in by_need, by_density, by_size and by_bottom.
-_Key = tuple[tuple[int, int], tuple[float, int, int], tuple[int, int], tuple[int, int, int]]
+# How one component is listed in by_need, by_density and by_size.
+_Key = tuple[tuple[int, int], tuple[float, int, int], tuple[int, int]]
 
 
 def find_components(table: SliceTable, total_seqlen: int) -> tuple[IntArray, IntArray]:
@@ -58,7 +58,7 @@ def join_small(starts: IntArray, ends: IntArray, size: int) -> tuple[IntArray, I
 
 
 class TokenPool:
-    """Components with tokens left, sorted by top need, density, size and bottom need.
+    """Components with tokens left, sorted by top need, density and size.
 
     Mutable on purpose: it is the working state of one placement and never leaves it.
     """
@@ -77,18 +77,11 @@ class TokenPool:
         self._below_hi: list[int] = below_ends.tolist()
         self.areas: list[int] = areas.tolist()
         self.flipped: list[bool] = flipped.tolist()
-        # How density runs on from either end: nearly all look-ups stay on that straight line.
-        self._tops = [self._line(i, at_start=top) for i, top in enumerate(self.flipped)]
-        self._bottoms = [self._line(i, at_start=not top) for i, top in enumerate(self.flipped)]
         self._keys = [self._key(i) for i in range(len(self.lo))]
         # Each list holds its sort key first and the component last.
         self.by_need: list[tuple[int, int]] = sorted(key[0] for key in self._keys)
         self.by_density: list[tuple[float, int, int]] = sorted(key[1] for key in self._keys)
         self.by_size: list[tuple[int, int]] = sorted(key[2] for key in self._keys)
-        self.by_bottom: list[tuple[int, int, int]] = sorted(key[3] for key in self._keys)
-
-    def _line(self, i: int, *, at_start: bool) -> Line:
-        return self.ramp.line_from(self.lo[i]) if at_start else self.ramp.line_before(self.hi[i])
 
     def size(self, i: int) -> int:
         """Tokens left of component i."""
@@ -96,29 +89,20 @@ class TokenPool:
 
     def top_need(self, i: int) -> int:
         """Keys seen by the first token that take_top would give."""
-        return self._tops[i].first
+        return self.ramp.density(self.lo[i] if self.flipped[i] else self.hi[i] - 1)
 
     def bottom_need(self, i: int, count: int) -> int:
         """Keys seen by the last of the `count` tokens that take_bottom would give; at least 1 token."""
-        first, slope, length = self._bottoms[i]
-        if count <= length:
-            return first + slope * (count - 1)
         return self.ramp.density(self.hi[i] - count if self.flipped[i] else self.lo[i] + count - 1)
 
     def top_area(self, i: int, count: int) -> int:
         """Area of the first `count` tokens from the top."""
-        first, slope, length = self._tops[i]
-        if count <= length:
-            return first * count + slope * (count * (count - 1) // 2)
         if self.flipped[i]:
             return self.ramp.below(self.lo[i] + count) - self._below_lo[i]
         return self._below_hi[i] - self.ramp.below(self.hi[i] - count)
 
     def bottom_area(self, i: int, count: int) -> int:
         """Area of the first `count` tokens from the bottom."""
-        first, slope, length = self._bottoms[i]
-        if count <= length:
-            return first * count + slope * (count * (count - 1) // 2)
         if self.flipped[i]:
             return self._below_hi[i] - self.ramp.below(self.hi[i] - count)
         return self.ramp.below(self.lo[i] + count) - self._below_lo[i]
@@ -168,26 +152,22 @@ class TokenPool:
         self.areas[i] = self._below_hi[i] - self._below_lo[i]
         area -= self.areas[i]
         if self.size(i):
-            ends = self._tops if from_start == self.flipped[i] else self._bottoms
-            ends[i] = self._line(i, at_start=from_start)
             self._insert(i)
         return start, end, area
 
     def _key(self, i: int) -> _Key:
         size = self.size(i)
         density = self.areas[i] / size
-        return (self.top_need(i), i), (density, size, i), (size, i), (self.bottom_need(i, 1), size, i)
+        return (self.top_need(i), i), (density, size, i), (size, i)
 
     def _insert(self, i: int) -> None:
-        self._keys[i] = need, density, size, bottom = self._key(i)
+        self._keys[i] = need, density, size = self._key(i)
         insort(self.by_need, need)
         insort(self.by_density, density)
         insort(self.by_size, size)
-        insort(self.by_bottom, bottom)
 
     def _remove(self, i: int) -> None:
-        need, density, size, bottom = self._keys[i]
+        need, density, size = self._keys[i]
         del self.by_need[bisect_left(self.by_need, need)]
         del self.by_density[bisect_left(self.by_density, density)]
         del self.by_size[bisect_left(self.by_size, size)]
-        del self.by_bottom[bisect_left(self.by_bottom, bottom)]

@@ -11,7 +11,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -120,17 +119,7 @@ class DensityProfile:
         """The same profile as plain Python lists, for many single look-ups."""
         prefix = np.concatenate([[0], np.cumsum(self.areas)])
         total = int(self.ends[-1]) if len(self) else 0
-        return AreaRamp(
-            self.starts.tolist(), self.first.tolist(), self.slopes.tolist(), prefix.tolist(), total
-        )
-
-
-class Line(NamedTuple):
-    """A straight stretch of density from one of its ends: token t of `length` sees first + slope * t keys."""
-
-    first: int
-    slope: int
-    length: int
+        return AreaRamp(self.starts.tolist(), self.first.tolist(), self.slopes.tolist(), prefix.tolist(), total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,19 +146,6 @@ class AreaRamp:
         """Keys that query `token` sees."""
         i = bisect_right(self.starts, token) - 1
         return self.first[i] + self.slopes[i] * (token - self.starts[i])
-
-    def line_from(self, token: int) -> Line:
-        """The straight stretch that begins with `token`."""
-        i = bisect_right(self.starts, token) - 1
-        end = self.starts[i + 1] if i + 1 < len(self.starts) else self.total_seqlen
-        slope = self.slopes[i]
-        return Line(self.first[i] + slope * (token - self.starts[i]), slope, end - token)
-
-    def line_before(self, token: int) -> Line:
-        """The straight stretch that ends with token - 1, walked backwards."""
-        i = bisect_right(self.starts, token - 1) - 1
-        length, slope = token - self.starts[i], self.slopes[i]
-        return Line(self.first[i] + slope * (length - 1), -slope, length)
 
     def token_at(self, area: int) -> int:
         """About the largest token with below(token) <= area; off by one where rounding bites."""

@@ -24,18 +24,16 @@ BoolArray = NDArray[np.bool_]
 
 # Rows that one piece more is worth: every piece is a route to each rank that needs it.
 PIECE_PRICE = 16
-# Rows that a rank's sending x times too much is worth, in units of x**2 times what it may send for nothing.
-_SEND_PRICE = 0.1
-# Pairs looked at together: what is known of their divisions has to fit into the cache.
-_MOST_PAIRS = 32
+# Rows sent over most received from which a sender is relieved.
+BUSY_SENDER = 2.5
 
 
 class Allowed(NamedTuple):
-    """What a rank may hold: tokens within [least, most], visible pairs up to `area`."""
+    """What a rank may hold: tokens in [least, most], visible pairs up to `area`, for all or for each pair of ranks."""
 
     least: int
     most: int
-    area: float
+    area: float | FloatArray
 
 
 class Pool(NamedTuple):
@@ -57,6 +55,12 @@ class Pool(NamedTuple):
     kept_area: FloatArray  # [M, 2]
 
 
+def sending_price(sent: FloatArray, free: float) -> FloatArray:
+    """What sending costs, in rows: up to `free` nothing, then it grows with the square, so the busiest counts most."""
+    price: FloatArray = (np.maximum(sent - free, 0.0) / BUSY_SENDER) ** 2 / max(free, 1.0)
+    return price
+
+
 class Sending(NamedTuple):
     """Rows that a pair's pieces send, [M, F], and those it keeps, [M, 2]; rows that a rank may send for nothing."""
 
@@ -64,11 +68,11 @@ class Sending(NamedTuple):
     kept: FloatArray
     free: float
 
-
-def sending_price(sent: FloatArray, free: float) -> FloatArray:
-    """What sending costs, in rows: up to `free` nothing, then it grows with the square, so the busiest counts most."""
-    price: FloatArray = _SEND_PRICE / max(free, 1.0) * np.maximum(sent - free, 0.0) ** 2
-    return price
+    def price(self, sent: FloatArray) -> FloatArray:
+        """What both ranks' sending costs where the first one sends so many rows of the pieces, [M, any]."""
+        total = self.pieces.sum(axis=1)[:, None]
+        first, second = self.kept[:, :1] + sent, self.kept[:, 1:] + total - sent
+        return sending_price(first, self.free) + sending_price(second, self.free)
 
 
 class Divisions(NamedTuple):
@@ -92,13 +96,50 @@ def best_divisions(
     sending: Sending | None = None,
 ) -> Divisions:
     """The division of the fewest rows for each pair, among those allowed; with `rng` give or take the temperature."""
-    parts = []
-    for at in range(0, len(pool.tokens), _MOST_PAIRS):
-        some = slice(at, at + _MOST_PAIRS)
-        part = Pool(*(column[some] for column in pool))
-        sent = sending and Sending(sending.pieces[some], sending.kept[some], sending.free)
-        parts.append(_divisions(part, allowed, temperature, rng, sent))
-    return Divisions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    members, without, *_ = _subsets(pool.tokens.shape[1])
+    bounds = _Bounds.of(pool, allowed)
+    rows, need_a = _rows(pool)
+    tokens_a = pool.tokens @ members.T + pool.kept_tokens[:, :1]
+    area_a = pool.area @ members.T + pool.kept_area[:, :1]
+    fits = (tokens_a >= bounds.least) & (tokens_a <= bounds.most)
+    fits &= (area_a >= bounds.floor) & (area_a <= bounds.limit)
+    whole = np.where(fits, rows, np.inf)
+    rows, tokens_a, area_a = (values[:, without] for values in (rows, tokens_a, area_a))
+    fewest, extra, cuts = _fewest_tokens(pool, bounds, tokens_a, area_a, need_a)
+    cut = np.where(cuts, rows + extra + PIECE_PRICE, np.inf)
+    if sending is not None:
+        sent = sending.pieces @ members.T
+        cut_sent = sent[:, without] + (sending.pieces / np.maximum(pool.tokens, 1))[:, :, None] * fewest
+        whole += sending.price(sent)
+        cut += sending.price(cut_sent.reshape(len(sent), -1)).reshape(cut.shape)
+    scores = np.concatenate([whole, cut.reshape(len(whole), -1)], axis=1)
+    if rng is not None and temperature > 0:
+        scores += temperature * rng.standard_exponential(scores.shape, dtype=np.float32)
+    best, pair = scores.argmin(axis=1), np.arange(len(scores))
+    is_cut = best >= len(members)
+    piece, nth = np.divmod(np.maximum(best - len(members), 0), without.shape[1])
+    subset = np.where(is_cut, without[piece, nth], np.minimum(best, len(members) - 1))
+    found = np.isfinite(scores[pair, best])
+    counts = np.where(found & is_cut, fewest[pair, piece, nth], 0).astype(np.int64)
+    return Divisions(found, subset, np.where(is_cut, piece, -1), counts)
+
+
+class _Bounds(NamedTuple):
+    """What rank a of each pair may hold so that rank b, which gets the rest, is within its own bounds; each [M, 1]."""
+
+    least: FloatArray
+    most: FloatArray
+    floor: FloatArray
+    limit: FloatArray
+
+    @classmethod
+    def of(cls, pool: Pool, allowed: Allowed) -> _Bounds:
+        tokens = pool.tokens.sum(axis=1) + pool.kept_tokens.sum(axis=1)
+        area = pool.area.sum(axis=1) + pool.kept_area.sum(axis=1)
+        least = np.maximum(allowed.least, tokens - allowed.most)
+        most = np.minimum(allowed.most, tokens - allowed.least)
+        limit = np.broadcast_to(allowed.area, len(tokens))
+        return cls(*(bound[:, None] for bound in (least, most, area - limit, limit)))
 
 
 class _Subsets(NamedTuple):
@@ -119,28 +160,15 @@ def _subsets(n: int) -> _Subsets:
     return _Subsets(members.astype(np.float64), without, members[without].astype(np.float64), other, earlier)
 
 
-def _divisions(
-    pool: Pool, allowed: Allowed, temperature: float, rng: np.random.Generator | None, sending: Sending | None
-) -> Divisions:
-    num_pairs, num_free = pool.tokens.shape
-    members, without, *_ = _subsets(num_free)
-    tokens_a = pool.tokens @ members.T + pool.kept_tokens[:, :1]
-    area_a = pool.area @ members.T + pool.kept_area[:, :1]
-    all_tokens = pool.tokens.sum(axis=1) + pool.kept_tokens.sum(axis=1)
-    all_area = pool.area.sum(axis=1) + pool.kept_area.sum(axis=1)
-    # Bounds for rank a under which rank b, which gets the rest, is within its own.
-    least = np.maximum(allowed.least, all_tokens - allowed.most)[:, None]
-    most = np.minimum(allowed.most, all_tokens - allowed.least)[:, None]
-    floor, limit = (all_area - allowed.area)[:, None], allowed.area
-    rows, need_a = _rows(pool)
-    fits = (tokens_a >= least) & (tokens_a <= most) & (area_a >= floor) & (area_a <= limit)
-    whole = np.where(fits, rows, np.inf)
+def _fewest_tokens(
+    pool: Pool, bounds: _Bounds, tokens_a: FloatArray, area_a: FloatArray, need_a: FloatArray
+) -> tuple[FloatArray, FloatArray, BoolArray]:
+    """For each piece and each subset without it, [M, F, S / 2]: the fewest tokens of its sparser end with which rank a
+    is within its bounds, the keys that it then needs more, and whether there is such a number.
 
-    # One piece cut: t tokens from its sparser end go to rank a, area first * t + slope * t * (t - 1) / 2.
-    def apart(values: FloatArray) -> FloatArray:
-        return values[:, without.ravel()].reshape(num_pairs, num_free, -1)
-
-    before, open_ = apart(area_a), apart(tokens_a)
+    t tokens from the sparser end have an area of first * t + slope * t * (t - 1) / 2.
+    """
+    least, most, floor, limit = (bound[:, :, None] for bound in bounds)
     size, first = pool.tokens[:, :, None], pool.sparse[:, :, None]
     slope = pool.rise[:, :, None] / np.maximum(size - 1, 1)
     half = first - slope / 2
@@ -150,31 +178,11 @@ def _divisions(
         area = np.maximum(area, 0)
         return 2 * area / np.maximum(half + np.sqrt(np.maximum(half_squared + twice * area, 0)), 1e-9)
 
-    fewest = np.maximum(np.maximum(least[:, :, None] - open_, 1), np.ceil(count_of(floor[:, :, None] - before)))
-    room = limit - before
+    fewest = np.maximum(np.maximum(least - tokens_a, 1), np.ceil(count_of(floor - area_a)))
+    room = limit - area_a
     largest = np.where(room >= 0, np.floor(count_of(room)), 0)
-    largest = np.minimum(np.minimum(most[:, :, None] - open_, size - 1), largest)
-    extra = np.maximum(first + slope * (fewest - 1) - need_a, 0)
-    cut = np.where(fewest <= largest, apart(rows) + extra + PIECE_PRICE, np.inf)
-
-    if sending is not None:
-        sent, total = sending.pieces @ members.T, sending.pieces.sum(axis=1)[:, None]
-        kept_a, kept_b = sending.kept[:, :1], sending.kept[:, 1:] + total
-        whole += sending_price(kept_a + sent, sending.free) + sending_price(kept_b - sent, sending.free)
-        cut_sent = apart(sent) + (sending.pieces[:, :, None] / np.maximum(size, 1)) * fewest
-        cut += sending_price(kept_a[:, :, None] + cut_sent, sending.free)
-        cut += sending_price(kept_b[:, :, None] - cut_sent, sending.free)
-    scores = np.concatenate([whole, cut.reshape(num_pairs, -1)], axis=1)
-    if rng is not None and temperature > 0:
-        scores += temperature * rng.standard_exponential(scores.shape, dtype=np.float32)
-    best = scores.argmin(axis=1)
-    pair = np.arange(num_pairs)
-    is_cut = best >= len(members)
-    piece, nth = np.divmod(np.maximum(best - len(members), 0), without.shape[1])
-    subset = np.where(is_cut, without[piece, nth], np.minimum(best, len(members) - 1))
-    found = np.isfinite(scores[pair, best])
-    counts = np.where(found & is_cut, fewest[pair, piece, nth], 0).astype(np.int64)
-    return Divisions(found, subset, np.where(is_cut, piece, -1), counts)
+    largest = np.minimum(np.minimum(most - tokens_a, size - 1), largest)
+    return fewest, np.maximum(first + slope * (fewest - 1) - need_a, 0), fewest <= largest
 
 
 def _rows(pool: Pool) -> tuple[FloatArray, FloatArray]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable
-from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from ..placement import Placement
 from .density import AreaRamp, DensityProfile
 
 # Partners considered for a rank that is too heavy: those with the least area.
-_NUM_PARTNERS = 8
+NUM_PARTNERS = 8
 
 
 def even_out(placement: Placement, profile: DensityProfile, *, limit: float, max_exchanges: int) -> Placement:
@@ -23,93 +22,72 @@ def even_out(placement: Placement, profile: DensityProfile, *, limit: float, max
     enough. Rows moved may grow by the keys that the tokens given away see.
     """
     ramp = profile.ramp()
-    ranks = [_Holding(ramp, runs) for runs in placement.runs_by_rank()]
-    # Kept in order: at a thousand ranks, a look at all of them for every exchange is most of a plan's time.
-    areas = [(holding.area, r) for r, holding in enumerate(ranks)]
-    by_area = sorted(areas)
+    holdings = placement.runs_by_rank()
+    areas = np.array([sum(ramp.below(end) - ramp.below(start) for start, end in runs) for runs in holdings])
+    stuck = np.zeros(len(areas), dtype=np.bool_)  # ranks that nobody can help
     for _ in range(max_exchanges):
-        area = by_area[-1][0]
-        heavy = by_area[bisect_left(by_area, (area, -1))][1]
-        partners = list(islice((r for _, r in by_area if ranks[r].runs), _NUM_PARTNERS))
-        light = _exchange(ranks, heavy, partners, int(limit)) if area > int(limit) else None
-        if light is None:
+        heavy = int(np.where(stuck, -1, areas).argmax())
+        if areas[heavy] <= limit:
             break
-        for r in (heavy, light):
-            del by_area[bisect_left(by_area, areas[r])]
-            areas[r] = (ranks[r].area, r)
-            insort(by_area, areas[r])
-    ends = [(end, r) for r, holding in enumerate(ranks) for _, end in holding.runs]
-    table = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2)
-    return Placement.from_runs(table[:, 0], table[:, 1], cp_size=placement.cp_size)
+        giving = max(_ends(ramp, holdings[heavy], heavy))
+        light = [r for r in np.argsort(areas, kind="stable")[:NUM_PARTNERS].tolist() if areas[r] < limit]
+        taking = min((end for r in light for end in _ends(ramp, holdings[r], r)), default=None)
+        moved = 0
+        if taking is not None and taking.density < giving.density:
+            wanted = int(min(areas[heavy] - limit, limit - areas[taking.rank]))
+            moved = _exchange(ramp, holdings, giving, taking, wanted, int(limit - areas[taking.rank]) + giving.density)
+        stuck[heavy] = not moved
+        areas[heavy] -= moved
+        if taking is not None:
+            areas[taking.rank] += moved
+    table = np.array(sorted((end, r) for r, runs in enumerate(holdings) for _, end in runs), dtype=np.int64)
+    return Placement.from_runs(*table.reshape(-1, 2).T, cp_size=placement.cp_size)
 
 
-class _Holding:
-    """Runs of one rank and their area; runs are cut only at their ends."""
+class _End(NamedTuple):
+    """One end of a run of a rank: how many keys its token sees, and which end it is."""
 
-    def __init__(self, ramp: AreaRamp, runs: list[list[int]]) -> None:
-        self.ramp, self.runs = ramp, runs
-        self.area = sum(ramp.below(end) - ramp.below(start) for start, end in runs)
-
-    def edge(self, *, dense: bool) -> tuple[int, int, bool]:
-        """Density, index and side (at the end?) of the densest or the sparsest run end."""
-        density = self.ramp.density
-        edges = [
-            (density(end - 1 if at_end else start), i, at_end)
-            for i, (start, end) in enumerate(self.runs)
-            for at_end in (True, False)
-        ]
-        return max(edges) if dense else min(edges)
-
-    def piece(self, i: int, at_end: bool, count: int) -> list[int]:
-        """The `count` tokens at one end of run i."""
-        start, end = self.runs[i]
-        return [end - count, end] if at_end else [start, start + count]
-
-    def areas_of_pieces(self, i: int, at_end: bool) -> Callable[[int], int]:
-        """Area of such a piece, by its number of tokens."""
-        start, end = self.runs[i]
-        below = self.ramp.below
-        fixed = below(end if at_end else start)
-        return (lambda count: fixed - below(end - count)) if at_end else (lambda count: below(start + count) - fixed)
-
-    def swap(self, i: int, at_end: bool, count: int, received: list[int]) -> None:
-        """Give the piece away and take `received` instead."""
-        start, end = self.runs[i]
-        self.area -= self.areas_of_pieces(i, at_end)(count)
-        self.area += self.ramp.below(received[1]) - self.ramp.below(received[0])
-        self.runs[i] = [start, end - count] if at_end else [start + count, end]
-        if end - start == count:
-            del self.runs[i]
-        self.runs.append(received)
+    density: int
+    run: int
+    is_last: bool
+    rank: int
 
 
-def _exchange(ranks: list[_Holding], heavy: int, partners: list[int], limit: int) -> int | None:
-    """Bring a rank down to `limit`, or as far as one pair of runs allows; the partner that helped, if one can."""
-    giver = ranks[heavy]
-    dense, i, at_end = giver.edge(dense=True)
-    edges = [(*ranks[r].edge(dense=False), r) for r in partners if ranks[r].area < limit]
-    if not edges:
-        return None
-    sparse, j, other_end, light = min(edges)
-    taker = ranks[light]
-    if sparse >= dense or light == heavy:
-        return None
-    wanted = min(giver.area - limit, limit - taker.area)
-    start, end = giver.runs[i]
-    other_start, other_stop = taker.runs[j]
-    least, most = 0, min(end - start, other_stop - other_start)
-    given_area, taken_area = giver.areas_of_pieces(i, at_end), taker.areas_of_pieces(j, other_end)
+def _ends(ramp: AreaRamp, runs: list[list[int]], rank: int) -> list[_End]:
+    return [
+        _End(ramp.density(end - 1 if is_last else start), i, is_last, rank)
+        for i, (start, end) in enumerate(runs)
+        for is_last in (True, False)
+    ]
+
+
+def _piece(run: list[int], is_last: bool, count: int) -> list[int]:
+    """The `count` tokens at one end of a run."""
+    return [run[1] - count, run[1]] if is_last else [run[0], run[0] + count]
+
+
+def _exchange(
+    ramp: AreaRamp, holdings: list[list[list[int]]], giving: _End, taking: _End, wanted: int, most: int
+) -> int:
+    """Exchange as many tokens as move the wanted area, or all of one run; the area moved, 0 if it is over most."""
+    run, other = holdings[giving.rank][giving.run], holdings[taking.rank][taking.run]
+
+    def area_of(run: list[int], is_last: bool) -> Callable[[int], int]:
+        return lambda count: ramp.below(_piece(run, is_last, count)[1]) - ramp.below(_piece(run, is_last, count)[0])
+
+    given, taken = area_of(run, giving.is_last), area_of(other, taking.is_last)
+    low, high = 0, min(run[1] - run[0], other[1] - other[0])
     # The fewest tokens whose exchange moves the wanted area; halved, as it may rise with them and fall again.
-    while least < most:
-        middle = (least + most) // 2
-        if given_area(middle) - taken_area(middle) >= wanted:
-            most = middle
-        else:
-            least = middle + 1
-    moved = given_area(least) - taken_area(least)
-    if moved <= 0 or taker.area + moved > limit + dense:
-        return None
-    given, taken = giver.piece(i, at_end, least), taker.piece(j, other_end, least)
-    giver.swap(i, at_end, least, taken)
-    taker.swap(j, other_end, least, given)
-    return light
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if given(middle) - taken(middle) >= wanted else (middle + 1, high)
+    moved = given(low) - taken(low)
+    if not 0 < moved <= most:
+        return 0
+    pieces = _piece(run, giving.is_last, low), _piece(other, taking.is_last, low)
+    for end, mine, theirs in ((giving, *pieces), (taking, *pieces[::-1])):
+        runs = holdings[end.rank]
+        start, stop = runs.pop(end.run)
+        rest = [start, mine[0]] if end.is_last else [mine[1], stop]
+        runs += [theirs, *([rest] if rest[0] < rest[1] else [])]
+    return moved

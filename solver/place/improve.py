@@ -9,16 +9,15 @@ or for many at once; the price is rows needed, plus `PIECE_PRICE` for each piece
   Divisions that are somewhat worse are taken too, less and less so (simulated annealing).
 - `relieve_senders`: the busiest sender with ranks that have area left or see the same keys. A step waits for the
   busiest link, and the keys near the start of a long document go to all its ranks.
-
 - `relieve_heaviest`: the heaviest rank with the lightest ones, whatever rows it takes, until areas are within bounds.
 
-A rank's rows are counted as the keys that its densest
-token of each component sees, from the component's sparse end on. That is exact for packed documents; for other masks
-the caller compares what comes out by the exact count.
+A rank's rows are counted as the keys that its densest token of each component sees, from the component's sparse end
+on. That is exact for packed documents; for other masks the caller compares what comes out by the exact count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,55 +25,54 @@ import numpy as np
 from ..placement import Placement
 from ..slices import IntArray
 from .density import DensityProfile
-from .divide import PIECE_PRICE, Allowed, BoolArray, Divisions, FloatArray, Pool, Sending, best_divisions, sending_price
+from .divide import (
+    BUSY_SENDER,
+    PIECE_PRICE,
+    Allowed,
+    BoolArray,
+    Divisions,
+    FloatArray,
+    Pool,
+    Sending,
+    best_divisions,
+    sending_price,
+)
+from .even import NUM_PARTNERS
 
 # Pieces of two ranks that are divided anew; the others stay where they are.
 _MOST_FREE = 5
 # First temperature of repacking, as a share of the rows that a rank needs on average.
 _TEMPERATURE = 0.003
-# Rows sent over most received from which a sender is relieved.
-BUSY_SENDER = 2.5
-# Ranks tried as the other one of a pair.
-NUM_PARTNERS = 8
 
 
-def repack(
-    placement: Placement, profile: DensityProfile, components: IntArray, allowed: Allowed, *, num_rounds: int
-) -> Placement:
-    """The placement with pairs of ranks divided anew; balanced if it was, and with fewer rows or about as many.
+def repack(state: Holdings, *, num_rounds: int) -> list[Placement]:
+    """The drafts with pairs of ranks divided anew, cheapest first; balanced if they were, and with no more to pay.
 
-    No rank comes to receive more than the one that received most.
+    No rank comes to receive more than the one of its draft that received most.
 
     Args:
-        components: first token of each component, ascending; no token sees one of another component.
-        num_rounds: how often all ranks are paired; the best placement met is kept.
+        num_rounds: how often all ranks are paired; the best that each draft came to is kept.
     """
-    state = Holdings(placement, profile, components, allowed)
     rng = np.random.default_rng(0)
-    hot = _TEMPERATURE * float(state.costs.sum()) / state.cp_size
-    best, kept = 0.0, state.pieces
+    hot = _TEMPERATURE * float(state.costs.mean())
+    costs = state.costs.reshape(state.num_drafts, -1).sum(axis=1)
+    best, kept = np.zeros(state.num_drafts), [state.pieces] * state.num_drafts
     for i in range(num_rounds):
         state.divide(state.partners(rng), temperature=hot * (1 - i / num_rounds) ** 2, rng=rng)
-        if state.gained > best:
-            best, kept = state.gained, state.pieces
-    return Placement.from_runs(kept.end, kept.owner, cp_size=state.cp_size)
+        kept = [state.pieces if gain > old else then for gain, old, then in zip(state.gained, best, kept, strict=True)]
+        best = np.maximum(best, state.gained)
+    return [state.placement(d, kept[d]) for d in np.argsort(costs - best, kind="stable").tolist()]
 
 
-def relieve_senders(
-    placement: Placement, profile: DensityProfile, components: IntArray, allowed: Allowed, *, num_pairs: int
-) -> Placement:
-    """The placement with about num_pairs pairs divided so that no rank sends far more than the busiest receives.
-
-    Args:
-        components, allowed: as in `repack`.
-    """
-    state = Holdings(placement, profile, components, allowed)
+def relieve_senders(state: Holdings, *, num_pairs: int) -> Placement:
+    """The only draft with about num_pairs pairs divided so that no rank sends far more than the busiest receives."""
     settled = np.zeros(state.cp_size)  # what a rank sends that nobody can help
+    most_received = state.most_received[0]
     while num_pairs > 0:
         sharing = _Sharing.of(state)
         sent = _sums(state.pieces.owner, sharing.sent(state.pieces, state.pieces.owner[:, None]), state.cp_size)
         busiest = int((sent - settled).argmax())
-        if sent[busiest] - settled[busiest] <= BUSY_SENDER * state.most_received:
+        if sent[busiest] - settled[busiest] <= BUSY_SENDER * most_received:
             break
         settled[busiest] = sent[busiest]
         for other in _takers(state, sharing, busiest, sent):
@@ -82,26 +80,25 @@ def relieve_senders(
             if state.divide(np.array([[busiest, other]]), sharing=sharing):
                 settled[:] = 0
                 break
-    return Placement.from_runs(state.pieces.end, state.pieces.owner, cp_size=state.cp_size)
+    return state.placement()
 
 
-def relieve_heaviest(
-    placement: Placement, profile: DensityProfile, components: IntArray, allowed: Allowed, *, num_divisions: int
-) -> Placement:
-    """The placement with the heaviest ranks brought to allowed.area, as far as up to num_divisions divisions do it.
-
-    Args:
-        components, allowed: as in `repack`, but areas may be larger.
-    """
-    state = Holdings(placement, profile, components, allowed)
-    for _ in range(num_divisions):
+def relieve_heaviest(state: Holdings, *, num_rounds: int) -> Placement:
+    """The only draft with all ranks brought to the area allowed, as far as num_rounds rounds do it."""
+    rng = np.random.default_rng(0)
+    limit, in_vain = float(state.allowed.area), 0
+    for _ in range(num_rounds):
         area = _sums(state.pieces.owner, state.pieces.area, state.cp_size)
-        heaviest = int(area.argmax())
-        lightest = np.argsort(area, kind="stable")[:NUM_PARTNERS].tolist()
-        pairs = (np.array([[heaviest, other]]) for other in lightest if other != heaviest)
-        if area[heaviest] <= allowed.area or not any(state.divide(pair, at_any_price=True) for pair in pairs):
+        lightest = np.argsort(area, kind="stable")
+        heavy = lightest[::-1][: int((area > limit).sum())]
+        light = np.roll(lightest[: state.cp_size - len(heavy)], -in_vain)
+        pairs = np.stack([heavy[: len(light)], light[: len(heavy)]], axis=-1)
+        if not len(pairs) or in_vain == NUM_PARTNERS:
             break
-    return Placement.from_runs(state.pieces.end, state.pieces.owner, cp_size=state.cp_size)
+        # Where it takes several to relieve a rank, each takes a part.
+        state.allowed = state.allowed._replace(area=np.maximum(limit, area[pairs] @ (0.75, 0.25)))
+        in_vain = 0 if state.divide(pairs, rng=rng, at_any_price=True) else in_vain + 1
+    return state.placement()
 
 
 def _takers(state: Holdings, sharing: _Sharing, busiest: int, sent: FloatArray) -> list[int]:
@@ -120,40 +117,39 @@ def _takers(state: Holdings, sharing: _Sharing, busiest: int, sent: FloatArray) 
     return list(dict.fromkeys(found))
 
 
-class Pieces(NamedTuple):
-    """Tokens [start, end) of a component and their owner, ascending.
+class Pieces:
+    """Tokens [start, end) of a component and their owner, as columns of one table, [9, num_pieces].
 
     first, last, need: keys seen by the first token, the last and any; area: visible pairs. before: tokens of the
-    component nearer to its sparse end. int64 [num_pieces].
+    component nearer to its sparse end.
     """
 
-    component: IntArray
-    start: IntArray
-    end: IntArray
-    first: IntArray
-    last: IntArray
-    need: IntArray
-    area: IntArray
-    before: IntArray
-    owner: IntArray
+    __slots__ = ("area", "before", "component", "end", "first", "last", "need", "owner", "start", "table")
+
+    def __init__(self, table: IntArray) -> None:
+        self.table = table
+        self.component, self.start, self.end, self.first, self.last, self.need, self.area, self.before, self.owner = (
+            table
+        )
 
     def take(self, which: IntArray | BoolArray) -> Pieces:
         """Some of the pieces."""
-        return Pieces(*(column[which] for column in self))
+        return Pieces(self.table[:, which])
 
     @staticmethod
     def concat(*parts: Pieces) -> Pieces:
         """The pieces of all parts, one after the other."""
-        return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return Pieces(np.concatenate([part.table for part in parts], axis=1))
 
 
 class _Joined(NamedTuple):
     """What the paired ranks hold, neighbours joined: owned by one of the pair, or by both.
 
-    pair: of which pair; side: of the owner within it, the first one's if both own some. slot: place among the
-    pair's pieces; those before _MOST_FREE are free to move.
+    held: the same before. pair: of which pair; side: of the owner within it, the first one's if both own some. slot:
+    place among the pair's pieces; those before _MOST_FREE are free to move.
     """
 
+    held: Pieces
     pieces: Pieces
     pair: IntArray
     side: IntArray
@@ -163,60 +159,74 @@ class _Joined(NamedTuple):
 class Holdings:
     """The pieces of all ranks, and what each rank's cost, while pairs of ranks divide theirs.
 
-    Mutable on purpose: it is the working state of one search and never leaves it. Its arrays are replaced,
-    never changed.
+    Several drafts of a placement may be worked on side by side, which takes little longer than one: rank r of draft d
+    is here d * cp_size + r, and component c is d * num_components + c. Mutable on purpose: it is the working state of
+    one search and never leaves it. Its arrays are replaced, never changed.
     """
 
     def __init__(
-        self, placement: Placement, profile: DensityProfile, components: IntArray, allowed: Allowed
+        self, drafts: Sequence[Placement], profile: DensityProfile, components: IntArray, allowed: Allowed
     ) -> None:
         self.profile, self.area_below = profile, profile.area_below()
-        self.cp_size, self.allowed = placement.cp_size, allowed
-        self.components = np.append(components, placement.total_seqlen)
-        starts = np.unique(np.concatenate([placement.starts, components]))
-        ends = np.append(starts[1:], placement.total_seqlen)
-        component = np.searchsorted(components, starts, side="right") - 1
-        self.pieces = self._make(component, starts, ends, placement.owner_of(starts))
+        self.cp_size, self.num_drafts, self.allowed = drafts[0].cp_size, len(drafts), allowed
+        self.num_ranks, self.total_seqlen = self.cp_size * self.num_drafts, drafts[0].total_seqlen
+        self.low = np.tile(components, self.num_drafts)
+        self.high = np.tile(np.append(components[1:], self.total_seqlen), self.num_drafts)
+        parts = []
+        for d, draft in enumerate(drafts):
+            starts = np.unique(np.concatenate([draft.starts, components]))
+            component = np.searchsorted(components, starts, side="right") - 1 + d * len(components)
+            ends = np.append(starts[1:], self.total_seqlen)
+            parts.append(self._make(component, starts, ends, draft.owner_of(starts) + d * self.cp_size))
+        self.pieces = Pieces.concat(*parts)
         self.costs, received = self._costs_of(self.pieces)
-        self.gained = 0.0
+        self.gained = np.zeros(self.num_drafts)
         # Where queries see fewer keys than their component has, this may count less than nothing.
-        self.most_received = max(float(received.max()), 0.0)
+        worst = np.maximum(received.reshape(self.num_drafts, -1).max(axis=1), 0.0)
+        self.most_received = np.repeat(worst, self.cp_size)
+
+    def placement(self, draft: int = 0, pieces: Pieces | None = None) -> Placement:
+        """A draft as it is now, or as it was with these pieces of all drafts."""
+        pieces = pieces or self.pieces
+        low, high = np.searchsorted(pieces.owner // self.cp_size, (draft, draft + 1))
+        return Placement.from_runs(
+            pieces.end[low:high], pieces.owner[low:high] - draft * self.cp_size, cp_size=self.cp_size
+        )
 
     def _make(self, component: IntArray, start: IntArray, end: IntArray, owner: IntArray) -> Pieces:
         first, last = self.profile.density(start), self.profile.density(end - 1)
         area = self.area_below(end) - self.area_below(start)
-        before = np.where(first <= last, start - self.components[component], self.components[component + 1] - end)
-        return Pieces(component, start, end, first, last, np.maximum(first, last), area, before, owner)
+        before = np.where(first <= last, start - self.low[component], self.high[component] - end)
+        return Pieces(np.array((component, start, end, first, last, np.maximum(first, last), area, before, owner)))
 
     def _costs_of(self, pieces: Pieces) -> tuple[FloatArray, FloatArray]:
-        """Keys that each rank needs, its own included, plus the price of its pieces; keys it receives; [cp_size]."""
-        _, owner, need = _needs(pieces, self.cp_size)
-        needed = _sums(owner, need, self.cp_size)
-        price = PIECE_PRICE * np.bincount(pieces.owner, minlength=self.cp_size)
-        return needed + price, needed - _sums(pieces.owner, pieces.end - pieces.start, self.cp_size)
+        """Keys that each rank needs, its own included, plus the price of its pieces; keys it receives; [num_ranks]."""
+        _, owner, need = _needs(pieces)
+        needed = _sums(owner, need, self.num_ranks)
+        price = PIECE_PRICE * np.bincount(pieces.owner, minlength=self.num_ranks)
+        return needed + price, needed - _sums(pieces.owner, pieces.end - pieces.start, self.num_ranks)
 
     def partners(self, rng: np.random.Generator) -> IntArray:
-        """Pairs of different ranks, [cp_size // 2, 2]: holders of one component as far as possible, at random."""
-        component, owner = np.divmod(np.unique(self.pieces.component * self.cp_size + self.pieces.owner), self.cp_size)
-        num_components = len(self.components) - 1
-        shared = np.bincount(component, minlength=num_components)[component] > 1
-        component, owner = component[shared], owner[shared]
-        order = np.lexsort((rng.random(len(component)), rng.random(num_components)[component]))
-        pairs: list[tuple[int, int]] = []
-        single = set(range(self.cp_size))
-        waiting, of = -1, -1
-        for c, rank in zip(component[order].tolist(), owner[order].tolist(), strict=True):
-            if rank not in single:
-                continue
-            if of == c and waiting >= 0:
-                pairs.append((waiting, rank))
-                single -= {waiting, rank}
-                waiting = -1
-            else:
-                waiting, of = rank, c
-        left = rng.permutation(sorted(single)).tolist()
-        pairs.extend(zip(left[0::2], left[1::2], strict=False))
-        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        """Pairs of different ranks of one draft: holders of one component as far as possible, at random."""
+        key = np.unique(self.pieces.owner * len(self.low) + self.pieces.component)
+        owner, component = np.divmod(key, len(self.low))
+        # Each rank takes part for one component that it shares, if there is any: that which comes first today.
+        order = rng.random(len(self.low)) + (np.bincount(component, minlength=len(self.low)) < 2)
+        of = np.full(self.num_ranks, 2.0)
+        np.minimum.at(of, owner, order[component])
+        draft = np.arange(self.num_ranks) // self.cp_size
+        of[of >= 1] = 2.0
+        chance = rng.random(self.num_ranks)
+        pairs = []
+        ranks = np.arange(self.num_ranks)
+        for alike in (of, np.zeros_like(of)):
+            ranks = ranks[np.lexsort((chance[ranks], alike[ranks], draft[ranks]))]
+            group = _opens(alike[ranks] + 4 * draft[ranks])
+            nth = np.arange(len(ranks)) - np.repeat(group, np.diff(np.append(group, len(ranks))))
+            second = np.flatnonzero(nth % 2)
+            pairs.append(np.stack([ranks[second - 1], ranks[second]], axis=-1))
+            ranks = np.delete(ranks, np.concatenate([second - 1, second]))
+        return np.concatenate(pairs)
 
     def divide(
         self,
@@ -230,60 +240,61 @@ class Holdings:
         """Divide what each pair of `ranks` holds, where that gains or costs not much more than the temperature.
 
         Args:
-            ranks: pairs, [M, 2]; no rank is in two of them.
+            ranks: pairs, [M, 2]; no rank is in two of them, and both are of one draft.
             rng: for the temperature, and for which pieces are looked at; without it the longest are.
             sharing: who needs what now, if rows sent are to count; needs a single pair.
             at_any_price: divide wherever it is allowed.
 
         Returns:
-            Whether any pair's was divided; what all pairs gained is added to `gained`.
+            Whether any pair's was divided; what the pairs of each draft gained is added to `gained`.
         """
-        joined = self._join(ranks, rng)
-        sending = None if sharing is None else _sending(joined, ranks, sharing, self.most_received)
+        joined, others = self._join(ranks, rng)
+        sending = None if sharing is None else _sending(joined, ranks, sharing, self.most_received[0])
         pool = _pool(joined, len(ranks))
         divisions = best_divisions(pool, self.allowed, temperature=temperature, rng=rng, sending=sending)
         new = self._divided(joined, ranks, divisions)
         costs, received = self._costs_of(new)
         gain = self.costs[ranks] - costs[ranks]
         if sharing is not None:
-            for sign, pieces in ((1, self.pieces.take(np.isin(self.pieces.owner, ranks))), (-1, new)):
-                sent = _sums(pieces.owner, sharing.sent(pieces, ranks), self.cp_size)
-                gain += sign * sending_price(sent[ranks], self.most_received)
+            for sign, pieces in ((1, joined.held), (-1, new)):
+                sent = _sums(pieces.owner, sharing.sent(pieces, ranks), self.num_ranks)
+                gain += sign * sending_price(sent[ranks], self.most_received[0])
         pair_gain = gain.sum(axis=1)
         taken = divisions.found
         if not at_any_price:
             patience = 0.0 if rng is None else temperature * rng.standard_exponential(len(ranks))
             # The busiest receiver sets the time of the exchange.
-            taken &= (pair_gain > -patience) & (received[ranks] <= self.most_received).all(axis=1)
+            taken &= (pair_gain > -patience) & (received[ranks] <= self.most_received[ranks]).all(axis=1)
         # A piece whose density is no straight line may break a limit.
-        taken &= (_sums(new.owner, new.area, self.cp_size)[ranks] <= self.allowed.area).all(axis=1)
-        changed = np.zeros(self.cp_size, dtype=np.bool_)
+        taken &= _sums(new.owner, new.area, self.num_ranks)[ranks].max(axis=1) <= self.allowed.area
+        changed = np.zeros(self.num_ranks, dtype=np.bool_)
         changed[ranks[taken]] = True
-        together = Pieces.concat(self.pieces.take(~changed[self.pieces.owner]), new.take(changed[new.owner]))
-        self.pieces = together.take(np.argsort(together.start))
+        together = Pieces.concat(others, joined.held.take(~changed[joined.held.owner]), new.take(changed[new.owner]))
+        order = np.argsort(together.start + together.owner // self.cp_size * self.total_seqlen)
+        self.pieces = together.take(order)
         self.costs = np.where(changed, costs, self.costs)
-        self.gained += float(pair_gain[taken].sum())
+        self.gained = self.gained + _sums(ranks[taken, 0] // self.cp_size, pair_gain[taken], self.num_drafts)
         return bool(taken.any())
 
-    def _join(self, ranks: IntArray, rng: np.random.Generator | None) -> _Joined:
-        pair_of = np.full(self.cp_size, -1)
-        side_of = np.zeros(self.cp_size, dtype=np.int64)
+    def _join(self, ranks: IntArray, rng: np.random.Generator | None) -> tuple[_Joined, Pieces]:
+        """What the pairs hold, and what all others do."""
+        pair_of = np.full(self.num_ranks, -1)
+        side_of = np.zeros(self.num_ranks, dtype=np.int64)
         pair_of[ranks] = np.arange(len(ranks))[:, None]
         side_of[ranks[:, 1]] = 1
-        held = self.pieces.take(pair_of[self.pieces.owner] >= 0)
+        in_pair = pair_of[self.pieces.owner] >= 0
+        held, others = self.pieces.take(in_pair), self.pieces.take(~in_pair)
         pair, side = pair_of[held.owner], side_of[held.owner]
         apart = (pair[1:] != pair[:-1]) | (held.component[1:] != held.component[:-1])
         apart |= held.start[1:] != held.end[:-1]
         opens = np.flatnonzero(np.append(True, apart)[: len(pair)])
         last = np.append(opens[1:], len(pair))[: len(opens)] - 1
-        pieces = held.take(opens)._replace(
-            end=held.end[last],
-            last=held.last[last],
-            need=np.maximum.reduceat(held.need, opens),
-            area=np.add.reduceat(held.area, opens),
-            before=np.minimum.reduceat(held.before, opens),
-        )
-        pair, both = pair[opens], np.minimum.reduceat(side, opens) < np.maximum.reduceat(side, opens)
+        pieces = held.take(opens)
+        pieces.end[:], pieces.last[:] = held.end[last], held.last[last]
+        pieces.need[:], pieces.area[:] = np.maximum.reduceat(held.need, opens), np.add.reduceat(held.area, opens)
+        pieces.before[:] = np.minimum.reduceat(held.before, opens)
+        pair, side_joined = pair[opens], np.minimum.reduceat(side, opens)
+        both = side_joined < np.maximum.reduceat(side, opens)
         # What lies on both ranks has to be divided; then any, long pieces more often.
         weight = (pieces.end - pieces.start).astype(np.float64)
         if rng is not None:
@@ -291,7 +302,7 @@ class Holdings:
         order = np.lexsort((-weight, ~both, pair))
         slot = np.empty(len(opens), dtype=np.int64)
         slot[order] = np.arange(len(opens)) - np.searchsorted(pair[order], pair[order])
-        return _Joined(pieces, pair, np.minimum.reduceat(side, opens), slot)
+        return _Joined(held, pieces, pair, side_joined, slot), others
 
     def _divided(self, joined: _Joined, ranks: IntArray, divisions: Divisions) -> Pieces:
         """What the paired ranks hold afterwards, in no order."""
@@ -299,14 +310,15 @@ class Holdings:
         free = slot < _MOST_FREE
         side = np.where(free, 1 - (divisions.subset[pair] >> np.minimum(slot, _MOST_FREE) & 1), joined.side)
         is_cut = free & (slot == divisions.cut[pair])
-        whole = pieces._replace(owner=ranks[pair, side]).take(~is_cut)
+        whole = pieces.take(~is_cut)
+        whole.owner[:] = ranks[pair, side][~is_cut]
         cut, pair = pieces.take(is_cut), pair[is_cut]
         rising = cut.first <= cut.last
         at = np.where(rising, cut.start + divisions.tokens[pair], cut.end - divisions.tokens[pair])
         # The sparser end goes to the first rank.
-        low = self._make(cut.component, cut.start, at, ranks[pair, 1 - rising])
-        high = self._make(cut.component, at, cut.end, ranks[pair, rising.astype(np.int64)])
-        return Pieces.concat(whole, low, high)
+        owners = ranks[pair, 1 - rising], ranks[pair, rising.astype(np.int64)]
+        starts, ends = np.concatenate([cut.start, at]), np.concatenate([at, cut.end])
+        return Pieces.concat(whole, self._make(np.tile(cut.component, 2), starts, ends, np.concatenate(owners)))
 
 
 class _Sharing(NamedTuple):
@@ -326,13 +338,13 @@ class _Sharing(NamedTuple):
 
     @classmethod
     def of(cls, state: Holdings) -> _Sharing:
-        component, owner, needs = _needs(state.pieces, state.cp_size)
+        component, owner, needs = _needs(state.pieces)
         by_component = np.lexsort((owner, component))
         component, owner, needs = component[by_component], owner[by_component], needs[by_component]
-        stride = int(state.components[-1]) + 1
+        stride = state.total_seqlen + 1
         levels = np.sort(component * stride + needs)
         below = np.append(0, np.cumsum(levels % stride))
-        first = np.searchsorted(levels, np.arange(len(state.components)) * stride)
+        first = np.searchsorted(levels, np.arange(len(state.low) + 1) * stride)
         return cls(component * state.cp_size + owner, needs, levels, below, first, stride, state.cp_size)
 
     def sent(self, pieces: Pieces, but: IntArray) -> IntArray:
@@ -352,7 +364,7 @@ class _Sharing(NamedTuple):
         return result
 
 
-def _needs(pieces: Pieces, cp_size: int) -> tuple[IntArray, IntArray, IntArray]:
+def _needs(pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:
     """Component, rank and keys needed, for each component that a rank holds some of; by rank, then component."""
     stride = int(pieces.component.max(initial=0)) + 1
     key = pieces.owner * stride + pieces.component

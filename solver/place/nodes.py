@@ -19,15 +19,13 @@ import numpy as np
 
 from ..placement import Placement, place_contiguous
 from ..slices import SliceTable
-from .balance import AREA_LIMIT, place_balanced
+from .balance import AREA_LIMIT, AREA_LIMIT_ONE_COMPONENT, UNIT_MS, place_balanced
 from .density import DensityProfile
 from .measure import rank_areas
 from .queues import place_by_density
 
 # Dense and sparse runs of each rank.
 _RUNS = (1, 2, 4)
-# Left of the area limit for what is uneven inside nodes.
-_INSIDE = 0.003
 
 
 def place_on_nodes(
@@ -38,6 +36,7 @@ def place_on_nodes(
     chunk_size: int,
     ranks_per_node: int | None,
     search_effort: int = 0,
+    row_ms: float = UNIT_MS,
 ) -> Iterator[Placement]:
     """Placements for self-attention on nodes of `ranks_per_node` ranks, those of the fewest runs first.
 
@@ -45,7 +44,7 @@ def place_on_nodes(
         table: disjoint canonical slices, indices in [0, total_seqlen).
         ranks_per_node: None, 1, or one that does not divide cp_size into several nodes: there is no placement.
         chunk_size: token counts of any two ranks differ by at most this. With less than 3 there is none.
-        search_effort: of the placement over nodes, as in `place_balanced`.
+        search_effort, row_ms: of the placement over nodes, as in `place_balanced`.
 
     Yields:
         Placements whose largest area is at most about AREA_LIMIT times the mean.
@@ -62,7 +61,9 @@ def place_on_nodes(
         # A rank's tokens are off the mean of its node by its number of runs at most.
         chunk_size=ranks_per_node * (chunk_size - 2 * runs[-1]),
         search_effort=search_effort,
-        area_limit=AREA_LIMIT - _INSIDE,
+        row_ms=row_ms,
+        # Inside, a node's share can be cut anywhere.
+        area_limit=AREA_LIMIT / AREA_LIMIT_ONE_COMPONENT,
     )
     profile = DensityProfile.from_table(table, total_seqlen).cut(nodes.starts)
 

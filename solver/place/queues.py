@@ -107,9 +107,7 @@ def _mix(heavy: _Queue, light: _Queue, tokens: int, target: float) -> tuple[int,
     return count, area(count)
 
 
-def place_in_levels(
-    profile: DensityProfile, *, total_seqlen: int, cp_size: int, chunk_size: int
-) -> Placement:
+def place_in_levels(profile: DensityProfile, *, total_seqlen: int, cp_size: int, chunk_size: int) -> Placement:
     """Each rank takes its share of every level of the mask, in step: for prefix trees.
 
     Levels are groups of pieces of similar density: a tree's root, its branches, its leaves. They are

@@ -14,7 +14,7 @@ from cpattn.solver.place.balance import AREA_LIMIT, kv_rows_received, place_bala
 from cpattn.solver.place.components import TokenPool, find_components, join_small
 from cpattn.solver.place.density import DensityProfile, last_within
 from cpattn.solver.place.even import even_out
-from cpattn.solver.place.peel import PeelOptions, place_peeled
+from cpattn.solver.place.peel import place_peeled
 from cpattn.solver.place.queues import place_by_density, place_in_levels
 
 
@@ -236,7 +236,7 @@ def test_search_is_never_worse_than_none():
             table,
             place_balanced(table, total_seqlen=1 << 17, cp_size=16, chunk_size=512, search_effort=effort),
         ).sum()
-        for effort in (0, 1, 20)
+        for effort in (0, 1, 4)
     ]
     assert rows[0] >= rows[1]
     assert rows[0] > rows[2]
@@ -328,29 +328,39 @@ def test_thousands_of_tiny_documents_stay_whole_and_even():
     assert kv_rows_received(table, placement).sum() <= 0.02 * seqlen
 
 
-def test_ranks_of_tops_alone_save_rows():
-    """Middling documents in pairs without their bottoms: fewer rows over a few seeds than as fillers."""
-    seqlen, rows = 1 << 20, []
-    for options in (PeelOptions(tops_spend=0.4), PeelOptions(tops_spend=0.0)):
-        total = 0
-        for seed in range(4):
-            table = documents(lognormal_lengths(seqlen, seed))
-            pool = TokenPool(DensityProfile.from_table(table, seqlen), *find_components(table, seqlen))
-            size = {"cp_size": 64, "chunk_size": 1024, "area_slack": 0.019}
-            total += kv_rows_received(table, place_peeled(pool, **size, options=options)).sum()
-        rows.append(total)
-    assert rows[0] < 0.995 * rows[1]
+@pytest.mark.parametrize("causal", [True, False])
+def test_peeling_alone_is_even_and_saves_rows(causal):
+    """Long documents on many ranks, before anything is divided anew: even tokens, far fewer rows than in order."""
+    table, seqlen, cp_size = documents(lognormal_lengths(1 << 18, 2), causal=causal), 1 << 18, 64
+    pool = TokenPool(DensityProfile.from_table(table, seqlen), *find_components(table, seqlen))
+    placement = place_peeled(pool, cp_size=cp_size, chunk_size=256, area_slack=0.019, lean=0.8)
+    assert np.ptp(placement.num_tokens) <= 256
+    areas = rank_areas(table, placement)
+    assert np.sort(areas)[-4] <= AREA_LIMIT * areas.mean()  # the last ranks take what nobody wanted
+    chunks = np.arange(256, seqlen + 1, 256)
+    spread = Placement.from_runs(chunks, np.arange(len(chunks)) % cp_size, cp_size=cp_size)
+    assert kv_rows_received(table, placement).sum() < 0.5 * kv_rows_received(table, spread).sum()
 
 
-def test_full_documents_are_not_cut_for_their_bottoms():
-    """A part of a full document needs all of it, so no rank is filled with tops alone."""
-    table = documents(lognormal_lengths(1 << 18, 2), causal=False)
-    owners = []
-    for spend in (0.0, 0.7):
-        pool = TokenPool(DensityProfile.from_table(table, 1 << 18), *find_components(table, 1 << 18))
-        size = {"cp_size": 16, "chunk_size": 1024, "area_slack": 0.019}
-        owners.append(place_peeled(pool, **size, options=PeelOptions(tops_spend=spend)).owners)
-    np.testing.assert_array_equal(owners[0], owners[1])
+def test_search_takes_what_it_may_save():
+    """A row that costs nothing is not searched for, and a long search finds fewer than none."""
+    table = documents(lognormal_lengths(1 << 17, 1))
+    size = {"total_seqlen": 1 << 17, "cp_size": 16, "chunk_size": 512}
+    rows = [
+        kv_rows_received(table, place_balanced(table, **size, **how)).sum()
+        for how in ({"row_ms": 0.0}, {"row_ms": 1.0}, {"search_effort": 1})
+    ]
+    assert rows[0] > rows[1] == rows[2]
+
+
+def test_a_rank_does_not_take_all_leftovers():
+    """One and a half documents for each rank: none of them is to gather the pieces that nobody wanted."""
+    lengths = np.full(48, 1024)
+    table = documents(lengths)
+    placement = place_balanced(table, total_seqlen=48 * 1024, cp_size=32, chunk_size=96)
+    rows, areas = kv_rows_received(table, placement), rank_areas(table, placement)
+    assert areas.max() <= AREA_LIMIT * areas.mean()
+    assert rows.max() <= 2048
 
 
 def fewest_rows(dense, cp_size, limit):

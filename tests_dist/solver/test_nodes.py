@@ -105,7 +105,8 @@ def test_the_fastest_placement_is_taken(name: str, simulated: bool, monkeypatch:
     table = lower_mask(MASKS[name])
     flat, two = plans(table)
     options = {"cp_size": RANKS, "chunk_size": 512, "ranks_per_node": PER_NODE}
-    candidates = list(place_on_nodes(table, total_seqlen=TOTAL, **options))
+    row_ms = dispatch.row_ms(DEFAULT_COSTS, DEFAULT_HARDWARE, PER_NODE)
+    candidates = list(place_on_nodes(table, total_seqlen=TOTAL, **options, row_ms=row_ms))
     if name == "window":  # one component: the placement for one level takes part
         candidates.append(flat.q_placement)
     seconds = []

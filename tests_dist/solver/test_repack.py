@@ -7,12 +7,19 @@ import pytest
 from hypothesis import given
 
 from cpattn.launch.benchmarks.workloads import document_lengths
-from cpattn.solver import UNBOUNDED, Placement, SliceTable, make_dispatch_plan
+from cpattn.solver import (
+    UNBOUNDED,
+    Placement,
+    SliceTable,
+    make_dispatch_plan,
+    place_contiguous,
+    place_zigzag,
+)
 from cpattn.solver.place.balance import kv_rows_received, place_balanced, rank_areas
 from cpattn.solver.place.components import find_components
 from cpattn.solver.place.density import DensityProfile
 from cpattn.solver.place.divide import Allowed, Pool, best_divisions
-from cpattn.solver.place.improve import relieve_senders, repack
+from cpattn.solver.place.improve import Holdings, relieve_heaviest, relieve_senders, repack
 from cpattn.solver.place.measure import kv_rows_sent
 from tests_dist.solver.test_balance import documents, lognormal_lengths, random_masks
 
@@ -41,7 +48,7 @@ def test_needless_cuts_are_mended(causal: bool) -> None:
     table = documents([100, 100], causal=causal)
     halves = Placement.from_runs(np.array([50, 100, 150, 200]), np.array([0, 1, 1, 0]), cp_size=2)
     allowed = allowed_by(table, halves)
-    mended = repack(halves, *parts(table, halves), allowed, num_rounds=4)
+    mended = repack(Holdings([halves], *parts(table, halves), allowed), num_rounds=4)[0]
     assert kv_rows_received(table, halves).sum() > 0
     assert kv_rows_received(table, mended).sum() == 0
     check_allowed(table, mended, allowed)
@@ -54,9 +61,38 @@ def test_fewer_rows_and_no_less_balance(seed: int, causal: bool, rounds: int) ->
     table = documents(lognormal_lengths(1 << 16, seed), causal=causal)
     before = place_balanced(table, total_seqlen=1 << 16, cp_size=8, chunk_size=512)
     allowed = allowed_by(table, before, 512)
-    after = repack(before, *parts(table, before), allowed, num_rounds=rounds)
+    after = repack(Holdings([before], *parts(table, before), allowed), num_rounds=rounds)[0]
     assert after.total_seqlen == 1 << 16
     assert kv_rows_received(table, after).sum() <= kv_rows_received(table, before).sum()
+    check_allowed(table, after, allowed)
+
+
+def test_drafts_are_divided_side_by_side() -> None:
+    """Each stays a placement of its own, within the bounds of all; the cheapest comes first."""
+    total = 1 << 15
+    table = documents(lognormal_lengths(total, 3, mean=1500))
+    zigzag, contiguous = place_zigzag(total, 8), place_contiguous(total, 8)
+    areas = np.concatenate([rank_areas(table, draft) for draft in (zigzag, contiguous)])
+    allowed = Allowed(total // 8 - 128, total // 8 + 128, float(areas.max()))
+    state = Holdings([zigzag, contiguous, zigzag], *parts(table, zigzag), allowed)
+    found = repack(state, num_rounds=12)
+    rows = [int(kv_rows_received(table, draft).sum()) for draft in found]
+    assert rows[0] == min(rows)
+    assert max(rows) < kv_rows_received(table, zigzag).sum()
+    for draft in found:
+        assert draft.total_seqlen == total
+        check_allowed(table, draft, allowed)
+
+
+def test_heavy_ranks_share_what_they_have_too_much_of() -> None:
+    """Long documents on the last ranks: no other rank alone has room for what one of these has too much of."""
+    lengths = np.array([512] * 24 + [4096] * 3)
+    table, total = documents(lengths), int(lengths.sum())
+    before = place_contiguous(total, 6)
+    limit = 1.05 * float(rank_areas(table, before).mean())
+    allowed = Allowed(total // 6 - 64, total // 6 + 64, limit)
+    after = relieve_heaviest(Holdings([before], *parts(table, before), allowed), num_rounds=24)
+    assert rank_areas(table, before).max() > 1.5 * limit
     check_allowed(table, after, allowed)
 
 
@@ -67,7 +103,7 @@ def test_any_mask_stays_balanced(case: tuple[SliceTable, int]) -> None:
     owners = np.arange(seqlen) % 3
     scattered = Placement.from_runs(np.arange(1, seqlen + 1), owners, cp_size=3)
     allowed = allowed_by(table, scattered)
-    after = repack(scattered, *parts(table, scattered), allowed, num_rounds=6)
+    after = repack(Holdings([scattered], *parts(table, scattered), allowed), num_rounds=6)[0]
     assert after.total_seqlen == seqlen
     check_allowed(table, after, allowed)
 
@@ -82,7 +118,7 @@ def test_the_division_is_the_best_there_is(seed: int) -> None:
     if not kv_rows_received(table, start).any():
         pytest.skip("nothing to mend")
     allowed = allowed_by(table, start, 2)
-    divided = repack(start, *parts(table, start), allowed, num_rounds=20)
+    divided = repack(Holdings([start], *parts(table, start), allowed), num_rounds=20)[0]
     starts = np.cumsum(lengths) - lengths
     best = int(kv_rows_received(table, start).sum())
     for cut in range(4):
@@ -174,9 +210,9 @@ def test_busiest_sender_is_relieved(seed: int) -> None:
     profile, components = parts(table, before)
     # Let the search undo the relief: it counts rows alone.
     allowed = allowed_by(table, before, 256)
-    crowded = repack(before, profile, components, allowed, num_rounds=40)
+    crowded = repack(Holdings([before], profile, components, allowed), num_rounds=40)[0]
     sent, received = kv_rows_sent(table, crowded), kv_rows_received(table, crowded)
-    after = relieve_senders(crowded, profile, components, allowed, num_pairs=40)
+    after = relieve_senders(Holdings([crowded], profile, components, allowed), num_pairs=40)
     check_allowed(table, after, allowed)
     assert kv_rows_sent(table, after).max() < sent.max()
     assert kv_rows_received(table, after).max() <= received.max()
@@ -206,6 +242,6 @@ def test_a_flipped_document_is_cut_at_its_sparse_end() -> None:
     table = SliceTable.from_columns(ends - lengths, ends, ends - lengths, ends, 0, UNBOUNDED)
     before = Placement.from_runs(np.array([30, 60, 80, 100]), np.array([0, 1, 0, 1]), cp_size=2)
     allowed = allowed_by(table, before, 20)
-    after = repack(before, *parts(table, before), allowed, num_rounds=4)
+    after = repack(Holdings([before], *parts(table, before), allowed), num_rounds=4)[0]
     assert kv_rows_received(table, after).sum() <= kv_rows_received(table, before).sum()
     check_allowed(table, after, allowed)
