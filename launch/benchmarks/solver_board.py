@@ -3,10 +3,10 @@
     python -m cpattn.launch.benchmarks.solver_board [--seeds 3] [--out launch/benchmarks/results]
 
 Every plan is made cold in a process of its own: CPU seconds from the mask's spec to every rank's routes, and the
-process's peak memory above what it had after its imports. Plans are searched for with a unit of search effort, unless it
-is said. The rival's numbers are MagiAttention's planner as measured
-on a CPU at 2026-05-28; where there is none (other seeds, other masks) its default dispatch is replayed: chunks in order
-of falling area, each to the rank with the least area that has room.
+process's peak memory above what it had after its imports. Plans are searched for with a unit of search effort, unless
+it is said. The rival's numbers are MagiAttention's planner as measured on a CPU at 2026-05-28; where there is none
+(other seeds, other masks) its default dispatch is replayed: chunks in order of falling area, each to the rank with
+the least area that has room.
 """
 
 from __future__ import annotations
