@@ -176,7 +176,10 @@ def _grads(model: nn.Module) -> dict[str, Tensor]:
 
 def try_type(model_type: str) -> Outcome:
     """Every batch of one type; on all ranks of the default group. Rank 0 has the references and compares."""
-    outcome, wanted = Outcome(model_type, "exact"), {}
+    outcome, model = _load(model_type)
+    if model is None:
+        return outcome
+    wanted: dict[str, Step] = {}
     if dist.get_rank() == 0:
         try:
             eager = _make(model_type, "eager")
@@ -188,7 +191,6 @@ def try_type(model_type: str) -> Outcome:
     if _first_rank_s(outcome.kind == "not built"):
         return outcome
     try:
-        model = _make(model_type, "cpattn")
         for name in ("right", "left") if wanted else ():
             with torch.no_grad():
                 got = model(**{k: v for k, v in batches()[name].items() if k != "labels"}, use_cache=False).logits
@@ -199,6 +201,20 @@ def try_type(model_type: str) -> Outcome:
     if not _first_rank_s(outcome.kind in ("refused", "crash")) and outcome.kind in ("exact", "wrong"):
         _try_sharded(outcome, model, wanted)
     return outcome
+
+
+def _load(model_type: str) -> tuple[Outcome, nn.Module | None]:
+    """The type under cpattn; no model where it is refused, or where transformers cannot build it under eager either."""
+    try:
+        return Outcome(model_type, "exact"), _make(model_type, "cpattn")
+    except Exception as error:
+        reason = _brief(error)
+        kind = "refused" if _is_ours(error) else "crash"
+    try:
+        _make(model_type, "eager")
+    except Exception:
+        kind = "not built"
+    return Outcome(model_type, kind, reason), None
 
 
 def _try_sharded(outcome: Outcome, model: nn.Module, wanted: dict[str, Step]) -> None:
@@ -297,7 +313,7 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send(model_type)
         answers = [self._answer(pipe, start + timeout) for pipe in self._pipes]
-        outcome = max(answers, key=lambda o: KINDS.index(o.kind) if o.kind != "not built" else -1)
+        outcome = max(answers, key=lambda o: KINDS.index(o.kind))  # a type that rank 0 cannot build runs on no rank
         kinds = {o.kind for o in answers}
         if outcome.kind == "crash" or ("refused" in kinds and len(kinds) > 1):
             self.stop()

@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import cpattn
 from cpattn.decoding.sampling import Sampling, choose
@@ -212,12 +215,21 @@ class Wrapped(nn.Module):
         return self.inner(**kwargs)
 
 
+def sharded_by_layer(model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def hugging_face_on_rank(model_type: str, wrap: str | None) -> list[list[int]]:
     from cpattn.nn import ContextParallel
 
     model: Any = hugging_face(model_type, "cpattn").train()
     modes = [m.training for m in model.modules()]
-    called = ContextParallel(model, world()) if wrap == "ContextParallel" else Wrapped(model) if wrap else model
+    called = {None: lambda m: m, "adapter": Wrapped, "DDP": DistributedDataParallel, "FSDP2": sharded_by_layer}.get(
+        wrap, lambda m: ContextParallel(m, world())
+    )(model)
     group = None if wrap == "ContextParallel" else world()
     tokens = cpattn.generate(called, [[5], [6, 7, 8, 9, 6, 7, 8, 11, 12]], max_new_tokens=4, cp_group=group)
     assert [m.training for m in model.modules()] == modes
@@ -226,7 +238,14 @@ def hugging_face_on_rank(model_type: str, wrap: str | None) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("model_type", "wrap"),
-    [("llama", "ContextParallel"), ("mistral", "adapter"), ("deepseek_v3", None), ("gemma4_text", None)],
+    [
+        ("llama", "ContextParallel"),
+        ("llama", "FSDP2"),
+        ("qwen3", "DDP"),
+        ("mistral", "adapter"),
+        ("deepseek_v3", None),
+        ("gemma4_text", None),
+    ],
 )
 def test_architectures_generate_as_eager_does(model_type, wrap):
     """Latent attention, heads that differ by layer, windows, wrappers; dropout off in a model that trains."""
