@@ -339,11 +339,11 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # ---- decoding
     "k1": Mutation(
-        "cpattn/decoding", "<= position[b] - pool.window:", "<= position[b] - pool.window + 1:",
+        "cpattn/decoding", "<= position - self.window:", "<= position - self.window + 1:",
         "a page of the cache dropped one token too early", f"{RANKS}kv_cache.py decoding_equals",
     ),
     "n15": Mutation(
-        "cpattn/decoding", "position_BS > queries_B[:, None] - window", "position_BS >= queries_B[:, None] - window",
+        "cpattn/decoding", "position_BS[:, None] > queries_BM[", "position_BS[:, None] >= queries_BM[",
         "a window of decoding one key too wide", f"{RANKS}kv_cache.py decoding_equals",
     ),
     "n16": Mutation(
