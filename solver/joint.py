@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
-from .dispatch import Layout, check_sizes, keys_schedule
+from .dispatch import Layout, check_sizes, keys_schedule, row_ms
 from .place.balance import place_balanced
 from .place.density import DensityProfile
 from .place.equal import chunk_of_equal, require_divisible
@@ -101,8 +101,9 @@ def make_joint_plans(
     if schedule not in ("auto", "keys"):
         raise ValueError(f"schedule is {schedule!r}: masks that share a placement have 'auto' or 'keys'")
     if layout == "balanced":
+        worth = row_ms(costs, hardware, ranks_per_node)
         placements = list(
-            _placements(masks, weights, total_seqlen, cp_size, chunk_size, search_effort, ranks_per_node)
+            _placements(masks, weights, total_seqlen, cp_size, chunk_size, search_effort, ranks_per_node, worth)
         )
         if equal_shards:
             placements = list(map(share_equally, placements))
@@ -273,15 +274,16 @@ def _placements(
     chunk_size: int,
     search_effort: int,
     ranks_per_node: int | None,
+    worth: float,
 ) -> Iterator[Placement]:
     yield place_contiguous(total_seqlen, cp_size)
     if total_seqlen < 2 * cp_size or cp_size == 1:
         return
     yield place_zigzag(total_seqlen, cp_size)
-    size = {"total_seqlen": total_seqlen, "cp_size": cp_size, "chunk_size": chunk_size}
+    size = {"total_seqlen": total_seqlen, "cp_size": cp_size, "chunk_size": chunk_size, "search_effort": search_effort}
     for mask in masks:
-        yield place_balanced(mask, **size, search_effort=search_effort)
-        yield from place_on_nodes(mask, **size, ranks_per_node=ranks_per_node, search_effort=search_effort)
+        yield place_balanced(mask, **size, row_ms=worth)
+        yield from place_on_nodes(mask, **size, ranks_per_node=ranks_per_node, row_ms=worth)
     profile = weighted_profile(masks, weights, total_seqlen)
     yield place_by_density(profile, total_seqlen=total_seqlen, cp_size=cp_size)
     for pieces in _INTERLEAVED:
