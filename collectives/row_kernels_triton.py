@@ -45,15 +45,106 @@ def merge_kernel(
         part_at = part_out + part * stride_pt + head[:, None] * stride_ph + col[None, :]
         other = tl.load(part_at, mask=inside, other=0.0).to(tl.float32)
         other_lse = tl.load(part_lse + part * stride_mt + head * stride_mh, mask=has_head, other=-_INF)
-        diff = other_lse - lse
-        weight = 1 / (1 + tl.exp(-diff))
-        weight = tl.where(diff != diff, 0.0, weight)[:, None]  # neither has seen a key
-        step = other - out
-        out = tl.where(weight < 0.5, out + weight * step, other - step * (1 - weight))
-        high = tl.maximum(lse, other_lse)
-        lse = tl.where(high == -_INF, high, high + tl.log(1 + tl.exp(-tl.abs(diff))))
+        out, lse = _merged(out, lse, other, other_lse)
     tl.store(out_at, out.to(out_THD.dtype.element_ty), mask=inside)
     tl.store(lse_at, lse, mask=has_head)
+
+
+@triton.jit
+def _merged(out, lse, other, other_lse):
+    """One partial result merged into another, [heads, width] and [heads]."""
+    diff = other_lse - lse
+    weight = 1 / (1 + tl.exp(-diff))
+    weight = tl.where(diff != diff, 0.0, weight)[:, None]  # neither has seen a key
+    step = other - out
+    out = tl.where(weight < 0.5, out + weight * step, other - step * (1 - weight))
+    high = tl.maximum(lse, other_lse)
+    return out, tl.where(high == -_INF, high, high + tl.log(1 + tl.exp(-tl.abs(diff))))
+
+
+@triton.jit
+def _load_of(number, a, b, c, d, at, mask, count: tl.constexpr, other: tl.constexpr):
+    """From that one of up to four buffers, in fp32; the loads of the others are masked off."""
+    number = number + at * 0  # of the shape of the masks
+    value = tl.load(a + at, mask=mask & (number == 0), other=other).to(tl.float32)
+    if count > 1:
+        value = tl.where(number == 1, tl.load(b + at, mask=mask & (number == 1), other=other).to(tl.float32), value)
+    if count > 2:
+        value = tl.where(number == 2, tl.load(c + at, mask=mask & (number == 2), other=other).to(tl.float32), value)
+    if count > 3:
+        value = tl.where(number == 3, tl.load(d + at, mask=mask & (number == 3), other=other).to(tl.float32), value)
+    return value
+
+
+@triton.jit
+def merge_calls_kernel(
+    out_THD, lse_TH, a, b, c, d, a_lse, b_lse, c_lse, d_lse, offsets, order, num_heads, stride_ot, stride_oh, stride_lt,
+    stride_lh, stride_pt, stride_ph, a_rows, b_rows, c_rows, d_rows, dim: tl.constexpr, width: tl.constexpr,
+    heads: tl.constexpr, count: tl.constexpr, fresh: tl.constexpr,
+):  # fmt: skip
+    """Merge into a row what up to four calls of a kernel have for it, in their order; if fresh, store it."""
+    row = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
+    head, col = tl.arange(0, heads), tl.arange(0, width)
+    has_head = head < num_heads
+    inside = has_head[:, None] & (col < dim)[None, :]
+    out_at = out_THD + row * stride_ot + head[:, None] * stride_oh + col[None, :]
+    lse_at = lse_TH + row * stride_lt + head * stride_lh
+    touched = has_head
+    out, lse = tl.zeros([heads, width], tl.float32), tl.zeros([heads], tl.float32) - _INF
+    if not fresh:
+        touched = has_head & (tl.zeros([heads], tl.int32) + last > first)
+        out = tl.load(out_at, mask=inside & touched[:, None], other=0.0).to(tl.float32)
+        lse = tl.load(lse_at, mask=touched, other=-_INF)
+    for nth in range(first, last):
+        entry = tl.load(order + nth)
+        number, part = entry & 3, (entry >> 2).to(tl.int64)
+        at = part * stride_pt + head[:, None] * stride_ph + col[None, :]
+        other = _load_of(number, a, b, c, d, at, inside, count, 0.0)
+        rows = tl.where(number == 0, a_rows, tl.where(number == 1, b_rows, tl.where(number == 2, c_rows, d_rows)))
+        lse_of = head.to(tl.int64) * rows + part
+        other_lse = _load_of(number, a_lse, b_lse, c_lse, d_lse, lse_of, has_head, count, -_INF)
+        out, lse = _merged(out, lse, other, other_lse)
+    tl.store(out_at, out.to(out_THD.dtype.element_ty), mask=inside & touched[:, None])
+    tl.store(lse_at, lse, mask=touched)
+
+
+@triton.jit
+def _sum_calls(
+    into, a, b, c, d, offsets, order, row, start, stride, cols, inner, stride_pt, stride_ph, count: tl.constexpr,
+    fresh: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
+    col = start * block + tl.arange(0, block)
+    inside = col < cols
+    total = tl.zeros([block], tl.float32)
+    if not fresh:
+        inside = inside & (tl.zeros([block], tl.int32) + last > first)
+        total = tl.load(into + row * stride + col, mask=inside, other=0.0).to(tl.float32)
+    for nth in range(first, last):
+        entry = tl.load(order + nth)
+        at = (entry >> 2).to(tl.int64) * stride_pt + (col // inner) * stride_ph + col % inner
+        total += _load_of(entry & 3, a, b, c, d, at, inside, count, 0.0)
+    tl.store(into + row * stride + col, total.to(into.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_calls_kernel(
+    dq, dk, dv, qa, qb, qc, qd, ka, kb, kc, kd, va, vb, vc, vd, q_offsets, q_order, k_offsets, k_order, num_queries,
+    q_stride, q_cols, q_inner, q_pt, q_ph, k_stride, k_cols, k_inner, k_pt, k_ph, v_stride, v_cols, v_inner, v_pt, v_ph,
+    count: tl.constexpr, fresh_q: tl.constexpr, fresh_k: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Add to a row of dq, or of dk and dv, what up to four calls of a kernel have for it; if fresh, store it."""
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if row < num_queries:
+        _sum_calls(dq, qa, qb, qc, qd, q_offsets, q_order, row, start, q_stride, q_cols, q_inner, q_pt, q_ph, count,
+                   fresh_q, block)  # fmt: skip
+    else:
+        row -= num_queries
+        _sum_calls(dk, ka, kb, kc, kd, k_offsets, k_order, row, start, k_stride, k_cols, k_inner, k_pt, k_ph, count,
+                   fresh_k, block)  # fmt: skip
+        _sum_calls(dv, va, vb, vc, vd, k_offsets, k_order, row, start, v_stride, v_cols, v_inner, v_pt, v_ph, count,
+                   fresh_k, block)  # fmt: skip
 
 
 @triton.jit

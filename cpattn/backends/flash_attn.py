@@ -275,6 +275,7 @@ class FlashAttnBackend:
     generation: int
     device_type: str = "cuda"
     name: str = "flash_attn"
+    stores_first: bool = True
 
     @property
     def kernel(self) -> str:
@@ -307,7 +308,7 @@ class FlashAttnBackend:
     def prepare(
         self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
     ) -> VarlenWork:
-        return plan_varlen(slices, device)
+        return plan_varlen(slices, device, num_queries, num_keys)
 
     def writes_once(self, work: VarlenWork) -> bool:
         return varlen_writes_once(work)
@@ -316,13 +317,21 @@ class FlashAttnBackend:
         self, queries: Attending, keys: KeyRows, work: VarlenWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
         head_dim = kernel_head_dim(*keys)
-        run_varlen_forward(self._kernel(), queries, keys, work.forward, scoring, fresh=fresh, head_dim=head_dim)
+        run_varlen_forward(self._kernel(), queries, keys, work, scoring, fresh=fresh, head_dim=head_dim)
 
     def backward(
-        self, queries: Returning, keys: KeyRows, work: VarlenWork, scoring: Scoring, dkeys: KeyRows
+        self,
+        queries: Returning,
+        keys: KeyRows,
+        work: VarlenWork,
+        scoring: Scoring,
+        dkeys: KeyRows,
+        *,
+        fresh_dq: bool = False,
+        fresh_dkv: bool = False,
     ) -> None:
-        head_dim = kernel_head_dim(*keys)
-        run_varlen_backward(self._kernel(), queries, keys, work.backward, scoring, dkeys, head_dim=head_dim)
+        options: dict[str, Any] = {"fresh": (fresh_dq, fresh_dkv), "head_dim": kernel_head_dim(*keys)}
+        run_varlen_backward(self._kernel(), queries, keys, work, scoring, dkeys, **options)
 
     def _kernel(self) -> VarlenKernel:
         what = _GENERATIONS[self.generation]

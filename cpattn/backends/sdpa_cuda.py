@@ -35,7 +35,7 @@ from .base import (
     refuse_dtype,
 )
 from .rows import add_rows, first_writers, merge_rows
-from .varlen import VarlenCall, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
+from .varlen import VarlenCall, VarlenWork, clear, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
 
 # custom_mask_type of the efficient kernels.
 _NO_MASK, _CAUSAL_BOTTOM_RIGHT = 0, 2
@@ -129,6 +129,7 @@ class CudaSdpaBackend:
     ops: Any = field(default_factory=lambda: torch.ops.aten)
     name: str = "sdpa"
     kernel: str = "torch's FlashAttention 2 (fp16, bf16) or efficient attention (fp32)"
+    stores_first: bool = True
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.device_type != self.device_type:
@@ -141,7 +142,7 @@ class CudaSdpaBackend:
         return refuse_dtype(problem, (*HALF_DTYPES, torch.float32))
 
     def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
-        return _Work(slices, plan_varlen(slices, device))
+        return _Work(slices, plan_varlen(slices, device, num_queries, num_keys))
 
     def writes_once(self, work: _Work) -> bool:
         # What it is for is an out in the dtype of q: in fp32 that is the accumulator's own, so only the calls of
@@ -154,8 +155,10 @@ class CudaSdpaBackend:
         (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE), scale = queries, keys, scoring.scale
         if q_QND.dtype in HALF_DTYPES:
             kernel, head_dim = AtenFlashKernel(self.ops), kernel_head_dim(*keys)
-            run_varlen_forward(kernel, queries, keys, work.flash.forward, scoring, fresh=fresh, head_dim=head_dim)
+            run_varlen_forward(kernel, queries, keys, work.flash, scoring, fresh=fresh, head_dim=head_dim)
             return
+        if fresh:
+            clear(queries)
         head_dim_v = v_KGE.shape[-1]
         q, k, v = _ungrouped(q_QND, k_KGD, v_KGE)
         for piece in work.pieces:
@@ -171,13 +174,24 @@ class CudaSdpaBackend:
             )
 
     def backward(
-        self, queries: Returning, keys: KeyRows, work: _Work, scoring: Scoring, dkeys: KeyRows
+        self,
+        queries: Returning,
+        keys: KeyRows,
+        work: _Work,
+        scoring: Scoring,
+        dkeys: KeyRows,
+        *,
+        fresh_dq: bool = False,
+        fresh_dkv: bool = False,
     ) -> None:
         (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         if q_QND.dtype in HALF_DTYPES:
-            kernel, head_dim = AtenFlashKernel(self.ops), kernel_head_dim(*keys)
-            run_varlen_backward(kernel, queries, keys, work.flash.backward, scoring, dkeys, head_dim=head_dim)
+            options: dict[str, Any] = {"fresh": (fresh_dq, fresh_dkv), "head_dim": kernel_head_dim(*keys)}
+            run_varlen_backward(AtenFlashKernel(self.ops), queries, keys, work.flash, scoring, dkeys, **options)
             return
+        for total, first in ((dq_QND, fresh_dq), (dk_KGD, fresh_dkv), (dv_KGE, fresh_dkv)):
+            if first:
+                total.zero_()
         d, e, groups = k_KGD.shape[-1], v_KGE.shape[-1], q_QND.shape[1] // k_KGD.shape[1]
         q, k, v = _ungrouped(q_QND, k_KGD, v_KGE)
         dout, out = (pad_head_dim(t.to(q.dtype), q.shape[-1]) for t in (dout_QNE, out_QNE))

@@ -10,6 +10,7 @@ Shape legend as in `base.py`; T packed query rows, S packed key rows, B sequence
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.collectives import put_on
-from cpattn.solver import SliceTable, window_params
+from cpattn.collectives import put_on, row_kernels
+from cpattn.collectives.call_kernels import MOST_CALLS, CallRows, merge_calls, sum_calls
+from cpattn.solver import SliceTable, expand_counts, window_params
 from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
-from .base import Attending, KeyRows, Returning, Scoring, pad_head_dim
+from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, pad_head_dim
 from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_rows
 
 # Runs of slices with fewer rows than this are gathered with others of their window: a launch costs
@@ -67,11 +69,24 @@ class VarlenCall:
         return max(self.max_seqlen_q, self.max_seqlen_k)
 
 
+class VarlenBatch(NamedTuple):
+    """Calls whose results are taken in by one launch, and the rows that these belong to; k_rows: in backward."""
+
+    calls: tuple[VarlenCall, ...]
+    q_rows: CallRows
+    k_rows: CallRows
+
+
 class VarlenWork(NamedTuple):
-    """The calls of forward and those of backward."""
+    """The calls of forward and those of backward.
+
+    merged, summed: the same in batches, where the results of several calls are taken in by one launch; else nothing.
+    """
 
     forward: tuple[VarlenCall, ...]
     backward: tuple[VarlenCall, ...]
+    merged: tuple[VarlenBatch, ...] = ()
+    summed: tuple[VarlenBatch, ...] = ()
 
 
 class VarlenKernel(Protocol):
@@ -94,8 +109,10 @@ class VarlenKernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def plan_varlen(slices: SliceTable, device: torch.device) -> VarlenWork:
-    """The calls that compute a canonical slice table."""
+def plan_varlen(
+    slices: SliceTable, device: torch.device, num_queries: int | None = None, num_keys: int | None = None
+) -> VarlenWork:
+    """The calls that compute a canonical slice table over buffers of so many rows (None: as many as it needs)."""
     groups = group_windows(slices) if len(_windows(slices)) <= MAX_TRIED_WINDOWS else []
     if len(slices) and not 0 < len(groups) <= MAX_WINDOWS:
         groups = group_windows(square_pieces(slices).table)
@@ -104,7 +121,38 @@ def plan_varlen(slices: SliceTable, device: torch.device) -> VarlenWork:
     flags = first_writers([r.slices for r in rounds])
     forward = tuple(_call(r, device, first) for r, first in zip(rounds, flags, strict=True))
     backward = tuple(_call(run, device, False) for run in runs)
-    return VarlenWork(forward, backward)
+    if not row_kernels.serves(device):
+        return VarlenWork(forward, backward)
+    num_queries = int(slices.q1.max(initial=0)) if num_queries is None else num_queries
+    sizes = num_queries, int(slices.k1.max(initial=0)) if num_keys is None else num_keys
+    merged = _batches(forward, [r.slices for r in rounds], sizes, device)
+    return VarlenWork(forward, backward, merged, _batches(backward, [r.slices for r in runs], sizes, device))
+
+
+def _batches(
+    calls: tuple[VarlenCall, ...], tables: list[SliceTable], sizes: tuple[int, int], device: torch.device
+) -> tuple[VarlenBatch, ...]:
+    """Calls that follow on each other: at most four, with results for at most twice the rows there are."""
+    ends, rows = [0], 0
+    for number, table in enumerate(tables):
+        rows += int((table.q1 - table.q0).sum())
+        if number > ends[-1] and (number - ends[-1] == MOST_CALLS or rows > 2 * sizes[0]):
+            ends.append(number)
+            rows = int((table.q1 - table.q0).sum())
+    ends.append(len(tables))
+    batches = []
+    for first, last in itertools.pairwise(ends):
+        some = tables[first:last]
+        q_rows = CallRows.of(sizes[0], [_index(t.q0, t.q1) for t in some], device)
+        k_rows = CallRows.of(sizes[1], [_index(t.k0, t.k1) for t in some], device)
+        batches.append(VarlenBatch(calls[first:last], q_rows, k_rows))
+    return tuple(batches)
+
+
+def _index(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The rows of [start, end) ranges, one after the other."""
+    owner, position = expand_counts(ends - starts)
+    return starts[owner] + position
 
 
 class _Run(NamedTuple):
@@ -160,45 +208,90 @@ def run_varlen_forward(
     kernel: VarlenKernel,
     queries: Attending,
     keys: KeyRows,
-    calls: tuple[VarlenCall, ...],
+    work: VarlenWork,
     scoring: Scoring,
     *,
     fresh: bool,
     head_dim: int,
 ) -> None:
-    """All forward calls, merged into the accumulators. head_dim: what the kernel's rows are padded to."""
+    """All forward calls, merged into the accumulators, or if fresh stored. head_dim: what rows are padded to."""
     head_dim_v = keys.v.shape[-1]
     q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
-    for call in calls:
+
+    def run(call: VarlenCall) -> tuple[Tensor, Tensor]:
         rows = (take_rows(q, call.q_rows), take_rows(k, call.k_rows), take_rows(v, call.k_rows))
         out, lse = kernel.forward(*rows, call, scoring)
-        part = out[..., :head_dim_v], lse.T
-        merge_rows(queries.out, queries.lse, call.q_rows, *part, first=fresh and call.first)
+        return out[..., :head_dim_v], lse
+
+    if work.merged and row_kernels.fused(queries.out, queries.lse):
+        for number, batch in enumerate(work.merged):
+            outs, lses = zip(*map(run, batch.calls), strict=True) if batch.calls else ((), ())
+            first = fresh and number == 0
+            if outs or first:
+                merge_calls(queries.out, queries.lse, outs, lses, batch.q_rows, fresh=first)
+        return
+    if fresh:
+        clear(queries)
+    for call in work.forward:
+        out, lse = run(call)
+        merge_rows(queries.out, queries.lse, call.q_rows, out, lse.T, first=fresh and call.first)
+
+
+def clear(queries: Attending) -> None:
+    """As if nothing had been seen."""
+    queries.out.zero_()
+    queries.lse.fill_(-torch.inf)
 
 
 def run_varlen_backward(
     kernel: VarlenKernel,
     queries: Returning,
     keys: KeyRows,
-    calls: tuple[VarlenCall, ...],
+    work: VarlenWork,
     scoring: Scoring,
     dkeys: KeyRows,
     *,
+    fresh: tuple[bool, bool],
     head_dim: int,
 ) -> None:
-    """All backward calls, added to the accumulators."""
+    """All backward calls, added to the accumulators. fresh: whether those of queries, and of keys, are stored."""
     dtype, d, e = queries.q.dtype, keys.k.shape[-1], keys.v.shape[-1]
     q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
     dout, out = (pad_head_dim(t.to(dtype), head_dim) for t in (queries.dout, queries.out))
-    for call in calls:
+
+    def run(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
         dout_, q_, out_, lse_ = (take_rows(t, call.q_rows) for t in (dout, q, out, queries.lse))
         k_, v_ = take_rows(k, call.k_rows), take_rows(v, call.k_rows)
         dq, dk, dv = kernel.backward(dout_, q_, k_, v_, out_, lse_.T.contiguous(), call, scoring)
-        add_rows(queries.dq, call.q_rows, dq[..., :d])
-        add_rows(dkeys.k, call.k_rows, dk[..., :d])
-        add_rows(dkeys.v, call.k_rows, dv[..., :e])
+        return dq[..., :d], dk[..., :d], dv[..., :e]
+
+    into = queries.dq, *dkeys
+    if work.summed and row_kernels.fused(*into):
+        totals = [_wide(t, len(work.summed)) for t in into]
+        for number, batch in enumerate(work.summed):
+            first = [f and number == 0 for f in fresh]
+            parts = [run(call) for call in batch.calls]
+            if parts or any(first):
+                sum_calls(totals, parts, batch.q_rows, batch.k_rows, fresh_q=first[0], fresh_k=first[1])
+    else:
+        totals = [_wide(t, len(work.backward)) for t in into]
+        for total, first in zip(totals, (fresh[0], fresh[1], fresh[1]), strict=True):
+            if first:
+                total.zero_()
+        for call in work.backward:
+            for total, rows, part in zip(totals, (call.q_rows, call.k_rows, call.k_rows), run(call), strict=True):
+                add_rows(total, rows, part)
+    for total, target in zip(totals, into, strict=True):
+        if total is not target:
+            target.copy_(total)
+
+
+def _wide(target: Tensor, num_sums: int) -> Tensor:
+    """Where to add up what goes into a target that may be of half precision (only where it is stored, not added to)."""
+    half = target.dtype in HALF_DTYPES and num_sums > 1
+    return torch.empty(target.shape, dtype=torch.float32, device=target.device) if half else target
 
 
 def writes_once(work: VarlenWork) -> bool:
     """Whether forward writes each query row once at most."""
-    return all(call.first for call in work.forward)
+    return len(work.merged) == 1 or all(call.first for call in work.forward)

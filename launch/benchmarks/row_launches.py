@@ -99,6 +99,12 @@ def _traffic(name: str, args: Any, result: Any) -> int:
         into, parts, rows = (args[0], args[1], args[2]) if name == "add_rows" else (args[:2], args[2:4], args[4])
         written = sum(_size(t[0]) * (len(tree_leaves(parts)[0]) if rows is None else len(rows)) for t in into)
         return _size(parts) + 2 * written
+    if name == "merge_calls":
+        return _calls_traffic(args[:2], tree_leaves(args[2:4]), args[5], args[6])
+    if name == "sum_calls":
+        into, parts, _, q_order, _, k_order, fresh_q, fresh_k = args
+        queries = _calls_traffic(into[:1], parts[::3], q_order, fresh_q)
+        return queries + _calls_traffic(into[1:], [*parts[1::3], *parts[2::3]], k_order, fresh_k)
     if name == "index_select":
         return 2 * _size(result)
     if name in ("index_copy_", "index_add_"):
@@ -106,6 +112,16 @@ def _traffic(name: str, args: Any, result: Any) -> int:
     if name.startswith(_ONLY_WRITES):
         return _size(args[1:]) + _size(result)
     return _size(args) + _size(result)
+
+
+def _calls_traffic(into: Any, parts: list[Tensor], order: Tensor, fresh: bool) -> int:
+    """Of results of calls that are taken in: read once; all rows stored, or those that get any read and written.
+
+    How many get any is not known without data: no more than there are rows, nor than there are results.
+    """
+    rows = len(into[0])
+    touched = rows if fresh else min(rows, len(order))
+    return _size(parts) + (1 if fresh else 2) * touched * sum(_size(t[:1]) for t in into)
 
 
 def count_plan(plan: BoundPlan) -> tuple[Count, Count]:
@@ -146,7 +162,7 @@ def count_case(case: str) -> list[Row]:
     spec = mask(RANKS * tokens)
     ready = make_plan(spec, cp_size=RANKS, num_heads_q=HEADS, num_heads_kv=KV_HEADS, head_dim=HEAD_DIM)
     ways: list[tuple[str, Backend, bool]] = [
-        ("FlashAttention 2, torch's rows", CudaSdpaBackend(device_type="cpu"), False),
+        ("FlashAttention 2, torch's rows", CudaSdpaBackend(device_type="cpu", stores_first=False), False),
         ("FlashAttention 2, row kernels", CudaSdpaBackend(device_type="cpu"), True),
         ("triton, row kernels", _PackedTiles(), True),
     ]

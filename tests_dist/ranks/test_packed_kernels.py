@@ -1,0 +1,48 @@
+"""Runtime layer: a packed kernel (the fake of FlashAttention 2 in torch) on ranks, with row operators of both kinds."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from cpattn import backends
+from cpattn.backends.sdpa_cuda import CudaSdpaBackend
+from cpattn.collectives import row_kernels
+from tests_dist.support.fakes.flash import FakeAten
+from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.interpreter import needs_interpreter, quicken
+from tests_dist.support.masks import MASKS
+from tests_dist.support.oracle import Results, assert_as_exact_as_sdpa, make_inputs
+from tests_dist.support.rank_cases import run_attention
+
+
+def on_rank(mask: str, options: dict[str, Any], fused: bool) -> Results:
+    """The kernel stores what comes first, so accumulators hold anything before."""
+    saved = list(backends._backends)
+    backends._backends[:] = [CudaSdpaBackend("cpu", FakeAten())]
+    if fused:
+        quicken()
+    inputs = make_inputs(MASKS[mask], heads=(4, 2), dtype=torch.bfloat16)
+    try:
+        with row_kernels.also_on("cpu") if fused else nullcontext():
+            return run_attention(MASKS[mask], inputs, key_options={"chunk_size": 8, "backend": "sdpa", **options})
+    finally:
+        backends._backends[:] = saved
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_interpreter)])
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        ("holes", {"schedule": "tiles"}),
+        ("varlen", {"schedule": "keys", "num_stages": 2, "grad_wire": "bf16"}),
+        ("causal", {"schedule": "keys", "num_stages": 3, "ranks_per_node": 2}),
+    ],
+)
+def test_as_exact_as_plain_attention(mask: str, options: dict[str, Any], fused: bool) -> None:
+    inputs = make_inputs(MASKS[mask], heads=(4, 2), dtype=torch.bfloat16)
+    for results in run_on_ranks(4, on_rank, mask, options, fused):
+        assert_as_exact_as_sdpa(results, MASKS[mask], inputs, f"{mask} {options} {fused}")
