@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,13 +31,13 @@ class CallRows(NamedTuple):
     order: Tensor
 
     @classmethod
-    def of(cls, num_rows: int, rows_of_calls: Sequence[np.ndarray], device: torch.device) -> CallRows:
-        """rows_of_calls: for each call the rows that its results belong to, in order; a row may occur again."""
-        rows = np.concatenate([np.zeros(0, np.int64), *rows_of_calls])
-        entries = [4 * np.arange(len(r)) + number for number, r in enumerate(rows_of_calls)]
-        order = np.concatenate([np.zeros(0, np.int64), *entries])[np.argsort(rows, kind="stable")]
-        offsets = np.concatenate([[0], np.bincount(rows, minlength=num_rows).cumsum()])
-        return cls(*(put_on(device, torch.from_numpy(x.astype(np.int32))) for x in (offsets, order)))
+    def of(cls, num_rows: int, rows_of_calls: Sequence[Tensor], device: torch.device) -> CallRows:
+        """rows_of_calls: int64 on the CPU, for each call the rows that its results belong to; a row may occur again."""
+        none = torch.zeros(0, dtype=torch.int64)
+        entries = [MOST_CALLS * torch.arange(len(r)) + number for number, r in enumerate(rows_of_calls)]
+        rows, at = torch.sort(torch.cat([none, *rows_of_calls]), stable=True)
+        offsets = torch.searchsorted(rows, torch.arange(num_rows + 1))
+        return cls(*(put_on(device, x.to(torch.int32)) for x in (offsets, torch.cat([none, *entries])[at])))
 
 
 def merge_calls(

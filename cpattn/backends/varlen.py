@@ -149,10 +149,10 @@ def _batches(
     return tuple(batches)
 
 
-def _index(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _index(starts: np.ndarray, ends: np.ndarray) -> Tensor:
     """The rows of [start, end) ranges, one after the other."""
     owner, position = expand_counts(ends - starts)
-    return starts[owner] + position
+    return torch.from_numpy(starts[owner] + position)
 
 
 class _Run(NamedTuple):

@@ -37,6 +37,10 @@ def results(rows: list[np.ndarray], heads: int, dim: int, seed: int) -> list[tup
     return made
 
 
+def _rows(num_rows: int, rows: list[np.ndarray]) -> CallRows:
+    return CallRows.of(num_rows, [torch.from_numpy(r) for r in rows], CPU)
+
+
 ROWS = [np.arange(2, 9), np.array([8, 0, 3]), np.zeros(0, np.int64), np.array([3])]
 
 
@@ -56,7 +60,7 @@ def test_merges(fresh: bool, count: int, dtype: torch.dtype) -> None:
     if fresh:
         out.fill_(torch.nan), lse.fill_(torch.nan)
     outs, lses = [m[0] for m in made], [m[1] for m in made]
-    merge_calls(out, lse, outs, lses, CallRows.of(num_rows, rows, CPU), fresh=fresh)
+    merge_calls(out, lse, outs, lses, _rows(num_rows, rows), fresh=fresh)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
     # The interpreter cuts digits off where GPUs round.
     loose = {"rtol": 2**-7, "atol": 2**-9} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
@@ -82,7 +86,7 @@ def test_sums(fresh_q: bool, fresh_k: bool) -> None:
     for t, f in zip(into, (fresh_q, fresh_k, fresh_k), strict=True):
         if f:
             t.fill_(torch.nan)
-    sum_calls(into, parts, CallRows.of(11, q_rows, CPU), CallRows.of(6, k_rows, CPU), fresh_q=fresh_q, fresh_k=fresh_k)
+    sum_calls(into, parts, _rows(11, q_rows), _rows(6, k_rows), fresh_q=fresh_q, fresh_k=fresh_k)
     assert all(torch.equal(a, b) for a, b in zip(into, expected, strict=True))
 
 
