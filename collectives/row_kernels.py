@@ -243,7 +243,7 @@ def _launch_decode(received: Tensor, x: Tensor, fmt: str) -> None:
     (num_rows, num_heads, dim), (mantissa, bias) = x.shape, _FP8[fmt]
     decode_kernel[(-(-num_rows * num_heads // _PAIRS),)](
         received, x, num_rows * num_heads, num_heads, *received.stride()[:2],
-        mantissa=mantissa, bias=bias, dim=dim, width=_width(dim), pairs=_PAIRS,
+        mantissa=mantissa, bias=bias, largest=torch.finfo(x.dtype).max, dim=dim, width=_width(dim), pairs=_PAIRS,
     )  # fmt: skip
 
 

@@ -247,7 +247,7 @@ def encode_kernel(
 @triton.jit
 def decode_kernel(
     received, x_THD, num_pairs, num_heads, stride_t, stride_h, mantissa: tl.constexpr, bias: tl.constexpr,
-    dim: tl.constexpr, width: tl.constexpr, pairs: tl.constexpr,
+    largest: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, pairs: tl.constexpr,
 ):  # fmt: skip
     """The rows again; received rows may be views of a packed buffer, x_THD is contiguous."""
     pair = tl.program_id(0).to(tl.int64) * pairs + tl.arange(0, pairs)
@@ -264,4 +264,5 @@ def decode_kernel(
     value = tl.where(size == 0x7F, _NAN, value)
     value = tl.where(code >= 0x80, -value, value)
     value = value * (exponent << 23).to(tl.float32, bitcast=True)[:, None]
+    value = tl.where(value > largest, largest, tl.where(value < -largest, -largest, value))  # NaN stays
     tl.store(x_THD + pair[:, None] * dim + col[None, :], value.to(x_THD.dtype.element_ty), mask=inside)

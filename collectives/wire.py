@@ -54,7 +54,7 @@ class Fp8Rows:
         return tuple(self._encode(x) for x in rows)
 
     def decode(self, received: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """[T, H, D] for each; exact in fp32 and bf16."""
+        """[T, H, D] for each, exact in fp32 and bf16; what would be beyond the largest number of dtype is that."""
         return tuple(self._decode(x, dtype) for x in received)
 
     def _encode(self, x_THD: Tensor) -> Tensor:
@@ -89,7 +89,9 @@ class Fp8Rows:
             return x
         values = received[..., :-1].contiguous().view(_DTYPES[self.fmt]).float()
         scale = (received[..., -1:].to(torch.int32) << _MANTISSA).view(torch.float32)
-        return values.mul_(scale).to(dtype)
+        # What is nearly as large as the dtype's largest value may have been rounded up beyond it; NaN stays.
+        largest = torch.finfo(dtype).max
+        return values.mul_(scale).clamp_(-largest, largest).to(dtype)
 
 
 class DecodedRows(PendingRows):

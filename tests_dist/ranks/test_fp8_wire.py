@@ -76,6 +76,18 @@ def test_scales_have_finite_inverses_that_are_no_subnormals(fmt):
         assert back[6:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_the_largest_numbers_of_a_dtype_stay_numbers(fmt, dtype):
+    """They are rounded to 8 bits, and what that rounds up beyond the dtype is its largest number."""
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([largest, -largest, largest * 0.97, 1.0]).to(dtype).expand(2, 3, 4)
+    codec = Fp8Rows(fmt)
+    (back,) = codec.decode(codec.encode((x,)), dtype)
+    assert back.isfinite().all()
+    torch.testing.assert_close(back[..., :3].double(), x[..., :3].double(), rtol=2**-3, atol=0)
+
+
 def integers(spec: AttnMaskSpec) -> Inputs:
     """Inputs that 8 bits hold exactly."""
     inputs = make_inputs(spec, heads=(4, 2))
