@@ -69,6 +69,7 @@ def process_group(group: Any, flatten: bool = False) -> dist.ProcessGroup | None
 
     Raises:
         ValueError: there is no process group at all, in one of several processes of torchrun: each would train alone.
+            Or this rank is not in the group, or it is something else.
     """
     if group is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -83,6 +84,11 @@ def process_group(group: Any, flatten: bool = False) -> dist.ProcessGroup | None
             group = dist.group.WORLD if whole_world else group._flatten().get_group()
         else:
             group = (group["cp"] if group.ndim > 1 else group).get_group()
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ValueError(
+            f"the group is {group!r}, which this rank is not in: pass a ProcessGroup or a mesh's axis, as mesh['cp'], "
+            f"that contains this rank, or None for one rank"
+        )
     return group if dist.get_world_size(group) > 1 else None
 
 

@@ -170,7 +170,7 @@ class AttnKey:
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}: the key expects {shape} (rows of rank "
-                    f"{self.cp_rank}, heads, head dim); did you dispatch with this key?"
+                    f"{self.cp_rank}, heads, head dim); {_guess(tensor, shape)}?"
                 )
 
     @cached_property
@@ -407,3 +407,12 @@ def _numbered(device: torch.device) -> torch.device:
 
 def _device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _guess(tensor: Tensor, expected: tuple[int, ...]) -> str:
+    """What is most likely wrong with a tensor of another shape, as the beginning of a question."""
+    if tensor.ndim == len(expected) + 1:
+        return "rows are packed, so is a batch dimension to be flattened, [B, T, heads, dim] to [B T, heads, dim]"
+    if tuple(tensor.shape) == (expected[1], expected[0], expected[2]):
+        return "do heads come first, so that transpose(0, 1) is missing"
+    return "did you dispatch with this key"

@@ -294,9 +294,18 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, dkept: None, dcall: N
     return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "attention has no second derivative: call backward or autograd.grad without create_graph=True through it"
+    )
+
+
 _attention_forward = exchanging_op("cpattn::attention_forward", _run_attention_forward, _fake_attention_forward)
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
-exchanging_op("cpattn::attention_backward", _run_attention_backward, _fake_attention_backward)
+_attention_backward = exchanging_op(
+    "cpattn::attention_backward", _run_attention_backward, _fake_attention_backward
+)
+_attention_backward.register_autograd(_no_second_derivative)
 
 
 def _dense_last_dim(x: Tensor) -> Tensor:

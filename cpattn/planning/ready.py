@@ -43,7 +43,7 @@ class LayerPlan(NamedTuple):
     plan: Plan
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ReadyPlan:
     """Plans with what they were made for, so that `make_key` can tell whether they fit.
 
@@ -54,6 +54,14 @@ class ReadyPlan:
     heads: Heads
     options: PlanOptions
     wire: str | None
+
+    def __repr__(self) -> str:
+        q, k = self.plan.q_placement.total_seqlen, self.plan.k_placement.total_seqlen
+        masks = f", {len(self.layer_plans)} masks" if len(self.layer_plans) > 1 else ""
+        return (
+            f"<ReadyPlan of {q} x {k} tokens on {self.plan.cp_size} ranks{masks}, heads {self.heads.num_q}:"
+            f"{self.heads.num_kv} of {self.heads.head_dim}>"
+        )
 
     @property
     def plan(self) -> Plan:

@@ -85,6 +85,13 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
     assert any(name.endswith("LICENSE") for name in names)
 
 
+def test_an_index_would_take_the_wheel(wheel: Path) -> None:
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -367,3 +367,43 @@ def agreement_is_by_value() -> None:
 
 def test_agreement_is_by_value():
     run_on_ranks(2, agreement_is_by_value, timeout=30)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a newcomer does; on one rank.
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((1, 64, 4, 8), "rows are packed, so is a batch dimension to be flattened"),
+        ((4, 64, 8), "do heads come first, so that transpose(0, 1) is missing?"),
+        ((63, 4, 8), "did you dispatch with this key?"),
+    ],
+)
+def test_shapes_of_other_packages_are_named(shape: tuple[int, ...], hint: str) -> None:
+    key = make_key(cp_group="self")
+    _, k, v = local_inputs(key)
+    with refused(hint):
+        cpattn.attention(torch.randn(shape), k, v, key)
+
+
+def test_a_second_derivative_is_refused_by_name() -> None:
+    key = make_key(cp_group="self")
+    q, k, v = (x.requires_grad_() for x in local_inputs(key))
+    (dq,) = torch.autograd.grad(cpattn.attention(q, k, v, key).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention has no second derivative"):
+        dq.sum().backward()
+
+
+def test_a_plan_says_what_it_is_of() -> None:
+    ready = cpattn.make_plan(SPEC, cp_size=3, num_heads_q=4, num_heads_kv=2, head_dim=8)
+    assert repr(ready) == "<ReadyPlan of 64 x 64 tokens on 3 ranks, heads 4:2 of 8>"
+
+
+def test_a_group_that_is_none() -> None:
+    pytest.importorskip("transformers")
+    from cpattn.integrations.hf_batch import process_group
+
+    with refused("the group is 'cp', which this rank is not in: pass a ProcessGroup"):
+        process_group("cp")
