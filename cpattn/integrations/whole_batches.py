@@ -13,13 +13,17 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
 
 from .batch_layout import shifted_labels
 from .hf_batch import layout_of, tokens_of
 from .hf_model import base_model
+from .prefix_tree import fold_samples
 from .shard import Shard, ShareRows, active_shard
 from .transformers import ContextParallel, ParallelOutput
 
@@ -32,14 +36,16 @@ class WholeBatches(ContextParallel):
 
     Attributes:
         keep_logits: whether a call with labels returns logits too, gathered; None: where gradients are off.
+        prefix_trees: whether rows that begin alike share their beginning under TRL's fused head.
     """
 
     keep_logits: bool | None = None
     _whole: Callable[..., Any]
 
-    def __init__(self, model: nn.Module, cp_group: Any, **options: Any) -> None:
+    def __init__(self, model: nn.Module, cp_group: Any, *, prefix_trees: bool = False, **options: Any) -> None:
         self.__dict__["_whole"] = model.forward  # before the model is tried
         super().__init__(model, cp_group, **{"grad_reduction": "mean", **options})
+        self.prefix_trees = prefix_trees
 
     def _run(
         self, model: Callable[..., Any], shard: Shard, rows: Tensor | None, keywords: Mapping[str, Any]
@@ -96,12 +102,8 @@ class WholeBatches(ContextParallel):
                 f"{type(self.root).__name__} with TRL's fused head: its router loss would be of this rank's tokens "
                 f"only. Set output_router_logits=False in its config and router_aux_loss_coef=0 in the arguments"
             )
-        shard = self.shard(inputs)
-        with shard.active():
-            out = self._whole(fused_lm_head=True, shift_labels=shard.targets, **shard.inputs)
-        local = {name: value for name, value in out.items() if isinstance(value, Tensor) and value.ndim}
-        dtype = local["log_probs"].dtype
-        together = self.share(torch.stack([value[0].to(dtype) for value in local.values()], -1), shard)
+        folded = self.prefix_trees and not shifted and isinstance(inputs.get("attention_mask"), Tensor)
+        out, local, together = self._scored_tree(inputs) if folded else self._scored(inputs)
         together = together if shifted else together[:, :-1]
         whole = {
             name: together[..., n].bool() if value.dtype == torch.bool else together[..., n]
@@ -110,12 +112,55 @@ class WholeBatches(ContextParallel):
         count = whole["label_mask"].sum().clamp(min=1) if num_items is None else num_items
         return type(out)(loss=-whole["log_probs"].sum() / count, **whole)
 
+    def _scored(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """(the head's output on this rank, its fields by token, these of all ranks stacked, [B, S, fields])."""
+        shard = self.shard(inputs)
+        with shard.active():
+            out = self._whole(fused_lm_head=True, shift_labels=shard.targets, **shard.inputs)
+        local = _by_token(out)
+        return out, local, self.share(_stacked(local), shard)
+
+    def _scored_tree(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """As `_scored`, of rows that share their common beginnings: a place may predict several tokens."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        known = ("input_ids", "attention_mask", "labels")
+        others = [name for name, value in inputs.items() if isinstance(value, Tensor) and name not in known]
+        if others:
+            raise ValueError(f"prefix_trees: rows with {', '.join(others)} cannot share their beginnings; leave it off")
+        tree = fold_samples([row[real] for row, real in zip(ids, mask, strict=True)])
+        places, _, samples = (t.to(ids.device) for t in tree.targets())
+        # The column before each sample's token: where unfolded rows have what predicts it.
+        columns = torch.cat([real.nonzero().flatten()[1:] for real in mask]) - 1
+        shard = self.shard({"input_ids": tree.input_ids.to(ids.device)}, spec=tree.spec)
+        with shard.active():
+            hidden = self.root.base_model(**shard.inputs).last_hidden_state
+        which, rows = shard.local_rows(places)
+        labels = inputs["labels"][samples, columns + 1].where(mask[samples, columns], -100)[which]
+        # One place more, without a label: a rank may have none of these tokens.
+        chosen = hidden[:, torch.cat([rows, rows.new_zeros(1)])]
+        states = BaseModelOutput(last_hidden_state=chosen)
+        with mock.patch.object(self.root.base_model, "forward", return_value=states):
+            out = self._whole(fused_lm_head=True, shift_labels=F.pad(labels, (0, 1), value=-100)[None])
+        local = _by_token(out)
+        pairs: Tensor = ShareRows.apply(_stacked(local)[:-1], which, len(places), self.cp_group, self._share_weight)
+        together = pairs.new_zeros(*ids.shape, pairs.shape[-1]).index_put((samples, columns), pairs)
+        return out, local, together
+
     def next_token_targets(self, batch: Mapping[str, Any]) -> Tensor:
         """[B, S]: what the model is trained on at each place of a batch with labels; -100 where nothing."""
         if batch.get("shift_labels") is not None:
             return batch["shift_labels"]
         layout = layout_of(batch, tokens_of(batch), None, batch.get("cu_seq_lens_q"))
         return shifted_labels(batch["labels"], layout)
+
+
+def _by_token(out: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in out.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _stacked(local: dict[str, Tensor]) -> Tensor:
+    """[L, fields], in the log-probabilities' dtype."""
+    return torch.stack([value[0].to(local["log_probs"].dtype) for value in local.values()], -1)
 
 
 def serve_whole_batches(model: nn.Module, cp_group: Any, **options: Any) -> WholeBatches:
@@ -128,7 +173,8 @@ def serve_whole_batches(model: nn.Module, cp_group: Any, **options: Any) -> Whol
         model: a transformers model, bare or in PEFT's; what it holds is changed in place, and loaded with, or switched
             to, attn_implementation="cpattn". Serve it before DDP or FSDP wrap it, and after TRL added its fused head.
         cp_group: ProcessGroup or DeviceMesh of the ranks that share each batch.
-        options: as for `ContextParallel`.
+        options: as for `ContextParallel`; and prefix_trees=True, with which rows that begin alike (GRPO's groups, DPO's
+            pairs) compute their beginning once under TRL's fused head.
 
     Raises:
         ValueError: the model cannot be sharded, or has prompts that PEFT learns.

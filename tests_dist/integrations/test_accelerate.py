@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,31 @@ def groups_on_rank() -> list[Any]:
         with pytest.raises(ValueError, match="split_batches and dispatch_batches"):
             context_parallel(split, 2)
         return [accelerator.process_index, accelerator.num_processes, dist.get_rank(accelerator.cp_group), batches]
+
+
+def configured_on_rank() -> None:
+    """accelerate itself takes no ParallelismConfig on CPU: what is made of one is looked at alone."""
+    from accelerate import ParallelismConfig
+
+    from cpattn.integrations.accelerate import _join_cp_and_shards, context_parallel
+
+    config = ParallelismConfig(cp_size=2, dp_shard_size=2)
+    accelerator: Any = SimpleNamespace(parallelism_config=config, state=SimpleNamespace(), device=torch.device("cpu"))
+    _join_cp_and_shards(accelerator)
+    joined = accelerator.state.parallelism_config
+    assert (joined.cp_size, joined.dp_shard_size, joined.cp_enabled) == (1, 4, False)
+    assert accelerator.state.device_mesh.mesh_dim_names == ("dp_shard",)
+    accelerator.state.num_processes = 4
+    with pytest.raises(ValueError, match="cp_size is 4 and the ParallelismConfig says 2"):
+        context_parallel(accelerator, 4)
+    accelerator.parallelism_config = ParallelismConfig(tp_size=2, dp_shard_size=2)
+    accelerator.distributed_type = SimpleNamespace(value="FSDP")
+    with pytest.raises(ValueError, match=r"ParallelismConfig\(tp_size=2\): not supported"):
+        context_parallel(accelerator, 2)
+
+
+def test_a_parallelism_configs_size_is_taken_over():
+    run_on_ranks(4, configured_on_rank, timeout=IMPORTS_S)
 
 
 def test_groups_are_processes():

@@ -84,10 +84,12 @@ def compare(model: Any, loss: Tensor, want: Tensor, grads: dict[str, Tensor]) ->
     total = loss.detach().clone()
     dist.all_reduce(total)
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-6)
+    largest = max(float(grad.norm()) for grad in grads.values())
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(grad)
-        error = float((grad - grads[name]).norm() / grads[name].norm().clamp(min=1e-6))
+        # The softmax cancels a bias of keys: what is left of its gradient is rounding.
+        error = float((grad - grads[name]).norm() / grads[name].norm().clamp(min=1e-3 * largest))
         assert error < 2e-5, f"{name} is off by {error}"
 
 

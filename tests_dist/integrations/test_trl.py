@@ -71,10 +71,10 @@ def replicas_of(cp_size: int) -> int:
     return (dist.get_world_size() if dist.is_initialized() else 1) // cp_size
 
 
-def kind_of(trainer: type, cp_size: int) -> type:
+def kind_of(trainer: type, cp_size: int, **options: Any) -> type:
     from cpattn.integrations.trainer import context_parallel
 
-    return context_parallel(trainer, cp_size=cp_size) if cp_size > 1 else trainer
+    return context_parallel(trainer, cp_size=cp_size, **options) if cp_size > 1 else trainer
 
 
 def lora() -> dict[str, Any]:
@@ -127,7 +127,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [len(c.split()) % 5 - 0.1 * (c.count("w1") % 3) for c in completions]
 
 
-def grpo(folder: Path, cp_size: int, sampled: bool, **changes: Any) -> Outcome:
+def grpo(folder: Path, cp_size: int, sampled: bool, trees: bool = False, **changes: Any) -> Outcome:
     from trl import GRPOConfig, GRPOTrainer
 
     class Fixed(GRPOTrainer):
@@ -144,7 +144,8 @@ def grpo(folder: Path, cp_size: int, sampled: bool, **changes: Any) -> Outcome:
         model = make_model("llama", "eager" if cp_size == 1 else "cpattn")
         peft = {} if sampled else lora()  # with an adapter, the reference is the model without it
         data = {"train_dataset": texts(16, 0, "grpo"), "processing_class": tokenizer()}
-        return finished(kind_of(Fixed, cp_size)(model, reward, args, **data, **peft))
+        kind = kind_of(Fixed, cp_size, prefix_trees=True) if trees else kind_of(Fixed, cp_size)
+        return finished(kind(model, reward, args, **data, **peft))
 
 
 CASES = {"sft": sft, "dpo": dpo, "grpo": grpo}
@@ -186,3 +187,9 @@ def test_grpo_equals_one_process(tmp_path, ranks, sampled):
     """Completions sampled, on one replica; and given ones with an adapter and a KL term, on two."""
     pytest.importorskip("peft", reason="adapters are tested with peft (pip install cpattn[trl])")
     same_on(ranks, tmp_path, "grpo", sampled=sampled)
+
+
+def test_grpo_groups_as_prefix_trees(tmp_path):
+    """The prompt of a group is computed once: the same numbers."""
+    pytest.importorskip("peft", reason="adapters are tested with peft (pip install cpattn[trl])")
+    same_on(2, tmp_path, "grpo", sampled=False, trees=True)
