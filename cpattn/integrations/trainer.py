@@ -42,7 +42,7 @@ def context_parallel(trainer: type[TrainerType], cp_size: int | None = None, **o
 
         mixins = (GroupedGeneration, ContextParallelTrainer)
     fields = {"cp_size": cp_size, "cp_options": options, "__module__": trainer.__module__, "__doc__": trainer.__doc__}
-    return type(trainer.__name__, (*mixins, trainer), fields)
+    return type(trainer.__name__, (*mixins, trainer), fields)  # type: ignore[return-value]
 
 
 class ContextParallelTrainer:
