@@ -193,3 +193,43 @@ def test_grpo_groups_as_prefix_trees(tmp_path):
     """The prompt of a group is computed once: the same numbers."""
     pytest.importorskip("peft", reason="adapters are tested with peft (pip install cpattn[trl])")
     same_on(2, tmp_path, "grpo", sampled=False, trees=True)
+
+
+def fused(kind: str, batch: dict[str, torch.Tensor], weights: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+    """TRL's fused head on one process, by itself ("eager"), served, or with rows folded ("trees"); and gradients."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from cpattn.integrations.whole_batches import WholeBatches
+
+    model = make_model("llama", "eager" if kind == "eager" else "cpattn")
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    if kind == "eager":
+        out = model(**batch, fused_lm_head=True)
+    else:
+        parallel = WholeBatches(model, None, check=False, prefix_trees=kind == "trees")
+        out = parallel.run_whole({**batch, "fused_lm_head": True})
+    ((out.log_probs + 0.1 * out.entropy) * weights).sum().backward()
+    return out, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["served", "trees"])
+def test_the_fused_head_of_rows_that_begin_alike(kind):
+    """Groups of two prompts, one completion twice: fields and gradients, entropy's too, at another temperature."""
+    g = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(3, 90, (n,), generator=g) for n in (7, 5))
+    answers = [torch.randint(3, 90, (n,), generator=g) for n in (4, 6, 1, 5)]
+    rows = [(first, answers[0]), (first, answers[1]), (first, answers[2]), (second, answers[3]), (first, answers[0])]
+    ids, mask = torch.zeros(2, len(rows), 13, dtype=torch.long)
+    for row, (prompt, answer) in enumerate(rows):
+        where = slice(7 - len(prompt), 7 + len(answer))
+        ids[row, where], mask[row, where] = torch.cat([prompt, answer]), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :7] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    weights = torch.randn(len(rows), 12, generator=g)
+    (got, grads), (want, wanted) = (fused(name, batch, weights) for name in (kind, "eager"))
+    assert torch.equal(got.label_mask, want.label_mask)
+    for name in ("loss", "log_probs", "entropy"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+    for name, grad in wanted.items():
+        assert float((grads[name] - grad).norm()) < 1e-5 * float(grad.norm()), name
