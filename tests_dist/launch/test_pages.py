@@ -1,7 +1,7 @@
 """The README and docs/ are true: every block of code runs, tables are what their commands print, links lead somewhere.
 
-Python blocks of a page run in page order in one namespace, on one rank and on two; shell blocks in an empty folder.
-What takes long is left to the nightly run. `python -m tests_dist.launch.test_pages` counts blocks and links.
+Python blocks of a page run in page order in one namespace, on two ranks (at night on one too); shell blocks in an empty
+folder. What takes long is left to the nightly run. `python -m tests_dist.launch.test_pages` counts blocks and links.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def with_code(*, nightly: bool) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("cp_size", [1, 2])
+@pytest.mark.parametrize("cp_size", [pytest.param(1, marks=pytest.mark.nightly), 2])
 @pytest.mark.parametrize("page", with_code(nightly=False), ids=page_id)
 def test_python_on_pages_runs(page: Path, cp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their assertions hold too: docs/gradients.md compares DDP's gradients with the summed ones."""
