@@ -275,8 +275,8 @@ def run_varlen_backward(
                 sum_calls(totals, parts, batch.q_rows, batch.k_rows, fresh_q=first[0], fresh_k=first[1])
     else:
         totals = [_wide(t, len(work.backward)) for t in into]
-        for total, first in zip(totals, (fresh[0], fresh[1], fresh[1]), strict=True):
-            if first:
+        for total, stored in zip(totals, (fresh[0], fresh[1], fresh[1]), strict=True):
+            if stored:
                 total.zero_()
         for call in work.backward:
             for total, rows, part in zip(totals, (call.q_rows, call.k_rows, call.k_rows), run(call), strict=True):
