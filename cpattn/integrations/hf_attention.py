@@ -21,6 +21,7 @@ from cpattn.ops.fetch import local_attention
 
 from .hf_latents import sends_latents
 from .hf_masks import terms_of
+from .hf_model import attends_by_itself
 from .rows import RowMask
 from .shard import LayerMask, active_shard
 
@@ -49,6 +50,8 @@ def cpattn_mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | 
     kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
     if args or "dtype" not in kwargs:  # older transformers
         return sdpa_mask(*args, **kwargs)
+    if attends_by_itself(kwargs.get("config")):  # none would be no mask at all
+        return eager_mask(**kwargs)
     return None if sdpa_mask(**kwargs) is None else eager_mask(**kwargs)
 
 

@@ -13,6 +13,8 @@ from cpattn.planning.options import LayerKind
 from .batch_layout import BatchLayout, MaskTerm
 
 _INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget", "indexer_head_dim")
+# Types whose layers compute softmax attention themselves and are served all the same (`hf_own_attention`).
+OWN_ATTENTION = frozenset({"bloom", "megatron-bert", "mvp", "rembert", "roformer", "trocr", "xglm"})
 # Kinds of layers that mix tokens in another way than by attention; "hybrid" ones have both.
 _TOKEN_MIXERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding", "ssm"}
 _WITH_ATTENTION = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
@@ -61,6 +63,11 @@ def layers_that_mix(decoder: nn.Module) -> int:
     config = getattr(decoder, "config", None)
     served = sum(hasattr(layer, "_cpattn_served") for layer in decoder.modules())
     return (1 if config is None else len(attention_kinds(config))) + served
+
+
+def attends_by_itself(config: Any) -> bool:
+    """Whether a config is of a type in `OWN_ATTENTION`: outside a shard its layers add the mask to their scores."""
+    return getattr(config, "model_type", None) in OWN_ATTENTION
 
 
 def indexers(config: Any) -> list[str]:

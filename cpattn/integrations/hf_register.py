@@ -99,7 +99,7 @@ def _checking(check: Any) -> Any:
     @functools.wraps(check)
     def checked(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         applied = check(self, attn_implementation, *args, **kwargs)
-        if attn_implementation in _names and not _attends_by_interface(type(self)):
+        if attn_implementation in _names and not (_attends_by_interface(type(self)) or _is_served(self)):
             raise ValueError(
                 f"{type(self).__name__} does not attend through transformers' attention interface, so "
                 f"attn_implementation={attn_implementation!r} would not be used, and cpattn cannot shard it: load it "
@@ -121,6 +121,12 @@ def _refuse_indexers(model: Any) -> None:
             f"{type(model).__name__} has layers that choose keys by an indexer ({', '.join(fields)} in its config) "
             f"and use the mask themselves: load it with attn_implementation='eager'; cpattn cannot shard it"
         )
+
+
+def _is_served(model: Any) -> bool:
+    from .hf_model import attends_by_itself
+
+    return attends_by_itself(model.config)
 
 
 def _attends_by_interface(kind: Any) -> bool:

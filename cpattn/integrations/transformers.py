@@ -64,6 +64,7 @@ from .hf_model import (
     takes,
     unwrapped,
 )
+from .hf_own_attention import serve_own_attention
 from .hf_register import register_attention
 from .placement_probe import LabelsOf, try_placement
 from .shard import Cut, LayerMask, ParallelOutput, Shard, ShardedMask, ShareRows, local_tokens, refuse_cache, sum_over
@@ -145,6 +146,7 @@ class ContextParallel(GroupLosses):
         self.head = head_kind(self.root)
         refuse_other_mixers(self.decoder, self.text_config, serve_mixers(self.decoder))
         self.latents = serve_latents(self.decoder)
+        serve_own_attention(self.decoder, self.text_config)
         refuse_indexers(self.decoder, self.text_config)
         split_at_decoder(self.decoder)
         if not getattr(self.decoder, "_cpattn_weights_agree", False) or broadcast:

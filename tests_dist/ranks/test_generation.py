@@ -245,6 +245,7 @@ def hugging_face_on_rank(model_type: str, wrap: str | None) -> list[list[int]]:
         ("mistral", "adapter"),
         ("deepseek_v3", None),
         ("gemma4_text", None),
+        ("bloom", None),
     ],
 )
 def test_architectures_generate_as_eager_does(model_type, wrap):

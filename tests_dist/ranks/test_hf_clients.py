@@ -79,17 +79,21 @@ def sample_on_rank(model_types: tuple[str, ...]) -> None:
             assert error < 1e-5, f"{name}, {what}: {where} off by {error}"
 
 
-@pytest.mark.parametrize("model_type", ["bart", "roberta", "opt", "qwen2_moe", "exaone4", "gemma4_text", "deepseek_v3"])
+SAMPLE = ["bart", "roberta", "opt", "qwen2_moe", "exaone4", "gemma4_text", "deepseek_v3", "bloom", "roformer", "xglm"]
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_sample_of_the_sweep(model_type):
     run_on_ranks(2, sample_on_rank, (model_type,))
 
 
-def test_a_model_outside_a_shard_adds_its_bias_and_its_sinks():
-    """Inkling passes a bias and a sink of each query; under a shard it is refused, alone it is eager's."""
+@pytest.mark.parametrize("model_type", ["inkling2_text", "bloom"])
+def test_a_model_outside_a_shard_adds_its_bias_its_sinks_and_its_mask(model_type):
+    """Inkling passes a bias and a sink of each query (under a shard it is refused); BLOOM adds the mask itself."""
     models = []
     for attention in ("eager", "cpattn"):
         torch.manual_seed(0)
-        config = tiny_config("inkling2_text")
+        config = tiny_config(model_type)
         models.append(hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval())
         make_lively(models[-1])
     batch = {name: value for name, value in batches()["left"].items() if name != "labels"}
@@ -316,7 +320,7 @@ def test_processes_that_would_train_alone_are_told(monkeypatch):
 
 def test_models_that_attend_by_themselves_are_refused_at_load():
     own = "does not attend through transformers' attention interface"
-    for name, why in {"bloom": own, "falcon": own, "gpt_neo": own, "deepseek_v32": "choose keys by an indexer"}.items():
+    for name, why in {"mpt": own, "falcon": own, "gpt_neo": own, "deepseek_v32": "choose keys by an indexer"}.items():
         with pytest.raises(ValueError, match=why):
             hf.AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="cpattn")
 
