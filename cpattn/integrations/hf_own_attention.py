@@ -45,9 +45,9 @@ def _bert(layer: Any, mask: Any, given: Mapping[str, Any]) -> tuple[Tensor, None
         raise ValueError(f"{type(layer).__name__}: keys from elsewhere are not supported under context parallelism")
     x, dim = given["hidden_states"], layer.attention_head_size
     q, k, v = (_by_head(p(x), dim) for p in (layer.query, layer.key, layer.value))
-    angles = given.get("sinusoidal_pos")
-    if angles is not None:
-        angles = angles[:, :, mask.shard.positions.to(angles.device)]
+    if given.get("sinusoidal_pos") is not None:  # of as many places as the local tensor has
+        table = layer._cpattn_angles.weight
+        angles = table[mask.shard.positions.to(table.device)][None, None]
         if layer.rotary_value:
             q, k, v = layer.apply_rotary_position_embeddings(angles, q, k, v)
         else:
@@ -87,9 +87,15 @@ def serve_own_attention(decoder: nn.Module, config: Any) -> None:
     if not attends_by_itself(config):
         return
     name, sharded = _SERVED[config.model_type]
-    for cls in {type(layer) for layer in decoder.modules() if type(layer).__name__ == name}:
+    tables = [m for m in decoder.modules() if type(m).__name__ == "RoFormerSinusoidalPositionalEmbedding"]
+    for layer in decoder.modules():
+        if type(layer).__name__ != name:
+            continue
+        cls: Any = type(layer)
         if not hasattr(cls.forward, "_cpattn_original"):
-            cls.forward = _dispatching(cls.forward, sharded)  # type: ignore[method-assign]
+            cls.forward = _dispatching(cls.forward, sharded)
+        if tables:
+            object.__setattr__(layer, "_cpattn_angles", tables[0])  # not a submodule of each layer
 
 
 def _dispatching(original: Callable[..., Any], sharded: Callable[..., Any]) -> Callable[..., Any]:
