@@ -323,7 +323,8 @@ def _labels_of(parallel: ContextParallel, model: Any, batch: dict[str, Tensor]) 
         return "next"
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
     try:
-        outputs = model(**batch, labels=labels, use_cache=False)
+        with observe_attention(lambda *seen: None):  # not outside a shard by an oversight
+            outputs = model(**batch, labels=labels, use_cache=False)
     except Exception:  # it runs without labels
         return "unknown"
     loss, logits = getattr(outputs, "loss", None), outputs.logits
