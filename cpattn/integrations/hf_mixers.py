@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpattn.mixers import causal_conv1d, linear_attention
+from cpattn.mixers import causal_conv1d, linear_attention, mamba2
 
 from .current import answering, watch_layer
 from .shard import LayerMask
@@ -174,13 +174,8 @@ def _mamba2_scan(
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    key = mask.key
-    step = _rows(dt.clamp(*dt_limit), mask).float()
-    x = _rows(hidden_states, mask).float()
-    keys, queries = (_rows(t, mask).float() for t in (B, C))
-    out = linear_attention(queries, keys, x * step[..., None], key, decay=A.float() * step)
-    if D is not None:
-        out = out + D[..., None] * x
+    rows = [_rows(t, mask) for t in (hidden_states, dt.clamp(*dt_limit), B, C)]
+    out = mamba2(rows[0], rows[1], A, rows[2], rows[3], mask.key, D=D)
     return _layers_view(out, hidden_states, mask)
 
 

@@ -6,7 +6,7 @@ state, whose size does not depend on the fragment's length.
 """
 
 from .convolution import causal_conv1d
-from .recurrence import linear_attention
+from .recurrence import linear_attention, mamba2
 from .traffic import MixerTraffic, convolution_traffic, map_bytes, recurrence_traffic
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "convolution_traffic",
     "linear_attention",
+    "mamba2",
     "map_bytes",
     "recurrence_traffic",
 ]

@@ -14,6 +14,7 @@ from cpattn.keys.key import AttnKey
 from cpattn.ops.layout import cached_tensor, cast_rows
 
 from .fragments import fragments_of, index_tensor, locate, routes_of
+from .fused import Kernel, convolve, refuse_convolution, takes_fused
 
 Activation = Literal["silu", "swish"]
 
@@ -26,6 +27,7 @@ def causal_conv1d(
     *,
     bias_C: Tensor | None = None,
     activation: Activation | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Depthwise causal convolution along each document, whatever ranks its tokens lie on.
 
@@ -39,12 +41,13 @@ def causal_conv1d(
         key: whose placement the rows have; its mask must have documents.
         bias_C: [C], or None.
         activation: "silu" (or its other name "swish") applied to the result, or None.
+        kernel: "torch", "fused" (causal_conv1d, on CUDA, widths 2 to 4), or "auto": fused where it serves.
 
     Returns:
         [T_local, C] in x's dtype.
 
     Raises:
-        ValueError: shapes do not fit the key or each other, or the mask has no documents.
+        ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
     """
     _check(x_TC, weight_CW, bias_C, activation, key)
     width = weight_CW.shape[1]
@@ -55,6 +58,8 @@ def causal_conv1d(
         nothing = weight_CW.sum() if bias_C is None else weight_CW.sum() + bias_C.sum()
         return rows + 0 * nothing.to(rows.dtype)
     # One convolution over all fragments, each behind its own W - 1 rows; what straddles two of them is left out.
+    if takes_fused(kernel, "causal_conv1d", refuse_convolution(x_TC, width)):
+        return convolve(rows, weight_CW, bias_C, activation)[width - 1 :].index_select(0, plan.result)
     out = F.conv1d(rows.T[None], weight_CW[:, None].to(x_TC.dtype), bias_C, groups=x_TC.shape[1])[0].T
     out = out.index_select(0, plan.result)
     return out if activation is None else F.silu(out)

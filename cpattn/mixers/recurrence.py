@@ -21,13 +21,16 @@ from cpattn.keys.key import AttnKey
 from cpattn.ops.layout import TravellingRows, cached_tensor, start_cast_rows
 from cpattn.solver import expand_counts
 
-from .chunks import AffineMaps, work_chunks
+from .chunks import AffineMaps, Reading, work_chunks
 from .fragments import FragmentTable, IntArray, fragments_of, index_tensor, locate, routes_of
+from .fused import Kernel, refuse_mamba2, refuse_recurrence, scan_chunks, takes_fused, work_fragments
 
 # Rows of a chunk: fewer where fragments are short. With a decay for each channel, products within a chunk are made of
 # C x C x K numbers.
 CHUNK_SIZES = (64, 32, 16, 8)
 CHUNK_SIZES_BY_CHANNEL = (16, 8)
+# Of mamba_ssm's kernel: the models' own size, and fewer for short fragments.
+CHUNK_SIZES_OF_MAMBA = (256, 128, 64, 32, 16)
 # Rows of chunks that stand for nothing, at most, for each row that does.
 MAX_PADDING = 0.5
 
@@ -42,6 +45,7 @@ def linear_attention(
     decay: Tensor | None = None,
     beta_TH: Tensor | None = None,
     scale: float | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Linear recurrence along each document, whatever ranks its tokens lie on; exact, forward and backward.
 
@@ -60,14 +64,18 @@ def linear_attention(
         decay: log of the decay, at most 0, [T_local, H], or [T_local, H, K] for each channel; None: no decay.
         beta_TH: [T_local, H]; None: no delta rule.
         scale: of q; None is 1.
+        kernel: "torch", "fused" (fla, on CUDA, for 16-bit v), or "auto": fused where it serves.
 
     Returns:
         [T_local, H, V] in v's dtype. States are computed in fp32 at least (fp64 if v is fp64).
 
     Raises:
-        ValueError: shapes do not fit the key or each other, or the mask has no documents.
+        ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
     """
     _check(q_TGK, k_TGK, v_THV, decay, beta_TH, key)
+    # A rank without rows has nothing for a kernel; maps are the same either way, so ranks may differ in this.
+    if takes_fused(kernel, "linear_attention", refuse_recurrence(q_TGK, v_THV)) and key.num_tokens:
+        return _by_fragments(q_TGK, k_TGK, v_THV, key, (decay, beta_TH), 1.0 if scale is None else scale)
     dtype = torch.promote_types(v_THV.dtype, torch.float32)
     by_channel = decay is not None and decay.dim() == 3
     plan = _plan(key, CHUNK_SIZES_BY_CHANNEL if by_channel else CHUNK_SIZES, v_THV.device)
@@ -75,19 +83,110 @@ def linear_attention(
     if decay is None:
         decay = v_THV.new_zeros(v_THV.shape[:2])
     decay = decay if by_channel else decay.unsqueeze(-1)
-
-    def chunked(x: Tensor) -> Tensor:
-        x = x.to(dtype)
-        return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, plan.rows).unflatten(0, (-1, plan.size))
-
-    q = chunked(q_TGK if scale is None else q_TGK * scale).repeat_interleave(groups, 2)
-    k = chunked(k_TGK).repeat_interleave(groups, 2)
-    beta = None if beta_TH is None else chunked(beta_TH)
-    work = work_chunks(q, k, chunked(v_THV), chunked(decay), beta)
-    travelling = _send_maps(work.maps, plan, key)
+    q = plan.chunked((q_TGK if scale is None else q_TGK * scale).to(dtype)).repeat_interleave(groups, 2)
+    k = plan.chunked(k_TGK.to(dtype)).repeat_interleave(groups, 2)
+    beta = None if beta_TH is None else plan.chunked(beta_TH.to(dtype))
+    work = work_chunks(q, k, plan.chunked(v_THV.to(dtype)), plan.chunked(decay.to(dtype)), beta)
+    travelling = _send_maps(work.maps, plan.exchange, key)
     reading = work.reading()  # while maps travel; and backward, while their gradients do
     out = reading.finish(_states(work.maps, travelling.wait(), plan))
     return out.flatten(0, 1).index_select(0, plan.places).to(v_THV.dtype)
+
+
+def mamba2(
+    x_THV: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGK: Tensor,
+    C_TGK: Tensor,
+    key: AttnKey,
+    *,
+    D: Tensor | None = None,
+    kernel: Kernel = "auto",
+) -> Tensor:
+    """The scan of Mamba-2 along each document: S_t = exp(dt_t A) S_(t-1) + dt_t B_t x_t^T, out_t = C_t^T S_t + D x_t.
+
+    Args:
+        x_THV: [T_local, H, V]. dt_TH: [T_local, H], at least 0. A_H: [H], at most 0.
+        B_TGK, C_TGK: [T_local, G, K]; G divides H.
+        key: as in `linear_attention`, which this is with q = C, k = B, v = dt x and decay dt A.
+        D: [H], or None.
+        kernel: "torch", "fused" (mamba_ssm, on CUDA, for 16-bit x), or "auto": fused where it serves.
+
+    Returns:
+        [T_local, H, V] in x's dtype. States are computed in fp32 at least.
+
+    Raises:
+        ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
+    """
+    wide = torch.promote_types(x_THV.dtype, torch.float32)
+    x, dt, A = x_THV.to(wide), dt_TH.to(wide), A_H.to(wide)
+    decay = dt * A
+    if takes_fused(kernel, "mamba2", refuse_mamba2(x_THV)) and key.num_tokens:
+        _check(C_TGK, B_TGK, x_THV, decay, None, key)
+        out = _by_mamba_chunks((x_THV, dt, A, B_TGK, C_TGK), decay, key)
+    else:
+        out = linear_attention(C_TGK, B_TGK, x * dt[..., None], key, decay=decay, kernel="torch")
+    out = out if D is None else out + D.to(wide)[:, None] * x
+    return out.to(x_THV.dtype)
+
+
+def _by_mamba_chunks(inputs: tuple[Tensor, ...], decay: Tensor, key: AttnKey) -> Tensor:
+    """`mamba2` without D, chunk by chunk through the fused kernel; in fp32. inputs: x, dt, A, B and C."""
+    x, dt, A, B, C = inputs
+    plan = _plan(key, CHUNK_SIZES_OF_MAMBA, x.device)
+    until = plan.chunked(decay).cumsum(1).exp().unsqueeze(-1)
+    out, states = scan_chunks(plan.chunked(x), plan.chunked(dt), A, plan.chunked(B), plan.chunked(C))
+    maps = AffineMaps(until[:, -1].unsqueeze(-1), states)
+    travelling = _send_maps(maps, plan.exchange, key)
+    read = plan.chunked(C).to(until.dtype).repeat_interleave(x.shape[1] // C.shape[1], 2) * until
+    out = Reading(out.to(until.dtype), read).finish(_states(maps, travelling.wait(), plan))
+    return out.flatten(0, 1).index_select(0, plan.places)
+
+
+def _by_fragments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: AttnKey,
+    gates: tuple[Tensor | None, Tensor | None],
+    scale: float,
+) -> Tensor:
+    """`linear_attention` whose local part is one call of a fused kernel. gates: decay and beta."""
+    exchange, bounds, later = _fragment_plan(key, v.device)
+    work = work_fragments(q, k, v, *gates, scale=scale, bounds=bounds)
+    begins = _begins(_send_maps(work.maps, exchange, key).wait(), exchange)
+    out = list(work.out.split([b - a for _, a, b in later]))
+    for number, (is_later, first, end) in enumerate(later):
+        if is_later:  # the others begin their document, in a state of zero
+            read = torch.einsum("thk,hkv->thv", work.read[first:end], begins[number])
+            out[number] = out[number].float() + read
+    return torch.cat([rows.to(v.dtype) for rows in out])
+
+
+class _FragmentPlan(NamedTuple):
+    """bounds: first rows of this rank's fragments, and the number of rows. later: for each whether its document began
+    before it, its first row and its end.
+    """
+
+    exchange: _MapExchange
+    bounds: Tensor
+    later: tuple[tuple[bool, int, int], ...]
+
+
+def _fragment_plan(key: AttnKey, device: torch.device) -> _FragmentPlan:
+    table = fragments_of(key, "linear_attention")
+
+    def make() -> _FragmentPlan:
+        mine = table.of_rank(key.cp_rank)
+        bounds = np.append(table.rows[mine], key.num_tokens)
+        ones = np.ones(len(mine), dtype=np.int64)
+        later = (mine > table.firsts[mine]).tolist()
+        spans = zip(later, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        exchange = _map_exchange(table, mine, np.arange(len(mine)), ones, key, device)
+        return _FragmentPlan(exchange, index_tensor(bounds, device), tuple(spans))
+
+    return cached_tensor(key, ("fragment plan", device), make)  # type: ignore[no-any-return]
 
 
 class _Scan(NamedTuple):
@@ -131,26 +230,39 @@ class _ScanLayout(NamedTuple):
     num_states: int
 
 
+class _MapExchange(NamedTuple):
+    """Which maps of fragments travel, and what becomes of them.
+
+    senders: the maps of the fragments that others need. routes: brings the maps of earlier fragments.
+    across: maps, among [own senders, fetched], of each document that begins before this rank's part of it.
+    begun: for each own fragment the state of `across` in which it begins, or the zero behind them all.
+    """
+
+    senders: _Scan
+    routes: RowRoutes
+    across: _Scan
+    begun: Tensor
+
+
 class _RecurrencePlan(NamedTuple):
     """What one rank does, besides the numbers.
 
     size: rows of a chunk. rows: the local row of each row of its chunks [N * C], or that of zeros behind them all.
-    places: of each local row among the rows of chunks.
-    senders: the chunks of the fragments whose maps others need. routes: brings the maps of earlier fragments.
-    across: maps, among [own senders, fetched], of each document that begins before this rank's part of it.
-    begun: for each own fragment the state of `across` in which it begins, or the zero behind them all.
+    places: of each local row among the rows of chunks. exchange: of maps.
     inside: the chunks of each own fragment. before: for each chunk its state among those of `inside`.
     """
 
     size: int
     rows: Tensor
     places: Tensor
-    senders: _Scan
-    routes: RowRoutes
-    across: _Scan
-    begun: Tensor
+    exchange: _MapExchange
     inside: _Scan
     before: Tensor
+
+    def chunked(self, x: Tensor) -> Tensor:
+        """Local rows [T, ...] as chunks [N, C, ...], zeros in rows that stand for nothing."""
+        rows = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, self.rows)
+        return rows.unflatten(0, (-1, self.size))
 
 
 class _TravellingMaps(NamedTuple):
@@ -167,19 +279,23 @@ class _TravellingMaps(NamedTuple):
         return AffineMaps(a.unflatten(1, self.like.a.shape[1:]), b.unflatten(1, self.like.b.shape[1:]))
 
 
-def _send_maps(maps: AffineMaps, plan: _RecurrencePlan, key: AttnKey) -> _TravellingMaps:
+def _send_maps(maps: AffineMaps, exchange: _MapExchange, key: AttnKey) -> _TravellingMaps:
     """Start the exchange of the maps of fragments. Ranks without rows take part in it, too."""
-    mine = plan.senders.maps(maps)
+    mine = exchange.senders.maps(maps)
     own = torch.cat([mine.a.flatten(1), mine.b.flatten(1)], dim=1)
-    return _TravellingMaps(own, start_cast_rows(own, plan.routes, key.cp_group), maps)
+    return _TravellingMaps(own, start_cast_rows(own, exchange.routes, key.cp_group), maps)
+
+
+def _begins(known: AffineMaps, exchange: _MapExchange) -> Tensor:
+    """The state in which each own fragment begins. known: maps of fragments, as `across` numbers them."""
+    nothing = known.b[:0].sum(0, keepdim=True)
+    across = exchange.across.states(known, nothing.expand(len(exchange.across.order), -1, -1, -1))
+    return torch.cat([across, nothing]).index_select(0, exchange.begun)
 
 
 def _states(maps: AffineMaps, known: AffineMaps, plan: _RecurrencePlan) -> Tensor:
     """The state in which each chunk begins, [N, H, K, V]. known: maps of fragments, as `across` numbers them."""
-    nothing = known.b[:0].sum(0, keepdim=True)
-    across = plan.across.states(known, nothing.expand(len(plan.across.order), -1, -1, -1))
-    begins = torch.cat([across, nothing]).index_select(0, plan.begun)
-    return plan.inside.states(maps, begins).index_select(0, plan.before)
+    return plan.inside.states(maps, _begins(known, plan.exchange)).index_select(0, plan.before)
 
 
 def _width(x: Tensor) -> int:
@@ -199,15 +315,21 @@ def _plan(key: AttnKey, sizes: Sequence[int], device: torch.device) -> _Recurren
         rows, places = _chunk_rows(table.rows[mine], lengths, counts, size, key.num_tokens)
         nth = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
         before = chunks.first[nth] + np.repeat(chunks.place, counts)
-        sends = ~table.is_last()[mine]
-        senders = _layout(np.arange(counts.sum())[np.repeat(sends, counts)], counts[sends], device)
-        routes, across, begun = _across(table, mine, key, device)
-        index = [index_tensor(x, device) for x in (rows, places, begun, before)]
-        return _RecurrencePlan(
-            size, index[0], index[1], senders.scan, routes, across, index[2], chunks.scan, index[3]
-        )
+        exchange = _map_exchange(table, mine, np.arange(counts.sum()), counts, key, device)
+        index = [index_tensor(x, device) for x in (rows, places, before)]
+        return _RecurrencePlan(size, index[0], index[1], exchange, chunks.scan, index[2])
 
     return cached_tensor(key, ("recurrence", tuple(sizes), device), make)  # type: ignore[no-any-return]
+
+
+def _map_exchange(
+    table: FragmentTable, mine: IntArray, maps: IntArray, counts: IntArray, key: AttnKey, device: torch.device
+) -> _MapExchange:
+    """maps: numbers of the maps of this rank's fragments `mine`, `counts` for each, in order."""
+    sends = ~table.is_last()[mine]
+    senders = _layout(maps[np.repeat(sends, counts)], counts[sends], device)
+    routes, across, begun = _across(table, mine, key, device)
+    return _MapExchange(senders.scan, routes, across, index_tensor(begun, device))
 
 
 def _across(

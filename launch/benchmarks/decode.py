@@ -35,7 +35,6 @@ CONFIG = ModelConfig()
 _SHARES = {
     "all_gather_single": lambda size: (size - 1) / size,  # from torch 2.13 on
     "all_gather_into_tensor": lambda size: (size - 1) / size,
-    "all_to_all_single": lambda size: (size - 1) / size,
     "all_reduce": lambda size: 2 * (size - 1) / size,
     "broadcast": lambda size: 1.0,
 }
@@ -56,6 +55,15 @@ def count_bytes(received: Counter[str]) -> None:
             return _fn(tensor, *args, **kw)
 
         setattr(dist, name, counted)
+    exchange = dist.all_to_all_single
+
+    def counted_exchange(tensor: Any, send: Any, splits: Any = None, *args: Any, **kw: Any) -> Any:
+        splits = kw.pop("output_split_sizes", splits)
+        own = 1 / size if splits is None else splits[dist.get_rank(kw.get("group"))] / max(sum(splits), 1)
+        received["all_to_all_single"] += int(tensor.numel() * tensor.element_size() * (1 - own))
+        return exchange(tensor, send, splits, *args, **kw)
+
+    dist.all_to_all_single = counted_exchange
 
 
 def worker(path: Path, prompt: int, new: int) -> None:
