@@ -42,7 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "keys": ("solver", "collectives", "masks", "planning", "backends", "runtime"),
     "ops": ("solver", "collectives", "masks", "runtime", "keys"),
     "checks": ("solver", "masks", "backends", "runtime", "keys", "ops"),
-    "mixers": ("solver", "collectives", "masks", "runtime", "keys", "ops"),
+    "mixers": ("solver", "collectives", "masks", "backends", "runtime", "keys", "ops"),
     "integrations": ("collectives", "masks", "planning", "runtime", "keys", "ops", "mixers"),
     "nn": ("integrations",),
     "decoding": ("collectives", "masks", "runtime", "keys", "ops", "integrations"),
