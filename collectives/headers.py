@@ -7,6 +7,8 @@ are about to do different things can still tell each other. Other transports hav
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -81,11 +83,38 @@ def gather_headers(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     return all_gather(mine[None], group)
 
 
-def roll_call(group: dist.ProcessGroup, seconds: float) -> tuple[int, ...]:
-    """Ranks of the group that do not answer within that time, when something has failed on all of them (gloo).
+def roll_call(group: dist.ProcessGroup, number: int, seconds: float) -> tuple[int, ...]:
+    """Ranks of the group that do not answer within that time, when a call has failed on all of them (gloo).
 
-    Whoever has not failed, and computes or waits elsewhere, does not answer either. The group is of no use afterwards.
+    They answer in the group's store: after a timeout gloo closes the connections to healthy ranks, too. Where the store
+    has gone with a rank, by messages. Whoever has not failed, and computes or waits elsewhere, does not answer either.
+    The group is of no use afterwards.
+
+    number: of the call; the same on all ranks, and another for every roll call.
     """
+    answered: set[int] = set()
+    asking = threading.Thread(target=_ask_store, args=(group, number, seconds, answered), daemon=True)
+    asking.start()
+    asking.join(seconds + 1)  # the store may be with a rank that is stopped, which no timeout of its own tells
+    if answered:
+        return tuple(rank for rank in range(dist.get_world_size(group)) if rank not in answered)
     pending = PendingHeaders(torch.zeros(1, dtype=torch.uint8), group, ROLL_TAG)
     _, missing = pending.wait(timedelta(seconds=seconds))
     return tuple(sorted(missing))
+
+
+def _ask_store(group: dist.ProcessGroup, number: int, seconds: float, answered: set[int]) -> None:
+    """Answer, and add those who do within that time, this rank among them; none if there is no store that works."""
+    known = dist.distributed_c10d._world.pg_map.get(group)
+    if known is None or known[1] is None:
+        return
+    store, here, end = known[1], set(), time.monotonic() + seconds
+    names = [f"cpattn roll call {number} {rank}" for rank in range(dist.get_world_size(group))]
+    try:
+        store.set(names[dist.get_rank(group)], "here")
+        while len(here) < len(names) and time.monotonic() < end:
+            here |= {rank for rank, name in enumerate(names) if rank not in here and store.check([name])}
+            time.sleep(0.02)
+    except RuntimeError:
+        return
+    answered |= here

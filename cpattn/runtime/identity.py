@@ -113,7 +113,7 @@ class Calls:
             except RuntimeError as error:
                 if not _is_transport(error):
                     raise
-                self._lost(saying, error)
+                self._lost(saying, number, error)
 
     def fail(self, what: str, error: BaseException) -> None:
         """Tell the ranks that wait for this one's header that it comes no more; nothing is waited for."""
@@ -179,8 +179,8 @@ class Calls:
             f"they have ended, hang, or do something else ({_first_line(cause)})"
         ) from cause
 
-    def _lost(self, saying: Saying, error: RuntimeError) -> NoReturn:
-        silent = list(roll_call(self.group, ROLL_CALL_S)) if self._by_message else []
+    def _lost(self, saying: Saying, number: int, error: RuntimeError) -> NoReturn:
+        silent = list(roll_call(self.group, number, ROLL_CALL_S)) if self._by_message else []
         where = f" ({exchange_of(error)})" if exchange_of(error) else ""
         who = f"ranks {silent} of the group do not answer" if silent else "all ranks of the group still answer"
         raise LostRankError(

@@ -113,4 +113,4 @@ def test_compiled_autograd():
 @pytest.mark.nightly  # a C++ compiler's time
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes_of_inductor(mode):
-    run_on_ranks(2, check_mode, mode)
+    run_on_ranks(2, check_mode, mode, timeout=500)
