@@ -16,6 +16,9 @@ from cpattn.launch.site_hooks import performance_page, rewritten
 from tests_dist.support.pages import PAGES, ROOT
 from tests_dist.test_sizes import sources
 
+COMPARISON = ROOT / "docs" / "comparison.md"
+# The tests at the end of the second cell of a row.
+ROW = re.compile(r"^(\| ([^|*]+) \| [^|]*?): `test_[^|]* \|", re.MULTILINE)
 TEST_FILE = re.compile(r"`((?:tests_dist/\w+/)?test_\w+\.py)`")
 
 
@@ -53,6 +56,30 @@ def test_links_out_of_docs_lead_to_pages_of_the_site() -> None:
     assert rewritten(text, "docs/tuning.md", "tuning.md") == site
 
 
+def shown_rows() -> dict[str, list[str]]:
+    """Rows of the comparison, and the tests that are marked with each: file::name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests_dist").rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.shows":
+                    for row in map(ast.literal_eval, mark.args):
+                        found.setdefault(row, []).append(f"{path.name}::{node.name}")  # type: ignore[attr-defined]
+    return found
+
+
+def with_tests(page: str) -> str:
+    """The page with the tests of each row as they are marked."""
+    shown = shown_rows()
+    return ROW.sub(lambda row: f"{row[1]}: {', '.join(f'`{test}`' for test in shown[row[2]])} |", page)
+
+
+def test_the_comparison_names_the_tests_that_are_marked() -> None:
+    text = COMPARISON.read_text()
+    assert {row for _, row in ROW.findall(text)} == shown_rows().keys()
+    assert with_tests(text) == text
+
+
 def messages() -> str:
     """All text of the source's strings, with what is filled in left out."""
     found = []
@@ -80,3 +107,7 @@ def test_tests_that_a_page_names_exist(page: Path) -> None:
         path.relative_to(ROOT).as_posix() for path in (ROOT / "tests_dist").rglob("test_*.py")
     }
     assert set(TEST_FILE.findall(page.read_text())) - there <= {"test_model.py"}
+
+
+if __name__ == "__main__":
+    COMPARISON.write_text(with_tests(COMPARISON.read_text()))

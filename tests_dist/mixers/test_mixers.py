@@ -120,6 +120,7 @@ def truth_of(name: str) -> dict[str, Tensor]:
     return with_gradients(functools.partial(run_reference, PACKED), inputs, dout_of(inputs))
 
 
+@pytest.mark.shows("hybrid models on the same shards")
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_recurrences_equal_their_definitions(cp_size: int, layout: str) -> None:
@@ -211,6 +212,7 @@ def check_convolution_on(key: AttnKey, seqlens: tuple[int, ...], width: int) -> 
     assert_close(on_shards(run_convolution, inputs, dout, key), truth)
 
 
+@pytest.mark.shows("hybrid models on the same shards")
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
 @pytest.mark.parametrize("cp_size", [1, 3, 4])
 def test_convolutions_equal_their_definition(cp_size: int, layout: str) -> None:

@@ -57,6 +57,7 @@ def check_grid(cp_size: int, mask: str, schedule: str, dtypes: str, **more: Any)
 some_and_all = pytest.mark.parametrize("dtypes", ["each", pytest.param("all", marks=pytest.mark.nightly)])
 
 
+@pytest.mark.shows("masks", "lengths", "group size", "cross-attention")
 @some_and_all
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])

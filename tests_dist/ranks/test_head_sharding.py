@@ -140,6 +140,7 @@ def test_as_exact_as_one_process_sdpa(mask):
     check(4, 2, mask)
 
 
+@pytest.mark.shows("heads")
 @pytest.mark.parametrize("mask", ["causal", "varlen", "prefix_tree", "cross", "holes", "empty", "one_token"])
 @pytest.mark.parametrize(("cp_size", "degree"), [(2, 2), (4, 4), (8, 2), (8, 4)])
 def test_as_exact_on_other_grids(cp_size, degree, mask):

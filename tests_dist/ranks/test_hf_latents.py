@@ -55,6 +55,7 @@ def parallel_step(name: str, batch: dict[str, Any], checkpointing: bool) -> tupl
     return StepResult(whole, out.loss.detach(), gradients(model)), sent
 
 
+@pytest.mark.shows("MLA")
 @pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])
 @pytest.mark.parametrize(("cp_size", "layout"), [(2, "left"), (3, "packed")])
 def test_equals_eager_and_sends_latents(name: str, cp_size: int, layout: str) -> None:
