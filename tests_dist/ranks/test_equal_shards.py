@@ -10,6 +10,7 @@ import cpattn
 from cpattn import AttnMaskSpec, LayerKind
 from cpattn.testing.rank_cases import run_with_key
 from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.hf_models import make_model
 from tests_dist.support.oracle import assert_exact, make_inputs, oracle
 
 HEADS = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 8}
@@ -60,3 +61,25 @@ def check_refusals() -> None:
 
 def test_refusals():
     run_on_ranks(2, check_refusals)
+
+
+def check_model() -> list[int]:
+    """A model with windows in half of its layers; a batch whose tokens the ranks do not share equally is refused."""
+    from cpattn.integrations.transformers import ContextParallel
+
+    parallel = ContextParallel(make_model("gemma2", "cpattn"), dist.group.WORLD, equal_shards=True, check=False)
+    eager = make_model("gemma2")
+    sizes = []
+    for seed in (0, 1):
+        ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(seed))
+        out = parallel({"input_ids": ids, "labels": ids})
+        torch.testing.assert_close(out.loss, eager(input_ids=ids, labels=ids).loss, rtol=1e-5, atol=1e-6)
+        sizes.append(out.shard.key.num_tokens)
+    with pytest.raises(ValueError, match="21 tokens are no multiple of 2 ranks: pad the sequence to 22"):
+        parallel({"input_ids": torch.ones(1, 21, dtype=torch.long)})
+    return sizes
+
+
+def test_models_take_it():
+    pytest.importorskip("transformers")
+    assert run_on_ranks(2, check_model) == [[20, 20], [20, 20]]
