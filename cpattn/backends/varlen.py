@@ -225,9 +225,9 @@ def run_varlen_forward(
 
     if work.merged and row_kernels.fused(queries.out, queries.lse):
         for number, batch in enumerate(work.merged):
-            outs, lses = zip(*map(run, batch.calls), strict=True) if batch.calls else ((), ())
-            first = fresh and number == 0
-            if outs or first:
+            results, first = [run(call) for call in batch.calls], fresh and number == 0
+            if results or first:
+                outs, lses = [out for out, _ in results], [lse for _, lse in results]
                 merge_calls(queries.out, queries.lse, outs, lses, batch.q_rows, fresh=first)
         return
     if fresh:
