@@ -15,6 +15,7 @@ from .cost import (
     row_costs,
 )
 from .dispatch import LAYOUTS, SCHEDULES, Layout, ScheduleKind, keys_schedule, make_dispatch_plan
+from .fragments import Convolution, FragmentTable, Mixer, Recurrence
 from .head_split import (
     HeadPart,
     context_ranks_per_node,
@@ -75,8 +76,10 @@ __all__ = [
     "SCHEDULES",
     "UNBOUNDED",
     "BytesBound",
+    "Convolution",
     "Cropped",
     "Exchange",
+    "FragmentTable",
     "Hardware",
     "HeadPart",
     "Heads",
@@ -88,6 +91,7 @@ __all__ = [
     "Limits",
     "Link",
     "MaskSlice",
+    "Mixer",
     "PassSpan",
     "PassTimeline",
     "Placement",
@@ -95,6 +99,7 @@ __all__ = [
     "PlanReport",
     "RankPlan",
     "RankStage",
+    "Recurrence",
     "Rival",
     "RouteTable",
     "RowBytes",

@@ -29,6 +29,7 @@ from cpattn.runtime.memory import StepMemory, memory_with_trades, step_memory
 from cpattn.runtime.trades import HeadTrades
 from cpattn.solver import (
     HeadPart,
+    Mixer,
     Placement,
     RankPlan,
     assemble_plan,
@@ -39,7 +40,14 @@ from cpattn.solver import (
 )
 
 from .cache import cached, find_by_handle, new_handle
-from .describe import describe_choice, describe_memory, describe_plan, describe_report, describe_sharding
+from .describe import (
+    describe_choice,
+    describe_memory,
+    describe_mixers,
+    describe_plan,
+    describe_report,
+    describe_sharding,
+)
 from .group import CpRanks
 from .options import KeyOptions, PlannedKey
 from .transports import choose_head_transport, choose_transport
@@ -258,14 +266,21 @@ class AttnKey:
         )
         return of_mask._replace(plan=plan)
 
-    def describe(self, dtype: torch.dtype = torch.bfloat16, device: str | None = None) -> str:
+    def describe(
+        self, dtype: torch.dtype = torch.bfloat16, device: str | None = None, *, mixers: Sequence[Mixer] = ()
+    ) -> str:
         """Balance, tokens and bytes per rank, stages and backend, as text.
 
         Args:
             dtype: of q, k and v, for the bytes and the backend.
             device: device type for the backend's choice; None is CUDA where there is one.
+            mixers: layers without softmax under the same key (`cpattn.mixers.Recurrence`, `Convolution`): what they
+                move is stated first.
+
+        Raises:
+            ValueError: there are mixers, and the mask has no documents for them.
         """
-        lines = describe_choice(self.planned)
+        lines = describe_mixers(self.planned, self.q_placement, mixers, dtype) + describe_choice(self.planned)
         if self.sharding is not None:
             inner = self.sharding.inner.describe(dtype, device)
             return "\n".join([*lines, describe_sharding(self.planned, dtype), inner])

@@ -5,12 +5,16 @@ a convolution fetches the few rows before each fragment, and a recurrence reduce
 state, whose size does not depend on the fragment's length.
 """
 
+from cpattn.solver import Convolution, Recurrence
+
 from .convolution import causal_conv1d
 from .recurrence import linear_attention, mamba2
 from .traffic import MixerTraffic, convolution_traffic, map_bytes, recurrence_traffic
 
 __all__ = [
+    "Convolution",
     "MixerTraffic",
+    "Recurrence",
     "causal_conv1d",
     "convolution_traffic",
     "linear_attention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cpattn.keys.key import AttnKey
-from cpattn.solver import make_routes
+from cpattn.solver import Recurrence, make_routes
 
 from .fragments import IntArray, fragments_of
 
@@ -37,8 +37,7 @@ def map_bytes(num_heads: int, dim_k: int, dim_v: int, *, delta: bool, by_channel
         num_heads: value heads. dim_k, dim_v: head dims of k and v (of B and x in Mamba-2).
         delta: whether the rule is the delta rule, whose factor is a matrix. by_channel: a decay for each channel.
     """
-    factor = dim_k * dim_k if delta else dim_k if by_channel else 1
-    return 4 * num_heads * (factor + dim_k * dim_v)
+    return Recurrence(num_heads, dim_k, dim_v, delta, by_channel).map_bytes
 
 
 def recurrence_traffic(key: AttnKey, row_bytes: int) -> MixerTraffic:

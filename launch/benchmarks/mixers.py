@@ -27,10 +27,9 @@ from cpattn.launch.benchmarks.decode import count_bytes
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.launch.torchrun import die_with_parent, run_on_ranks
 from cpattn.masks.spec import AttnMaskSpec
-from cpattn.mixers.fragments import FragmentTable
 from cpattn.mixers.traffic import map_bytes
 from cpattn.planning.ready import make_plan
-from cpattn.solver import make_routes
+from cpattn.solver import FragmentTable, make_routes
 
 
 class Recurrence(NamedTuple):

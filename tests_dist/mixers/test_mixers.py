@@ -15,7 +15,15 @@ import cpattn
 from cpattn import AttnMaskSpec, dispatch, make_key, undispatch
 from cpattn.keys.key import AttnKey, bind_key
 from cpattn.masks.spec import lower_mask
-from cpattn.mixers import causal_conv1d, linear_attention
+from cpattn.mixers import (
+    Convolution,
+    causal_conv1d,
+    convolution_traffic,
+    linear_attention,
+    map_bytes,
+    recurrence_traffic,
+)
+from cpattn.mixers import Recurrence as Recurrence_
 from cpattn.solver import Placement, assemble_plan, keys_schedule
 from tests_dist.mixers import references
 from tests_dist.support.harness import run_on_ranks
@@ -307,3 +315,24 @@ def test_masks_without_whole_documents_are_refused() -> None:
         key = make_key(spec, **HEADS)
         with pytest.raises(ValueError, match=message):
             causal_conv1d(torch.zeros(spec.total_seqlen, 3), torch.zeros(3, 4), key)
+
+
+def check_described() -> None:
+    key = key_of(PACKED, "zigzag")
+    layers = [Recurrence_(32, 128, 128, delta=True), Recurrence_(4, 8, 16, by_channel=True), Convolution(4, 96)]
+    lines = key.describe(torch.bfloat16, "cpu", mixers=layers).splitlines()
+    assert lines[3:] == key.describe(torch.bfloat16, "cpu").splitlines()
+    sizes = [map_bytes(32, 128, 128, delta=True), map_bytes(4, 8, 16, delta=False, by_channel=True)]
+    assert sizes == [4 * 32 * 2 * 128 * 128, 4 * 4 * (8 + 8 * 16)]
+    for line, size in zip(lines, sizes, strict=False):
+        moved = recurrence_traffic(key, size)
+        assert f"{moved.rows.sum()} maps of {size:,} bytes" in line
+        assert f" {moved.busiest_bytes:,} bytes on the busiest; 1 stage" in line
+    moved = convolution_traffic(key, 4, 96)
+    assert f"{moved.rows.sum()} rows received, forward, {moved.busiest_bytes:,} bytes on the busiest" in lines[2]
+
+
+def test_a_key_describes_mixers() -> None:
+    run_on_ranks(3, check_described)
+    with pytest.raises(ValueError, match="describe: the mask does not say"):
+        make_key(AttnMaskSpec([[0, 8]], [[0, 8]], ["causal"], 8), **HEADS).describe(mixers=[Convolution(4, 8)])
