@@ -97,6 +97,39 @@ def check_mode(mode: str) -> None:
     check_equal_to_eager({"mode": mode})
 
 
+class Towers(nn.Module):
+    """Two calls that do not depend on one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Layer(), Layer()
+
+    def forward(self, x_a: Tensor, x_b: Tensor, a: cpattn.AttnKey, b: cpattn.AttnKey) -> Tensor:
+        return self.a(x_a, a).square().sum() + self.b(x_b, b).sin().sum()
+
+
+def check_towers() -> list[int]:
+    """A compiler that orders them by their rows here would order them otherwise on the other rank."""
+    torch.manual_seed(0)
+    model, heads = Towers(), {"num_heads_q": HEADS[0], "num_heads_kv": HEADS[1], "head_dim": DIM}
+    keys = [
+        cpattn.make_key(AttnMaskSpec.varlen(lengths), cp_group=dist.group.WORLD, chunk_size=64, num_stages=1, **heads)
+        for lengths in ([36, 32, 105, 99, 124, 4], [83, 45, 76, 62, 134])
+    ]
+    rows = [cpattn.dispatch(torch.randn(400, WIDTH), key).requires_grad_() for key in keys]
+    leaves = [*rows, *model.parameters()]
+    eager, compiled = (torch.autograd.grad(f(*rows, *keys), leaves) for f in (model, torch.compile(model)))
+    for mine, right in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    return [key.num_tokens for key in keys]
+
+
+@pytest.mark.nightly
+def test_independent_calls_keep_their_order_under_inductor():
+    (a0, b0), (a1, b1) = run_on_ranks(2, check_towers, timeout=500)
+    assert (a0 - a1) * (b0 - b1) < 0, "each rank has more rows in another tower"
+
+
 def test_a_checkpoint_inside_a_compiled_graph():
     run_on_ranks(2, check_checkpoint_inside)
 
