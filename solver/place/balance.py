@@ -128,7 +128,7 @@ class _Problem:
         num_rounds = int(effort * _UNIT_DIVISIONS / (num_drafts * self.cp_size)) + 1
         drafts = [starts[i % len(starts)].placement for i in range(num_drafts)]
         # Costs are a guess for most masks, but packed documents.
-        return min(map(self.score, repack(self._state(*drafts), num_rounds=num_rounds)[:2]), key=_key)
+        return min(map(self.score, repack(self._state(*drafts), num_rounds=num_rounds)), key=_key)
 
     def relieve_senders(self, best: _Scored) -> Placement:
         """The placement, or one whose busiest sender sends clearly less, for hardly more rows in all."""

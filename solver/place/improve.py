@@ -46,7 +46,7 @@ _TEMPERATURE = 0.003
 
 
 def repack(state: Holdings, *, num_rounds: int) -> list[Placement]:
-    """The drafts with pairs of ranks divided anew, cheapest first; balanced if they were, and with no more to pay.
+    """The two cheapest drafts with pairs of ranks divided anew; balanced if they were, and with no more to pay.
 
     No rank comes to receive more than the one of its draft that received most.
 
@@ -61,7 +61,7 @@ def repack(state: Holdings, *, num_rounds: int) -> list[Placement]:
         state.divide(state.partners(rng), temperature=hot * (1 - i / num_rounds) ** 2, rng=rng)
         kept = [state.pieces if gain > old else then for gain, old, then in zip(state.gained, best, kept, strict=True)]
         best = np.maximum(best, state.gained)
-    return [state.placement(d, kept[d]) for d in np.argsort(costs - best, kind="stable").tolist()]
+    return [state.placement(d, kept[d]) for d in np.argsort(costs - best, kind="stable")[:2].tolist()]
 
 
 def relieve_senders(state: Holdings, *, num_pairs: int) -> Placement:
@@ -172,13 +172,13 @@ class Holdings:
         self.num_ranks, self.total_seqlen = self.cp_size * self.num_drafts, drafts[0].total_seqlen
         self.low = np.tile(components, self.num_drafts)
         self.high = np.tile(np.append(components[1:], self.total_seqlen), self.num_drafts)
-        parts = []
+        tables = []
         for d, draft in enumerate(drafts):
             starts = np.unique(np.concatenate([draft.starts, components]))
             component = np.searchsorted(components, starts, side="right") - 1 + d * len(components)
             ends = np.append(starts[1:], self.total_seqlen)
-            parts.append(self._make(component, starts, ends, draft.owner_of(starts) + d * self.cp_size))
-        self.pieces = Pieces.concat(*parts)
+            tables.append(np.array((component, starts, ends, draft.owner_of(starts) + d * self.cp_size)))
+        self.pieces = self._make(*np.concatenate(tables, axis=1))
         self.costs, received = self._costs_of(self.pieces)
         self.gained = np.zeros(self.num_drafts)
         # Where queries see fewer keys than their component has, this may count less than nothing.

@@ -78,6 +78,7 @@ def test_drafts_are_divided_side_by_side() -> None:
     found = repack(state, num_rounds=12)
     rows = [int(kv_rows_received(table, draft).sum()) for draft in found]
     assert rows[0] == min(rows)
+    assert len(rows) == 2
     assert max(rows) < kv_rows_received(table, zigzag).sum()
     for draft in found:
         assert draft.total_seqlen == total
