@@ -152,7 +152,7 @@ def changed_after() -> None:
     assert make_key() is key
     assert make_key(spec) is not key
     assert_serves(make_key(spec), spec)
-    assert cpattn.undispatch(cpattn.position_ids(make_key(spec)), key).max() == 77
+    assert cpattn.undispatch(cpattn.position_ids(make_key(spec)), make_key(spec)).max() == 77
     sums = torch.tensor([0, 30, 31, 78], dtype=torch.int32)
     assert make_key(AttnMaskSpec.from_cu_seqlens(sums)) is key
     sums[1] = 20  # the next batch in the same tensor
