@@ -32,7 +32,8 @@ ROWS = {
     "input refused": (REFUSED, True),
     "stopped": (rf"{WAITS}.*Timed out", False),
     "stopped in forward": (f"({WAITS}|{MIDDLE}).*Timed out", False),
-    "another length": (r"ValueError: make_key: mask differs between ranks: ranks \[1\] of the group", True),
+    # The others have their key at hand.
+    "another length": (rf"ValueError: ranks are out of step: ranks \[{FAULTY}\] .* in attention .* in make_key", True),
     "planning takes too long": (rf"{WAITS}.*Timed out", False),
 }
 QUICK = ("killed in forward", "input refused", "stopped")
