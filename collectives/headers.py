@@ -108,7 +108,8 @@ def _ask_store(group: dist.ProcessGroup, number: int, seconds: float, answered: 
     known = dist.distributed_c10d._world.pg_map.get(group)
     if known is None or known[1] is None:
         return
-    store, here, end = known[1], set(), time.monotonic() + seconds
+    store, end = known[1], time.monotonic() + seconds
+    here: set[int] = set()
     names = [f"cpattn roll call {number} {rank}" for rank in range(dist.get_world_size(group))]
     try:
         store.set(names[dist.get_rank(group)], "here")

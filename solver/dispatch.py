@@ -159,7 +159,7 @@ def _or_plain(
     for place in (place_contiguous, place_zigzag):
         placement = share_equally(place(*size)) if equal_shards else place(*size)
         plain = keys_schedule(slices, placement)
-        areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1])
+        areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1]).astype(np.float64)
         least = sum(
             hardware.kernel_seconds(areas, np.ones(size[1]), costs.heads, backward=backward).max()
             for backward in (False, True)
