@@ -81,6 +81,7 @@ def test_200_masks_compile_once_on_the_runtime_path() -> None:
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_200_masks_compile_once_for_the_cpu_forward_without_lse() -> None:
     """Compiled for real; torch compiles no lse for the CPU."""

@@ -44,7 +44,7 @@ class Ran(NamedTuple):
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
-    for folder in ("cpattn", "solver", "collectives", "launch", "tests_dist", ".whl"):
+    for folder in ("cpattn", "solver", "collectives", "launch", "tests_dist", "docs", ".whl"):
         (root / folder).mkdir(parents=True)
     for file in ("pyproject.toml", "README.md", "LICENSE", ".whl/broken.whl", ".whl/whole.whl"):
         (root / file).touch()

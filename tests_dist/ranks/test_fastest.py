@@ -129,7 +129,7 @@ def test_nothing_is_taken_where_nothing_is_right() -> None:
 def test_doctor_lets_them_race(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_backends", [backends.CpuSdpaBackend(), Wrong()])
     monkeypatch.setenv("COLUMNS", "200")
-    said = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--backend", "fastest", "--num-heads-q", "8"])
+    said = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--backend", "fastest", "--heads", "8:8"])
     assert said.exit_code == 0, said.output
     assert "fastest would run: sdpa (torch's CPU flash attention" in said.output
     assert "not wrong (zeros): " in said.output

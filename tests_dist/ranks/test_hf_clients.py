@@ -325,7 +325,15 @@ def test_models_that_attend_by_themselves_are_refused_at_load():
             hf.AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="cpattn")
 
 
-@pytest.mark.parametrize("first", ["import cpattn", "import transformers.modeling_utils, cpattn", "", "import torch"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("import cpattn", marks=pytest.mark.nightly),
+        "import transformers.modeling_utils, cpattn",
+        "",
+        pytest.param("import torch", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_script_may_forget_to_register(first, tmp_path):
     """And to import the package at all, where it is installed: torch calls its entry point."""
     lines = (Path(__file__).parents[2] / "pyproject.toml").read_text().splitlines()

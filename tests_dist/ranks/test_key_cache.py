@@ -7,7 +7,6 @@ import gc
 from typing import Any
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -15,6 +14,7 @@ import cpattn
 from cpattn import AttnKey, AttnMaskSpec
 from cpattn.keys import cache
 from tests_dist.support.oracle import assert_exact, make_inputs, oracle
+from tests_dist.support.profiles import a_part
 from tests_dist.support.rank_cases import run_with_key
 
 TOTAL = 12
@@ -120,5 +120,4 @@ class Keys(RuleBasedStateMachine):
 
 
 TestKeys = Keys.TestCase
-# An example is up to fifteen steps.
-TestKeys.settings = settings(max_examples=settings.default.max_examples // 5)
+TestKeys.settings = a_part(0.1)  # each example is up to fifteen steps

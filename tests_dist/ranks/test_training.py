@@ -266,7 +266,7 @@ def double_backward_on_rank() -> None:
     leaves, _ = leaves_of(key)
     out = cpattn.attention(*leaves, key)
     (dq,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"Trying to backward through cpattn.attention_backward"):
+    with pytest.raises(RuntimeError, match="attention has no second derivative"):
         dq.sum().backward()
 
 

@@ -20,6 +20,11 @@ settings.register_profile(
 settings.register_profile("nightly", max_examples=1500, deadline=None, print_blob=True)
 
 
+def a_part(share: float) -> settings:
+    """Settings of a test whose examples cost more than others': that share of the profile's number of them."""
+    return settings(max_examples=max(1, round(settings().max_examples * share)))
+
+
 def is_nightly(markexpr: str) -> bool:
     """Whether pytest's -m asks for the tests marked nightly ("not nightly" does not)."""
     return re.search(r"(?<!not )\bnightly\b", markexpr) is not None
