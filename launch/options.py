@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
@@ -21,7 +22,7 @@ import typer
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.planning.options import read_heads
 from cpattn.planning.ready import make_plan
-from cpattn.solver import Heads
+from cpattn.solver import Convolution, Heads, Mixer, Recurrence
 from cpattn.solver.outside import read_text
 
 from .mask_file import spec_from_json
@@ -186,6 +187,37 @@ class RunHeadOptions(HeadOptions):
 
     heads: Annotated[str, typer.Option(help="Query and key heads, q:kv.")] = "8:2"
     head_dim: Annotated[int, typer.Option(help="Dim of a head.")] = 64
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """Layers without softmax over the same placement, for what is only planned."""
+
+    recurrence: Annotated[
+        str, typer.Option(help="A linear recurrence too, heads:dim_k:dim_v, :delta for the delta rule: 32:128:128.")
+    ] = ""
+    convolution: Annotated[str, typer.Option(help="A short convolution too, width:channels: 4:8192.")] = ""
+
+    def read(self) -> list[Mixer]:
+        """
+        Raises:
+            ValueError: one is malformed.
+        """
+        mixers: list[Mixer] = []
+        if self.recurrence:
+            sizes, delta = self.recurrence.removesuffix(":delta"), self.recurrence.endswith(":delta")
+            heads, dim_k, dim_v = _sizes("--recurrence", sizes, "heads:dim_k:dim_v or heads:dim_k:dim_v:delta", 3)
+            mixers.append(Recurrence(heads, dim_k, dim_v, delta))
+        if self.convolution:
+            mixers.append(Convolution(*_sizes("--convolution", self.convolution, "width:channels", 2)))
+        return mixers
+
+
+def _sizes(option: str, text: str, form: str, count: int) -> list[int]:
+    parts = text.split(":")
+    if len(parts) != count or not all(re.fullmatch("[0-9]{1,6}", part) and int(part) for part in parts):
+        raise ValueError(f"{option} is {text!r}: give whole numbers above 0 as {form}")
+    return [int(part) for part in parts]
 
 
 @dataclass(frozen=True)

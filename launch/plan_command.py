@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
+from cpattn.masks.fragments import find_fragments
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.hardware import find_hardware
 from cpattn.planning.head_degree import between_context_ranks, choose_head_degree, most_heads
@@ -22,6 +23,7 @@ from cpattn.solver import (
     HARDWARE,
     Hardware,
     Heads,
+    Mixer,
     Plan,
     PlanReport,
     Rival,
@@ -39,6 +41,7 @@ from .options import (
     LayoutOption,
     Layouts,
     MaskOptions,
+    MixerOptions,
     ScheduleOption,
     Schedules,
     StagesOption,
@@ -61,6 +64,7 @@ def plan_command(
     ] = None,
     *,
     heads: HeadOptions,
+    mixers: MixerOptions,
     chunk_size: Annotated[
         int | None, typer.Option(help="Tokens by which ranks may differ; default: tokens / (16 ranks).")
     ] = None,
@@ -98,7 +102,9 @@ def plan_command(
             machine,
         )
         asked = f"{mask.words()}; {heads.words()}"
+        layers = mixers.read()
         answer = _answer(spec, ranks, heads.read(), options, head_degree)._replace(asked=asked)
+        answer = answer._replace(mixers=_mixer_lines(answer, spec, layers))
         _check_balance(answer.report, imbalance)
     if as_json:
         print(json.dumps(_values(answer), indent=2))
@@ -112,7 +118,7 @@ class Answer(NamedTuple):
     """A plan, of context ranks where heads are split, and what is said of it.
 
     heads: of the whole group. asked: mask and heads in words.
-    degrees: predicted seconds of each head degree that was planned, if several were.
+    degrees: predicted seconds of each head degree that was planned, if several were. mixers: what they move, in words.
     """
 
     plan: Plan
@@ -123,6 +129,7 @@ class Answer(NamedTuple):
     cpu_seconds: float
     degrees: tuple[tuple[int, float], ...]
     asked: str = ""
+    mixers: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -151,6 +158,15 @@ def _answer(spec: AttnMaskSpec, ranks: int, heads: Heads, options: PlanOptions, 
         rivals = compare(table, spec.total_seqlen, ranks, heads, hardware, options.chunk_size)
         report = replace(report, rivals=tuple(rivals))
     return Answer(plan, report, step, heads, hardware, seconds, degrees)
+
+
+def _mixer_lines(answer: Answer, spec: AttnMaskSpec, mixers: Sequence[Mixer]) -> tuple[str, ...]:
+    """What layers that mix tokens in order move over the plan's placement, a line each."""
+    if not mixers:
+        return ()
+    placement = answer.plan.q_placement
+    table = find_fragments(spec, placement, "--recurrence and --convolution")
+    return tuple(mixer.line(table, placement, answer.heads.itemsize) for mixer in mixers)
 
 
 def _degree(asked: int | str, ranks: int, heads: Heads) -> int:
@@ -191,6 +207,7 @@ def _values(answer: Answer) -> dict[str, Any]:
         "seconds": answer.seconds if math.isfinite(answer.seconds) else None,
         "head_degree_seconds": dict(answer.degrees),
         "planning_cpu_seconds": round(answer.cpu_seconds, 4),
+        "mixers": list(answer.mixers),
     }
 
 
@@ -290,8 +307,8 @@ def _rivals(answer: Answer) -> Grid:
 
 
 def _advice(answer: Answer) -> list[str]:
-    """Where another way is predicted to be faster: which, by how much, and what to try."""
-    lines = []
+    """What mixers move; and where another way is predicted to be faster: which, by how much, and what to try."""
+    lines = list(answer.mixers)
     if answer.degrees:
         shown = ", ".join(f"{degree}: {_seconds(seconds)}" for degree, seconds in answer.degrees)
         lines.append(f"head degrees planned: {shown}; taken: {answer.step.head_degree}")

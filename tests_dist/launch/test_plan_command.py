@@ -48,6 +48,17 @@ def test_json_holds_the_report() -> None:
     assert {rival["name"] for rival in values["rivals"]} >= {"ring", "Ulysses"}
 
 
+def test_mixers_are_planned_beside_attention() -> None:
+    """In the words of a key's description."""
+    mask = ["--lengths", "8K,3000,512", "--ranks", "4"]
+    options = [*mask, "--recurrence", "32:128:128:delta", "--convolution", "4:8192"]
+    recurrence, convolution = report(*options)["mixers"]
+    assert recurrence.startswith("delta rule, 32 heads of 128 x 128: ")
+    assert " maps of 4,194,304 bytes received" in recurrence
+    assert convolution.startswith("convolution of width 4, 8192 channels: ")
+    assert "maps of 4,194,304 bytes received" in " ".join(run(*options).output.split())
+
+
 def test_millions_of_tokens_on_thousands_of_ranks() -> None:
     values = report("--seqlen", "4M", "--ranks", "4096")
     assert values["imbalance"] < 1.03
@@ -119,6 +130,8 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "1K", "--ranks", "12", "--ranks-per-node", "5"), "nodes must be of equal size"),
         (("--seqlen", "1K", "--heads", "5:2"), "multiple of key heads"),
         (("--seqlen", "1K", "--heads", "5"), "give query and key heads"),
+        (("--seqlen", "1K", "--recurrence", "32:128"), "give whole numbers above 0 as heads:dim_k:dim_v"),
+        (("--seqlen", "1K", "--convolution", "4:0"), "give whole numbers above 0 as width:channels"),
         (("--seqlen", "1K", "--mask", "window"), "needs --window"),
         (("--seqlen", "1K", "--layout", "contiguous", "--imbalance", "1.1"), "above --imbalance 1.1"),
         (("--seqlen", "1K", "--imbalance", "0.5"), "at least 1"),
