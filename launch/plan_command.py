@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from cpattn.masks.fragments import find_fragments
+from cpattn.masks.fragments import mixer_lines
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.hardware import find_hardware
 from cpattn.planning.head_degree import between_context_ranks, choose_head_degree, most_heads
@@ -23,7 +23,6 @@ from cpattn.solver import (
     HARDWARE,
     Hardware,
     Heads,
-    Mixer,
     Plan,
     PlanReport,
     Rival,
@@ -104,7 +103,8 @@ def plan_command(
         asked = f"{mask.words()}; {heads.words()}"
         layers = mixers.read()
         answer = _answer(spec, ranks, heads.read(), options, head_degree)._replace(asked=asked)
-        answer = answer._replace(mixers=_mixer_lines(answer, spec, layers))
+        moved = (spec, answer.plan.q_placement, layers, answer.heads.itemsize, "--recurrence and --convolution")
+        answer = answer._replace(mixers=tuple(mixer_lines(*moved)))
         _check_balance(answer.report, imbalance)
     if as_json:
         print(json.dumps(_values(answer), indent=2))
@@ -158,15 +158,6 @@ def _answer(spec: AttnMaskSpec, ranks: int, heads: Heads, options: PlanOptions, 
         rivals = compare(table, spec.total_seqlen, ranks, heads, hardware, options.chunk_size)
         report = replace(report, rivals=tuple(rivals))
     return Answer(plan, report, step, heads, hardware, seconds, degrees)
-
-
-def _mixer_lines(answer: Answer, spec: AttnMaskSpec, mixers: Sequence[Mixer]) -> tuple[str, ...]:
-    """What layers that mix tokens in order move over the plan's placement, a line each."""
-    if not mixers:
-        return ()
-    placement = answer.plan.q_placement
-    table = find_fragments(spec, placement, "--recurrence and --convolution")
-    return tuple(mixer.line(table, placement, answer.heads.itemsize) for mixer in mixers)
 
 
 def _degree(asked: int | str, ranks: int, heads: Heads) -> int:

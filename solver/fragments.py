@@ -55,6 +55,15 @@ class FragmentTable:
         """Numbers of one rank's fragments, in the order of its rows."""
         return np.flatnonzero(self.ranks == rank)
 
+    def maps_received(self) -> IntArray:
+        """Maps of fragments that a recurrence brings to each rank, [cp_size]."""
+        needed, owners, _ = self.maps_needed()
+        return make_routes(needed, owners).rows_received(self.cp_size)
+
+    def convolution_rows_received(self, width: int, placement: Placement) -> IntArray:
+        """Rows that a convolution of that width brings to each rank, [cp_size]."""
+        return make_routes(self.rows_before(width - 1), placement).rows_received(self.cp_size)
+
     def is_last(self) -> NDArray[np.bool_]:
         """Whether each is the last of its document, [n]."""
         return np.append(self.firsts[1:] != self.firsts[:-1], True)[: len(self)]
@@ -106,8 +115,7 @@ class Recurrence:
 
     def line(self, table: FragmentTable, placement: Placement, itemsize: int) -> str:
         """Maps and their bytes; the state is in fp32 whatever the rows are."""
-        needed, owners, _ = table.maps_needed()
-        maps = make_routes(needed, owners).rows_received(table.cp_size)
+        maps = table.maps_received()
         kind = "delta rule" if self.delta else "recurrence"
         return (
             f"{kind}, {self.num_heads} heads of {self.dim_k} x {self.dim_v}: {len(table)} fragments, {maps.sum()} maps "
@@ -125,7 +133,7 @@ class Convolution:
 
     def line(self, table: FragmentTable, placement: Placement, itemsize: int) -> str:
         """Rows and their bytes."""
-        rows = make_routes(table.rows_before(self.width - 1), placement).rows_received(table.cp_size)
+        rows = table.convolution_rows_received(self.width, placement)
         row = self.channels * itemsize
         return (
             f"convolution of width {self.width}, {self.channels} channels: {rows.sum()} rows received, forward, "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from cpattn.collectives import Transport
-from cpattn.masks.fragments import find_fragments
 from cpattn.masks.spec import lower_mask
 from cpattn.runtime.memory import StepMemory
-from cpattn.solver import Mixer, Placement, head_exchange_bytes, plan_report, split_heads
+from cpattn.solver import head_exchange_bytes, plan_report, split_heads
 
 from .options import PlannedKey
 
@@ -56,16 +54,6 @@ def describe_memory(stated: StepMemory, *, keeps: bool) -> str:
         f"memory of a call beyond its inputs, this rank's peak: {stated.forward:,} bytes forward{kept}, "
         f"{stated.backward:,} backward"
     )
-
-
-def describe_mixers(
-    planned: PlannedKey, placement: Placement, mixers: Sequence[Mixer], dtype: torch.dtype
-) -> list[str]:
-    """What layers that mix tokens in order move over a placement, a line each."""
-    if not mixers:
-        return []
-    table = find_fragments(planned.spec, placement, "describe")
-    return [mixer.line(table, placement, dtype.itemsize) for mixer in mixers]
 
 
 def describe_choice(planned: PlannedKey) -> list[str]:

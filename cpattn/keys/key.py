@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpattn.backends import Backend, Problem, choose_backend, explain_choice
 from cpattn.collectives import HeadExchange, Transport
+from cpattn.masks.fragments import mixer_lines
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.planning.head_degree import most_heads
 from cpattn.planning.options import check_spec, read_heads, window_on_mask
@@ -43,7 +44,6 @@ from .cache import cached, find_by_handle, new_handle
 from .describe import (
     describe_choice,
     describe_memory,
-    describe_mixers,
     describe_plan,
     describe_report,
     describe_sharding,
@@ -280,7 +280,8 @@ class AttnKey:
         Raises:
             ValueError: there are mixers, and the mask has no documents for them.
         """
-        lines = describe_mixers(self.planned, self.q_placement, mixers, dtype) + describe_choice(self.planned)
+        lines = mixer_lines(self.spec, self.q_placement, mixers, dtype.itemsize, "describe")
+        lines += describe_choice(self.planned)
         if self.sharding is not None:
             inner = self.sharding.inner.describe(dtype, device)
             return "\n".join([*lines, describe_sharding(self.planned, dtype), inner])

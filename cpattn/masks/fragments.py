@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from cpattn.solver import FragmentTable, Placement, SliceTable
+from cpattn.solver import FragmentTable, Mixer, Placement, SliceTable
 
 from .spec import AttnMaskSpec, lower_mask
 
@@ -26,6 +28,20 @@ def find_fragments(spec: AttnMaskSpec, placement: Placement, call: str) -> Fragm
     starts, ends = np.array([d[:2] for d in spec.documents if d.end > d.start], dtype=np.int64).reshape(-1, 2).T
     _refuse_other_documents(lower_mask(spec), ends, call)
     return FragmentTable.of(placement, starts, ends)
+
+
+def mixer_lines(
+    spec: AttnMaskSpec, placement: Placement, mixers: Sequence[Mixer], itemsize: int, call: str
+) -> list[str]:
+    """What layers that mix tokens in order move over a placement, a line each; itemsize: bytes of an element.
+
+    Raises:
+        ValueError: there are mixers, and the mask has no documents for them; `call` is named.
+    """
+    if not mixers:
+        return []
+    table = find_fragments(spec, placement, call)
+    return [mixer.line(table, placement, itemsize) for mixer in mixers]
 
 
 def _refuse_other_documents(slices: SliceTable, ends: IntArray, call: str) -> None:

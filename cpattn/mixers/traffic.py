@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cpattn.keys.key import AttnKey
-from cpattn.solver import Recurrence, make_routes
+from cpattn.solver import Recurrence
 
 from .fragments import IntArray, fragments_of
 
@@ -42,8 +42,7 @@ def map_bytes(num_heads: int, dim_k: int, dim_v: int, *, delta: bool, by_channel
 
 def recurrence_traffic(key: AttnKey, row_bytes: int) -> MixerTraffic:
     """Maps that `linear_attention` brings to each rank under this key; row_bytes as `map_bytes` gives them."""
-    needed, placement, _ = fragments_of(key, "recurrence_traffic").maps_needed()
-    return MixerTraffic(make_routes(needed, placement).rows_received(key.cp_size), row_bytes)
+    return MixerTraffic(fragments_of(key, "recurrence_traffic").maps_received(), row_bytes)
 
 
 def convolution_traffic(key: AttnKey, width: int, channels: int, itemsize: int = 2) -> MixerTraffic:
@@ -52,6 +51,6 @@ def convolution_traffic(key: AttnKey, width: int, channels: int, itemsize: int =
     Args:
         width: of the convolution. channels: of a row. itemsize: bytes of an element.
     """
-    needed = fragments_of(key, "convolution_traffic").rows_before(width - 1)
-    received = make_routes(needed, key.q_placement).rows_received(key.cp_size)
+    table = fragments_of(key, "convolution_traffic")
+    received = table.convolution_rows_received(width, key.q_placement)
     return MixerTraffic(received, channels * itemsize)
