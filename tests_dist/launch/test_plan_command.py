@@ -154,7 +154,7 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "1K", "--ranks", "100000"), "at most 16,384"),
         (("--file", "/dev/zero"), "is a device: give a regular file"),
         (("--seqlen", "1K", "--hardware", "/dev/zero"), "is a device: give a regular file"),
-        (("--seqlen", "64K", "--ranks", "64", "--search-effort", "999999999", "--limit", "0.2"), "within 0.2"),
+        (("--seqlen", "4M", "--ranks", "4096", "--search-effort", "999999999", "--limit", "0.2"), "within 0.2"),
     ],
 )
 def test_bad_options_are_refused(args: tuple[str, ...], message: str) -> None:
