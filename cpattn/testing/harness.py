@@ -10,9 +10,9 @@
 
 Starting processes dominates such tests, so the ranks of a world size are a pool that lives until this process
 ends: a case costs milliseconds. A case that fails, hangs or is interrupted takes its pool with it; the next
-case starts a new one. The ranks are forked from a server that has imported torch and computed nothing
-(forking from pytest itself can hang in OpenMP or find CUDA initialised), so a new pool costs a fraction of a
-second. They die with the process that started them, however it ends.
+case starts a new one. The ranks are forked from a server that has imported torch and what else they need, and
+computed nothing (forking from pytest itself can hang in OpenMP or find CUDA initialised), so a new pool costs
+a fraction of a second. They die with the process that started them, however it ends.
 """
 
 from __future__ import annotations
@@ -176,6 +176,16 @@ def _take(handed: Any) -> int:
     return int(handed.detach())
 
 
+def _preload() -> list[str]:
+    """Modules that the server imports before it forks, so that no rank does.
+
+    Those of cpattn and transformers are what this process has by now, as tests that are collected import what they use;
+    not what `torch.compile` brings, as that starts processes and threads.
+    """
+    loaded = [name for name in [*sys.modules] if name.partition(".")[0] in ("cpattn", "transformers")]
+    return ["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest", "hypothesis", *loaded]
+
+
 @dataclass(frozen=True, slots=True)
 class _Failure:
     rank: int
@@ -193,7 +203,7 @@ class _Pool:
 
     def __init__(self, world_size: int, backend: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest", "hypothesis"])
+        context.set_forkserver_preload(_preload())
         self._stacks: list[Any] = []  # files without a name, so that none is left however this process ends
         self._conns: list[Connection] = []
         self._processes: list[Any] = []

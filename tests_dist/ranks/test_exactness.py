@@ -15,6 +15,7 @@ from cpattn import AttnMaskSpec, LayerKind
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS, within_window
 from tests_dist.support.oracle import Results, assert_as_exact_as_sdpa, assert_exact, make_inputs, oracle
+from tests_dist.support.profiles import each_once
 from tests_dist.support.rank_cases import run_attention, run_with_key
 from tests_dist.support.strategies import random_spec
 
@@ -59,25 +60,25 @@ some_and_all = pytest.mark.parametrize("dtypes", ["each", pytest.param("all", ma
 
 @pytest.mark.shows("masks", "lengths", "group size", "cross-attention")
 @some_and_all
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])
+@each_once(mask=MASKS, cp_size=[2, 3, 4, 8, 1])
 def test_as_exact_as_one_process_sdpa(cp_size, mask, dtypes):
     check_grid(cp_size, mask, "keys", dtypes)
 
 
 @some_and_all
-@pytest.mark.parametrize("mask", [name for name, spec in MASKS.items() if not spec.is_cross])
-@pytest.mark.parametrize("cp_size", [2, 3, 4])
+@each_once(mask=[name for name, spec in MASKS.items() if not spec.is_cross], cp_size=[4, 2, 3])
 def test_as_exact_when_queries_travel(cp_size, mask, dtypes):
     check_grid(cp_size, mask, "tiles", dtypes)
 
 
 @some_and_all
-@pytest.mark.parametrize("mask", ["causal", "varlen", "prefix_tree", "cross", "holes", "empty"])
-@pytest.mark.parametrize("schedule", ["keys", "tiles"])
-@pytest.mark.parametrize(("cp_size", "ranks_per_node"), [(4, 2), (8, 4)])
-def test_as_exact_on_two_levels(cp_size, ranks_per_node, schedule, mask, dtypes):
+@each_once(
+    mask=["causal", "varlen", "prefix_tree", "cross", "holes", "empty"],
+    nodes=[(4, 2, "tiles"), (8, 4, "keys"), (8, 4, "tiles"), (4, 2, "keys")],
+)
+def test_as_exact_on_two_levels(mask, nodes, dtypes):
     """Rows cross between nodes once per node and fan out; gradients are summed inside a node first."""
+    cp_size, ranks_per_node, schedule = nodes
     if schedule == "tiles" and MASKS[mask].is_cross:
         pytest.skip("tiles need self-attention")
     check_grid(cp_size, mask, schedule, dtypes, ranks_per_node=ranks_per_node)
@@ -130,9 +131,9 @@ def joint_on_rank(name: str, options: dict[str, Any]) -> dict[torch.dtype, list[
     return results if dist.get_rank() == 0 else {}
 
 
-@pytest.mark.parametrize("name", JOINT)
-@pytest.mark.parametrize(("cp_size", "ranks_per_node"), NODES)
-def test_masks_planned_together_are_as_exact(cp_size, ranks_per_node, name):
+@each_once(nodes=NODES, name=JOINT)
+def test_masks_planned_together_are_as_exact(nodes, name):
+    cp_size, ranks_per_node = nodes
     results = run_on_ranks(cp_size, joint_on_rank, name, {"ranks_per_node": ranks_per_node})[0]
     for dtype in DTYPES:
         inputs = make_inputs(JOINT[name][0].spec, heads=HEADS["gqa"], dtype=dtype)
@@ -173,7 +174,8 @@ def random_joint_on_rank(seeds: range, ranks_per_node: int | None) -> int:
     return checked
 
 
+@pytest.mark.parametrize("cases", [12, pytest.param(48, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("cp_size", "ranks_per_node"), NODES)
-def test_random_masks_planned_together(cp_size, ranks_per_node):
-    seeds = range(100 * cp_size, 100 * cp_size + 48 // cp_size)
+def test_random_masks_planned_together(cp_size, ranks_per_node, cases):
+    seeds = range(100 * cp_size, 100 * cp_size + -(-cases // cp_size))
     assert sum(run_on_ranks(cp_size, random_joint_on_rank, seeds, ranks_per_node)) == len(seeds)

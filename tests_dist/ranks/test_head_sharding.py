@@ -41,6 +41,7 @@ from tests_dist.support.compile_cases import (
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import Inputs, Results, assert_as_exact_as_sdpa, dense_attention, make_inputs, oracle
+from tests_dist.support.profiles import each_once
 from tests_dist.support.rank_cases import run_attention, run_with_key
 
 # ----------------------------------------------------------------------------------------------------
@@ -114,44 +115,61 @@ def test_bytes_of_the_head_exchange_are_those_that_are_sent(num_q, num_kv, degre
 HEADS = [(8, 8), (8, 2), (6, 3), (5, 1), (3, 3)]
 
 
-def every_head_count(spec: AttnMaskSpec, degree: int, options: dict[str, Any]) -> dict[Any, Results]:
-    """Every head count that has a head for each part, in fp32 and one in bf16; on all ranks alike."""
+Combination = tuple[tuple[int, int], torch.dtype]
+
+
+def grid_on_rank(
+    spec: AttnMaskSpec, degree: int, options: dict[str, Any], combinations: list[Combination]
+) -> dict[Combination, Results]:
+    """Head counts and dtypes for one mask; on all ranks alike."""
     results = {}
-    for heads in HEADS:
-        for dtype in (torch.float32, torch.bfloat16):
-            if heads[0] >= degree and (dtype == torch.float32 or heads == (6, 3)):
-                inputs = make_inputs(spec, heads=heads, dtype=dtype)
-                results[heads, dtype] = run_attention(spec, inputs, key_options={"head_degree": degree, **options})
+    for heads, dtype in combinations:
+        inputs = make_inputs(spec, heads=heads, dtype=dtype)
+        results[heads, dtype] = run_attention(spec, inputs, key_options={"head_degree": degree, **options})
     return results if dist.get_rank() == 0 else {}
 
 
-def check(cp_size: int, degree: int, mask: str, **options: Any) -> None:
-    spec = MASKS[mask]
+def check(cp_size: int, degree: int, mask: str, counts: str, **options: Any) -> None:
+    """counts: "each" mask with two of the head counts that have a head for each part, which take turns, or with "all";
+    in fp32, and with one of them in bf16."""
+    spec, turn = MASKS[mask], list(MASKS).index(mask)
+    fits = [heads for heads in HEADS if heads[0] >= degree]
+    chosen = fits if counts == "all" else [fits[(turn + nth) % len(fits)] for nth in (0, 2)]
+    combinations: list[Combination] = [*((heads, torch.float32) for heads in chosen), ((6, 3), torch.bfloat16)]
     options = {"chunk_size": 8, "num_stages": 2, "ranks_per_node": None, **options}
-    results = run_on_ranks(cp_size, every_head_count, spec, degree, options)[0]
-    assert len(results) == 1 + sum(heads[0] >= degree for heads in HEADS)
+    results = run_on_ranks(cp_size, grid_on_rank, spec, degree, options, combinations)[0]
+    assert len(results) == len(combinations)
     for (heads, dtype), got in results.items():
         inputs = make_inputs(spec, heads=heads, dtype=dtype)
         assert_as_exact_as_sdpa(got, spec, inputs, f"{mask} {cp_size} ranks, degree {degree}, {heads} {dtype}")
 
 
+each_and_all = pytest.mark.parametrize("counts", ["each", pytest.param("all", marks=pytest.mark.nightly)])
+
+
+@each_and_all
 @pytest.mark.parametrize("mask", MASKS)
-def test_as_exact_as_one_process_sdpa(mask):
-    check(4, 2, mask)
+def test_as_exact_as_one_process_sdpa(mask, counts):
+    check(4, 2, mask, counts)
 
 
 @pytest.mark.shows("heads")
-@pytest.mark.parametrize("mask", ["causal", "varlen", "prefix_tree", "cross", "holes", "empty", "one_token"])
-@pytest.mark.parametrize(("cp_size", "degree"), [(2, 2), (4, 4), (8, 2), (8, 4)])
-def test_as_exact_on_other_grids(cp_size, degree, mask):
-    check(cp_size, degree, mask)
+@each_and_all
+@each_once(
+    mask=["causal", "varlen", "prefix_tree", "cross", "holes", "empty", "one_token"],
+    ranks=[(2, 2), (8, 2), (4, 4), (8, 4)],
+)
+def test_as_exact_on_other_grids(mask, ranks, counts):
+    """ranks: of the group, and the degree."""
+    check(*ranks, mask, counts)
 
 
-@pytest.mark.parametrize("mask", ["causal", "varlen", "prefix_tree"])
-@pytest.mark.parametrize(("schedule", "ranks_per_node"), [("tiles", None), ("tiles", 4), ("keys", 4), ("keys", 2)])
-def test_as_exact_with_the_schedules_inside(schedule, ranks_per_node, mask):
+@each_and_all
+@each_once(inside=[("tiles", None), ("tiles", 4), ("keys", 4), ("keys", 2)], mask=["causal", "varlen", "prefix_tree"])
+def test_as_exact_with_the_schedules_inside(inside, mask, counts):
     """Four context ranks of two: queries that move, two nodes of two context ranks, one node for each."""
-    check(8, 2, mask, schedule=schedule, ranks_per_node=ranks_per_node)
+    schedule, ranks_per_node = inside
+    check(8, 2, mask, counts, schedule=schedule, ranks_per_node=ranks_per_node)
 
 
 def key_for(spec: AttnMaskSpec, heads: tuple[int, int], *, degree: Any = 2, **options: Any) -> cpattn.AttnKey:
@@ -340,9 +358,7 @@ def memory_on_rank(degree: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     return list(zip((stated.forward, stated.backward, stated.step), measured, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("degree", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (4, torch.bfloat16)]
-)
+@each_once(degree=[2, 4, 1], dtype=[torch.float32, torch.bfloat16])
 def test_stated_memory_is_the_measured_one(degree, dtype):
     tolerance = 0.005 if dtype == torch.float32 else 0.1  # as in test_memory.py
     for rank, passes in enumerate(run_on_ranks(4, memory_on_rank, degree, dtype)):
