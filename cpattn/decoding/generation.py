@@ -248,7 +248,7 @@ class Session:
         if not request.max_new_tokens:
             return [torch.zeros(0, dtype=torch.int64) for _ in self.lengths]
         self._require_room(request.max_new_tokens, "generate")
-        sampler = Sampler(request.how, self.batch_size, group=self.group, generator=generator)
+        sampler = Sampler(request.how, self.batch_size, key=self._caches.key, generator=generator)
         with self.rows.quiet():
             steps = self._steps(request, sampler, None if eos is None else eos.to(self.device))
         found = _trim(torch.stack(steps, dim=1).cpu(), eos)
@@ -302,7 +302,8 @@ class Session:
 
     def _run(self, tokens: Tensor, positions: Tensor, keep: Tensor | None = None) -> Tensor:
         longest = max(self._caches.all[0].lengths)
-        return self.rows.run(tokens, positions, self._caches.decode_attention(), longest - 1, keep)
+        with self._caches.key.checking("generate"):  # the other ranks wait for its layers
+            return self.rows.run(tokens, positions, self._caches.decode_attention(), longest - 1, keep)
 
     def _prefill(self, prompt: _Prompt, key: AttnKey) -> tuple[Tensor, Tensor]:
         """Logits of the prompts that end on this rank, and which these are."""
@@ -313,7 +314,8 @@ class Session:
         local = dispatch(prompt.tokens.to(self.device), key)
         positions = position_ids(key, device=self.device)
         last, keep = int(self.lengths.max()) - 1, at[here].to(self.device)
-        logits = self.rows.run(local, positions, self._caches.prefill_attention(), last, keep)
+        with key.checking("generate"):
+            logits = self.rows.run(local, positions, self._caches.prefill_attention(), last, keep)
         return logits, here.nonzero().flatten().to(self.device)
 
 
@@ -349,7 +351,7 @@ class _Caches:
     def __init__(
         self, key: AttnKey, layers: list[LayerShape], *, paths: list[list[int]] | None, **options: Any
     ) -> None:
-        self.all: list[PagedKVCache] = []
+        self.key, self.all = key, list[PagedKVCache]()
         self._of_layer: list[tuple[PagedKVCache, int, AttnKey]] = [None] * len(layers)  # type: ignore[list-item]
         for heads in dict.fromkeys(layer[:4] for layer in layers):
             mine = [n for n, layer in enumerate(layers) if layer[:4] == heads]

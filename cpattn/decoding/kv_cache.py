@@ -14,6 +14,7 @@ head dims of q/k and of v.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,20 +249,32 @@ class PagedKVCache:
             out [B, N, E] in q's dtype, equal bit for bit on all ranks.
 
         Raises:
-            ValueError: a layer, shape, number or name does not fit; before any collective.
+            ValueError: a layer, shape, number or name does not fit, or ranks are in different calls; before any
+                collective.
             RuntimeError: `advance` has not been called.
+            LostRankError: a rank of the group raised, died or did not come.
         """
-        self._check_step(layer, q_BND, k_BGD, v_BGE, source)
-        scale = self.key.head_dim**-0.5 if softmax_scale is None else softmax_scale
-        check_numbers(self.key, scale, softcap, sink)
-        check_merge(merge)
-        if source is not None and self.group is not None:
-            q_BND, k_BGD, v_BGE = broadcast((q_BND, k_BGD, v_BGE), source, self.group)
-        pool = self._pool_of[layer]
-        for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
-            write_rows(cache, pool.rows, new.to(self.dtype))
-        out, lse = self._attend(layer, q_BND, scale, softcap)
-        return merge_over_ranks(out, lse, self.group, dtype=q_BND.dtype, sink=sink, method=merge)
+        scale = self.key.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+        with self.key.checking("decode"):
+            self._check_step(layer, q_BND, k_BGD, v_BGE, source)
+            check_numbers(self.key, scale, softcap, sink)
+            check_merge(merge)
+        said = {"layer": layer, "lengths": self.lengths, "q": (tuple(q_BND.shape), q_BND.dtype), "scale": scale}
+        said |= {"softcap": softcap, "sink": sink is not None, "source": source, "merge": merge}
+        with self._calling(q_BND.device, said):
+            if source is not None and self.group is not None:
+                q_BND, k_BGD, v_BGE = broadcast((q_BND, k_BGD, v_BGE), source, self.group)
+            pool = self._pool_of[layer]
+            for cache, new in ((self._keys[layer], k_BGD), (self._values[layer], v_BGE)):
+                write_rows(cache, pool.rows, new.to(self.dtype))
+            out, lse = self._attend(layer, q_BND, scale, softcap)
+            return merge_over_ranks(out, lse, self.group, dtype=q_BND.dtype, sink=sink, method=merge)
+
+    def _calling(self, device: torch.device, said: dict[str, Any]) -> AbstractContextManager[int]:
+        """Tell the other ranks of a layer's step; a CUDA graph that is being captured holds no messages."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return nullcontext(-1)
+        return self.key.calling("decode", device, **said)
 
     def _attend(self, layer: int, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         """This rank's part of the step's rows; those of one sequence side by side, so that its pages are read once."""

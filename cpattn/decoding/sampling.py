@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpattn.keys.key import AttnKey
 from cpattn.masks.reading import read_int
 
 
@@ -79,32 +81,34 @@ class Sampler:
     """Chooses the tokens of a batch of sequences, step by step; all ranks get the same.
 
     Args:
+        key: of the prompts; its group's ranks tell each other of every step.
         generator: for the draws; rank 0's count, and all ranks draw alike.
     """
 
-    def __init__(
-        self, how: Sampling, batch: int, *, group: dist.ProcessGroup | None, generator: torch.Generator | None
-    ) -> None:
-        self.how, self.batch, self.group, self.generator = how, batch, group, generator
+    def __init__(self, how: Sampling, batch: int, *, key: AttnKey, generator: torch.Generator | None) -> None:
+        self.how, self.batch, self.key, self.generator = how, batch, key, generator
+        self.group, self._step = key.cp_group, 0
         self.unclear: Tensor | None = None  # sequences whose logits were not finite, bool [B]
 
     def spread(self, logits: Tensor, sequences: Tensor) -> Tensor:
         """int64 [B], from logits [n, V] of the sequences (int64 [n]) at hand: each is on exactly one rank."""
         draws = self._draws(logits.device)
-        if self.group is not None and self.how.temperature:
-            dist.broadcast(draws, dist.get_global_rank(self.group, 0), group=self.group)
-        tokens = torch.zeros(self.batch, dtype=torch.int64, device=logits.device)
-        if len(sequences):
-            tokens[sequences] = choose(logits, draws[sequences], self.how)
-        if self.group is not None:
-            dist.all_reduce(tokens, group=self.group)
+        with self._calling(logits.device, rows="each on one rank"):
+            if self.group is not None and self.how.temperature:
+                dist.broadcast(draws, dist.get_global_rank(self.group, 0), group=self.group)
+            tokens = torch.zeros(self.batch, dtype=torch.int64, device=logits.device)
+            if len(sequences):
+                tokens[sequences] = choose(logits, draws[sequences], self.how)
+            if self.group is not None:
+                dist.all_reduce(tokens, group=self.group)
         return self._noted(tokens, torch.arange(self.batch, device=tokens.device))
 
     def replicated(self, logits: Tensor, sequences: Tensor) -> Tensor:
         """int64 [n], from logits [n, V] of the sequences that all ranks have; rank 0's choice counts."""
         tokens = choose(logits, self._draws(logits.device)[sequences], self.how)
-        if self.group is not None:
-            dist.broadcast(tokens, dist.get_global_rank(self.group, 0), group=self.group)
+        with self._calling(logits.device, rows=len(sequences)):
+            if self.group is not None:
+                dist.broadcast(tokens, dist.get_global_rank(self.group, 0), group=self.group)
         return self._noted(tokens, sequences)
 
     def check(self) -> None:
@@ -121,6 +125,11 @@ class Sampler:
             raise ValueError(f"generate: {what}: there is nothing to draw from; look at its prompt and the weights")
         warnings.warn(f"generate: {what}: its tokens mean nothing (other sequences are not touched)", stacklevel=3)
         self.unclear = None
+
+    def _calling(self, device: torch.device, **said: Any) -> AbstractContextManager[int]:
+        """Tell the other ranks which step this is, and for how many rows."""
+        self._step += 1
+        return self.key.calling("generate, next tokens", device, step=self._step, how=tuple(self.how), **said)
 
     def _draws(self, device: torch.device) -> Tensor:
         if not self.how.temperature:

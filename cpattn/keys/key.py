@@ -198,6 +198,16 @@ class AttnKey:
             return nullcontext(-1)
         return calls_of(self.cp_group).passing(Saying.of(what, {"key": self.identity, **fields}), device)
 
+    def arriving(self, what: str, number: int, /, **fields: Any) -> AbstractContextManager[None]:
+        """Around what waits for the exchanges of a pass that was told with `calling`; number: what that gave.
+
+        Raises:
+            LostRankError: one of them failed.
+        """
+        if self.cp_group is None or not self.options.running.identify:
+            return nullcontext()
+        return calls_of(self.cp_group).arriving(Saying.of(what, {"key": self.identity, **fields}), number)
+
     @contextmanager
     def checking(self, what: str) -> Iterator[None]:
         """Before a pass: what is raised in the block, the ranks that wait in the pass hear of, and raise too."""

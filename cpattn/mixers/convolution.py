@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpattn.collectives import RowRoutes
 from cpattn.keys.key import AttnKey
-from cpattn.ops.layout import cached_tensor, cast_rows
+from cpattn.ops.layout import RowSaying, cached_tensor, cast_rows
 
 from .fragments import fragments_of, index_tensor, locate, routes_of
 from .fused import Kernel, convolve, refuse_convolution, takes_fused
@@ -49,10 +49,12 @@ def causal_conv1d(
     Raises:
         ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
     """
-    _check(x_TC, weight_CW, bias_C, activation, key)
-    width = weight_CW.shape[1]
-    plan = _plan(key, width, x_TC.device)
-    fetched = cast_rows(x_TC, plan.routes, key.cp_group)
+    with key.checking("causal_conv1d"):
+        _check(x_TC, weight_CW, bias_C, activation, key)
+        width = weight_CW.shape[1]
+        plan = _plan(key, width, x_TC.device)
+    saying = RowSaying(key, "causal_conv1d", {"width": width, "bias": bias_C is not None, "activation": activation})
+    fetched = cast_rows(x_TC, plan.routes, saying)
     rows = torch.cat([x_TC, fetched, x_TC.new_zeros(1, x_TC.shape[1])]).index_select(0, plan.source)
     if not key.num_tokens:  # still a link of the graph: gradients of what others fetched, and zeros for the parameters
         nothing = weight_CW.sum() if bias_C is None else weight_CW.sum() + bias_C.sum()

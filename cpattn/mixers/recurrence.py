@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpattn.collectives import RowRoutes
 from cpattn.keys.key import AttnKey
-from cpattn.ops.layout import TravellingRows, cached_tensor, start_cast_rows
+from cpattn.ops.layout import RowSaying, TravellingRows, cached_tensor, start_cast_rows
 from cpattn.solver import expand_counts
 
 from .chunks import AffineMaps, Reading, work_chunks
@@ -72,7 +72,8 @@ def linear_attention(
     Raises:
         ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
     """
-    _check(q_TGK, k_TGK, v_THV, decay, beta_TH, key)
+    with key.checking("linear_attention"):
+        _check(q_TGK, k_TGK, v_THV, decay, beta_TH, key)
     # A rank without rows has nothing for a kernel; maps are the same either way, so ranks may differ in this.
     if takes_fused(kernel, "linear_attention", refuse_recurrence(q_TGK, v_THV)) and key.num_tokens:
         return _by_fragments(q_TGK, k_TGK, v_THV, key, (decay, beta_TH), 1.0 if scale is None else scale)
@@ -87,7 +88,7 @@ def linear_attention(
     k = plan.chunked(k_TGK.to(dtype)).repeat_interleave(groups, 2)
     beta = None if beta_TH is None else plan.chunked(beta_TH.to(dtype))
     work = work_chunks(q, k, plan.chunked(v_THV.to(dtype)), plan.chunked(decay.to(dtype)), beta)
-    travelling = _send_maps(work.maps, plan.exchange, key)
+    travelling = _send_maps(work.maps, plan.exchange, key, 1.0 if scale is None else scale)
     reading = work.reading()  # while maps travel; and backward, while their gradients do
     out = reading.finish(_states(work.maps, travelling.wait(), plan))
     return out.flatten(0, 1).index_select(0, plan.places).to(v_THV.dtype)
@@ -123,7 +124,8 @@ def mamba2(
     x, dt, A = x_THV.to(wide), dt_TH.to(wide), A_H.to(wide)
     decay = dt * A
     if takes_fused(kernel, "mamba2", refuse_mamba2(x_THV)) and key.num_tokens:
-        _check(C_TGK, B_TGK, x_THV, decay, None, key)
+        with key.checking("linear_attention"):
+            _check(C_TGK, B_TGK, x_THV, decay, None, key)
         out = _by_mamba_chunks((x_THV, dt, A, B_TGK, C_TGK), decay, key)
     else:
         out = linear_attention(C_TGK, B_TGK, x * dt[..., None], key, decay=decay, kernel="torch")
@@ -155,7 +157,7 @@ def _by_fragments(
     """`linear_attention` whose local part is one call of a fused kernel. gates: decay and beta."""
     exchange, bounds, later = _fragment_plan(key, v.device)
     work = work_fragments(q, k, v, *gates, scale=scale, bounds=bounds)
-    begins = _begins(_send_maps(work.maps, exchange, key).wait(), exchange)
+    begins = _begins(_send_maps(work.maps, exchange, key, scale).wait(), exchange)
     out = list(work.out.split([b - a for _, a, b in later]))
     for number, (is_later, first, end) in enumerate(later):
         if is_later:  # the others begin their document, in a state of zero
@@ -279,11 +281,15 @@ class _TravellingMaps(NamedTuple):
         return AffineMaps(a.unflatten(1, self.like.a.shape[1:]), b.unflatten(1, self.like.b.shape[1:]))
 
 
-def _send_maps(maps: AffineMaps, exchange: _MapExchange, key: AttnKey) -> _TravellingMaps:
-    """Start the exchange of the maps of fragments. Ranks without rows take part in it, too."""
+def _send_maps(maps: AffineMaps, exchange: _MapExchange, key: AttnKey, scale: float = 1.0) -> _TravellingMaps:
+    """Start the exchange of the maps of fragments. Ranks without rows take part in it, too.
+
+    scale: of queries, for ranks to compare.
+    """
     mine = exchange.senders.maps(maps)
     own = torch.cat([mine.a.flatten(1), mine.b.flatten(1)], dim=1)
-    return _TravellingMaps(own, start_cast_rows(own, exchange.routes, key.cp_group), maps)
+    saying = RowSaying(key, "linear_attention", {"maps": [tuple(x.shape[1:]) for x in maps], "scale": float(scale)})
+    return _TravellingMaps(own, start_cast_rows(own, exchange.routes, saying), maps)
 
 
 def _begins(known: AffineMaps, exchange: _MapExchange) -> Tensor:

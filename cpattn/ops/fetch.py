@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.node import has_side_effect
 
 from cpattn.keys.key import AttnKey, key_of_handle
 from cpattn.runtime.bound import bind_hops
@@ -24,6 +23,7 @@ from cpattn.solver import fetched_at_once
 
 from .attention import attention
 from .layout import cached_tensor
+from .order import exchanging_op
 
 
 def fetch(rows: Tensor, key: AttnKey) -> Tensor:
@@ -129,8 +129,7 @@ def _trips(key: AttnKey, device: torch.device) -> Sequence[Trip]:
     return cached_tensor(key, ("fetch", device), make)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("cpattn::fetch_rows", mutates_args=())
-def _fetch_rows(rows: Tensor, key_handle: Tensor) -> Tensor:
+def _run_fetch(rows: Tensor, key_handle: Tensor) -> Tensor:
     key = key_of_handle(key_handle)
     exchanges = Exchanges(key.cp_group)
     rows = rows.contiguous()
@@ -139,14 +138,12 @@ def _fetch_rows(rows: Tensor, key_handle: Tensor) -> Tensor:
         return torch.cat([rows, *(came for trip in pending for came in trip.wait())])
 
 
-@_fetch_rows.register_fake
-def _(rows: Tensor, key_handle: Tensor) -> Tensor:
+def _fake_fetch(rows: Tensor, key_handle: Tensor) -> Tensor:
     fetched = torch.library.get_ctx().new_dynamic_size()
     return rows.new_empty((fetched, *rows.shape[1:]))
 
 
-@torch.library.custom_op("cpattn::fetch_rows_backward", mutates_args=())
-def _fetch_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int) -> Tensor:
+def _run_fetch_backward(grad: Tensor, key_handle: Tensor, num_rows: int) -> Tensor:
     key = key_of_handle(key_handle)
     exchanges = Exchanges(key.cp_group)
     trips = _trips(key, grad.device)
@@ -158,8 +155,7 @@ def _fetch_rows_backward(grad: Tensor, key_handle: Tensor, num_rows: int) -> Ten
     return total.to(grad.dtype)
 
 
-@_fetch_rows_backward.register_fake
-def _(grad: Tensor, key_handle: Tensor, num_rows: int) -> Tensor:
+def _fake_fetch_backward(grad: Tensor, key_handle: Tensor, num_rows: int) -> Tensor:
     return grad.new_empty((num_rows, *grad.shape[1:]))
 
 
@@ -174,8 +170,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.ops.cpattn.fetch_rows_backward(grad, key_handle, ctx.num_rows), None
 
 
+_fetch_rows = exchanging_op("cpattn::fetch_rows", _run_fetch, _fake_fetch)
 _fetch_rows.register_autograd(_backward, setup_context=_setup_context)
-
-# Other ranks wait in these, whatever a compiler makes of their results here.
-for _op in (torch.ops.cpattn.fetch_rows, torch.ops.cpattn.fetch_rows_backward):
-    has_side_effect(_op.default)
+exchanging_op("cpattn::fetch_rows_backward", _run_fetch_backward, _fake_fetch_backward)

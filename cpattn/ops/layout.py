@@ -6,17 +6,17 @@ their sum. Every backward gives the exact gradient of that sum with respect to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.types import Number
 
 from cpattn.collectives import PendingRows, RowRoutes, all_gather, group_cast, group_reduce
-from cpattn.keys.key import AttnKey
+from cpattn.keys.key import AttnKey, key_of_handle
 from cpattn.masks.spec import Document
 from cpattn.runtime.bound import bind_exchange, runs_to_index
 from cpattn.solver import (
@@ -29,8 +29,9 @@ from cpattn.solver import (
     received_runs,
 )
 
+from .order import exchanging_op
+
 Side = Literal["q", "k"]
-Calling: TypeAlias = Callable[[str, Tensor], AbstractContextManager[Any]]
 
 
 def dispatch(x: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q") -> Tensor:
@@ -74,10 +75,9 @@ def undispatch(x_local: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q")
     Raises:
         ValueError: x_local does not have this rank's number of rows at `dim`.
     """
-    rows = int(_placement(key, side).num_tokens[key.cp_rank])
-    _check_rows(x_local, dim, rows, "undispatch", f"rows of rank {key.cp_rank}")
-    moved = x_local.movedim(dim, 0)
-    return _GatherRows.apply(moved, key, side).movedim(0, dim)  # type: ignore[no-any-return]
+    total = _placement(key, side).total_seqlen
+    _check_dim(x_local, dim, "undispatch")
+    return torch.ops.cpattn.undispatch_rows(x_local, key.handle, dim, side, total)  # type: ignore[no-any-return]
 
 
 def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | str | None = None) -> Tensor:
@@ -104,9 +104,7 @@ def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | s
     return cached_tensor(key, ("positions", stream, device), make).clone()  # the caller may write to it
 
 
-def roll(
-    x_local: Tensor, key: AttnKey, shift: int = -1, dim: int = 0, *, fill_value: float | None = None
-) -> Tensor:
+def roll(x_local: Tensor, key: AttnKey, shift: int = -1, dim: int = 0, *, fill_value: float | None = None) -> Tensor:
     """Rows moved by `shift` tokens within each document, across the ranks' shards.
 
     With shift -1 each token gets the row of the next token of its document: next-token labels.
@@ -125,23 +123,15 @@ def roll(
     Raises:
         ValueError: wrong number of rows, or the mask has no documents.
     """
-    _check_rows(x_local, dim, key.num_tokens, "roll", f"rows of rank {key.cp_rank}")
+    _check_dim(x_local, dim, "roll")
     if fill_value is None:
         is_label = not (x_local.dtype.is_floating_point or x_local.dtype.is_complex or x_local.dtype == torch.bool)
         fill_value = -100 if is_label else 0
     if x_local.dtype == torch.uint8 and not 0 <= fill_value < 256:
         raise ValueError(f"roll: fill_value is {fill_value}, which {x_local.dtype} cannot hold: pass another")
-    shift = int(shift)
-    plan = _roll_plan(key, shift, x_local.device)
-    moved = x_local.movedim(dim, 0)
-
-    def tell(way: str, rows: Tensor) -> AbstractContextManager[int]:
-        return _calling(key, f"roll{way}", rows, "q", shift=shift)
-
-    received = start_cast_rows(moved, plan.routes, key.cp_group, tell).wait()
-    fill = moved.new_full((1, *moved.shape[1:]), fill_value)
-    rows = torch.cat([moved, received, fill])
-    return rows.index_select(0, plan.source).movedim(0, dim)
+    return torch.ops.cpattn.roll_rows(  # type: ignore[no-any-return]
+        x_local, key.handle, dim, int(shift), fill_value, "roll"
+    )
 
 
 class _RollPlan(NamedTuple):
@@ -178,9 +168,7 @@ def _roll_wanted(key: AttnKey, shift: int) -> Intervals:
     return Intervals(placement.owners[run[some]], a[some] - shift, b[some] - shift)
 
 
-def _roll_source(
-    key: AttnKey, sources: Intervals, received: Any, shift: int, device: torch.device
-) -> Tensor:
+def _roll_source(key: AttnKey, sources: Intervals, received: Any, shift: int, device: torch.device) -> Tensor:
     placement, rank = key.q_placement, key.cp_rank
     mine = sources.ranks == rank
     num_received = int((received.ends - received.starts).sum())
@@ -197,21 +185,40 @@ def _roll_source(
     return torch.from_numpy(source).to(device)
 
 
-def cast_rows(x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None) -> Tensor:
+def cast_rows(x: Tensor, routes: RowRoutes, saying: RowSaying) -> Tensor:
     """Rows that routes bring here from other ranks, [num_received, ...]; their gradients go home and are summed."""
-    return start_cast_rows(x, routes, group).wait()
+    return start_cast_rows(x, routes, saying).wait()
 
 
-def start_cast_rows(
-    x: Tensor, routes: RowRoutes, group: dist.ProcessGroup | None, calling: Calling | None = None
-) -> TravellingRows:
+def start_cast_rows(x: Tensor, routes: RowRoutes, saying: RowSaying) -> TravellingRows:
     """Start `cast_rows`. What runs before `wait` hides the exchange, and its backward hides that of the gradients:
     autograd runs the nodes made last first, so those made in between run between the two ends of the way home.
-
-    calling: tells the other ranks of the call; takes "" or " backward", and the rows.
     """
-    flight = _Flight(routes, group, calling)
+    flight = _Flight(routes, saying)
     return TravellingRows(_StartCast.apply(x, flight), flight)
+
+
+class RowSaying(NamedTuple):
+    """What the ranks of a key's group tell each other of rows that travel. fields: further ones that must be equal."""
+
+    key: AttnKey
+    what: str
+    fields: dict[str, Any]
+
+    def calling(self, rows: Tensor) -> AbstractContextManager[int]:
+        """Around what starts the exchange; gives the number of the call."""
+        return self.key.calling(self.what, rows.device, **self._told(rows))
+
+    def arriving(self, rows: Tensor, number: int) -> AbstractContextManager[None]:
+        """Around what waits for it; number: of the call."""
+        return self.key.arriving(self.what, number, **self._told(rows))
+
+    def backward_of(self, number: int) -> RowSaying:
+        """Of the gradients' way home."""
+        return RowSaying(self.key, f"{self.what} backward", {"of call": number, **self.fields})
+
+    def _told(self, rows: Tensor) -> dict[str, Any]:
+        return {"row": tuple(rows.shape[1:]), "dtype": rows.dtype, **self.fields}
 
 
 class TravellingRows(NamedTuple):
@@ -228,11 +235,20 @@ class TravellingRows(NamedTuple):
 class _Flight:
     """What the two ends of an exchange share."""
 
-    def __init__(self, routes: RowRoutes, group: dist.ProcessGroup | None, calling: Calling | None) -> None:
-        self.routes, self.group, self.num_rows = routes, group, 0
-        self.calling: Calling = calling or (lambda way, rows: nullcontext())
+    def __init__(self, routes: RowRoutes, saying: RowSaying) -> None:
+        self.routes, self.saying, self.group = routes, saying, saying.key.cp_group
+        self.num_rows = self.call = 0
         self.forward: PendingRows | None = None
-        self.backward: tuple[PendingRows, Tensor] | None = None
+        self.backward: _Homeward | None = None
+
+
+class _Homeward(NamedTuple):
+    """Gradients on their way home, to be added up in `total`."""
+
+    saying: RowSaying
+    call: int
+    pending: PendingRows
+    total: Tensor
 
 
 class _StartCast(torch.autograd.Function):
@@ -241,16 +257,17 @@ class _StartCast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
         ctx.flight, flight.num_rows = flight, x.shape[0]
-        with flight.calling("", x):
+        with flight.saying.calling(x) as flight.call:
             flight.forward = group_cast((x,), flight.routes, flight.group)
         return x.new_empty(()).expand(flight.routes.num_received, *x.shape[1:])  # a link of the graph, no memory
 
     @staticmethod
     def backward(ctx: Any, link: Tensor) -> tuple[Tensor, None]:
-        assert ctx.flight.backward is not None
-        (pending, total), ctx.flight.backward = ctx.flight.backward, None
-        pending.wait()
-        return total, None
+        home, ctx.flight.backward = ctx.flight.backward, None
+        assert home is not None
+        with home.saying.arriving(home.total, home.call):
+            home.pending.wait()
+        return home.total, None
 
 
 class _FinishCast(torch.autograd.Function):
@@ -259,71 +276,148 @@ class _FinishCast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, flight: _Flight) -> Tensor:
         assert flight.forward is not None, "rows are waited for once"
-        ctx.flight = flight
-        (received,), flight.forward = flight.forward.wait(), None
+        ctx.flight, pending, flight.forward = flight, flight.forward, None
+        with flight.saying.arriving(link, flight.call):
+            (received,) = pending.wait()
         return received
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
+        flight, saying = ctx.flight, ctx.flight.saying.backward_of(ctx.flight.call)
         total = grad.new_zeros((flight.num_rows, *grad.shape[1:]))
-        with flight.calling(" backward", grad):
-            flight.backward = group_reduce((grad,), (total,), flight.routes, flight.group, async_op=True), total
+        with saying.calling(grad) as number:
+            pending = group_reduce((grad,), (total,), flight.routes, flight.group, async_op=True)
+        flight.backward = _Homeward(saying, number, pending, total)
         return grad, None
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in token order; backward sums each row's gradients at its owner.
-
-    Rows are padded to the largest shard, so that one all-gather moves them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, key: AttnKey, side: Side) -> Tensor:
-        ctx.key, ctx.side = key, side
-        if key.cp_group is None:
-            return x.clone()
-        counts = _placement(key, side).num_tokens
-        most = int(counts.max())
-        padded = x.new_zeros((most, *x.shape[1:]))
-        padded[: x.shape[0]] = x
-        with _calling(key, "undispatch", x, side):
-            gathered = all_gather(padded, key.cp_group)
-        return gathered.index_select(0, _gathered_rows(key, side, x.device))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        key, side = ctx.key, ctx.side
-        if key.cp_group is None:
-            return grad, None, None
-        counts = _placement(key, side).num_tokens.tolist()
-        mine = counts[key.cp_rank]
-        send = grad.index_select(0, _tokens_by_rank(key, side, grad.device))
-        parts = grad.new_empty((key.cp_size * mine, *grad.shape[1:]))
-        with _calling(key, "undispatch backward", grad, side):
-            dist.all_to_all_single(parts, send, [mine] * key.cp_size, counts, group=key.cp_group)
-        total = parts[:mine].to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        for rank in range(1, key.cp_size):  # rank order, so that the sum repeats bit for bit
-            total += parts[rank * mine : (rank + 1) * mine]
-        return total.to(grad.dtype), None, None
+def _run_undispatch(x: Tensor, key_handle: Tensor, dim: int, side: str, num_tokens: int) -> Tensor:
+    """All ranks' rows in token order. Rows are padded to the largest shard, so that one all-gather moves them."""
+    key = key_of_handle(key_handle)
+    counts = _placement(key, side).num_tokens
+    _check_local(x, dim, int(counts[key.cp_rank]), key, "undispatch")
+    if key.cp_group is None:
+        return x.movedim(dim, 0).clone(memory_format=torch.contiguous_format).movedim(0, dim)
+    x = x.movedim(dim, 0)
+    padded = x.new_zeros((int(counts.max()), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    with _calling(key, "undispatch", x, side=side):
+        gathered = all_gather(padded, key.cp_group)
+        return gathered.index_select(0, _gathered_rows(key, side, x.device)).movedim(0, dim)
 
 
-def _calling(key: AttnKey, what: str, x: Tensor, side: Side, **fields: Any) -> AbstractContextManager[int]:
-    """Tell the other ranks of an exchange of rows; not in a graph that is being traced, which holds no messages."""
-    if torch.compiler.is_compiling():
-        return nullcontext(-1)
-    return key.calling(what, x.device, row=tuple(x.shape[1:]), dtype=x.dtype, side=side, **fields)
+def _fake_undispatch(x: Tensor, key_handle: Tensor, dim: int, side: str, num_tokens: int) -> Tensor:
+    return _empty_rows(x, dim, num_tokens)
 
 
-def _placement(key: AttnKey, side: Side) -> Placement:
+def _run_undispatch_backward(grad: Tensor, key_handle: Tensor, dim: int, side: str, num_rows: int) -> Tensor:
+    """Of each of this rank's rows the sum over all ranks, in rank order, so that it repeats bit for bit."""
+    key = key_of_handle(key_handle)
+    grad = grad.movedim(dim, 0)
+    if key.cp_group is None:
+        return grad.clone(memory_format=torch.contiguous_format).movedim(0, dim)
+    counts = _placement(key, side).num_tokens.tolist()
+    send = grad.index_select(0, _tokens_by_rank(key, side, grad.device))
+    parts = grad.new_empty((key.cp_size * num_rows, *grad.shape[1:]))
+    with _calling(key, "undispatch backward", grad, side=side):
+        dist.all_to_all_single(parts, send, [num_rows] * key.cp_size, counts, group=key.cp_group)
+        first, *others = parts.split(num_rows) if num_rows else (parts,)
+        total = first.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        for part in others:
+            total += part
+    return total.to(grad.dtype).movedim(0, dim)
+
+
+def _fake_undispatch_backward(grad: Tensor, key_handle: Tensor, dim: int, side: str, num_rows: int) -> Tensor:
+    return _empty_rows(grad, dim, num_rows)
+
+
+def _run_roll(x: Tensor, key_handle: Tensor, dim: int, shift: int, fill_value: Number, what: str) -> Tensor:
+    key = key_of_handle(key_handle)
+    _check_local(x, dim, key.num_tokens, key, what)
+    with key.checking(what):
+        plan = _roll_plan(key, shift, x.device)
+    x = x.movedim(dim, 0)
+    with _calling(key, what, x, shift=shift, fill_value=fill_value):
+        (received,) = group_cast((x,), plan.routes, key.cp_group).wait()
+    fill = x.new_full((1, *x.shape[1:]), fill_value)
+    return torch.cat([x, received, fill]).index_select(0, plan.source).movedim(0, dim)
+
+
+def _fake_roll(x: Tensor, key_handle: Tensor, dim: int, shift: int, fill_value: Number, what: str) -> Tensor:
+    return _empty_rows(x, dim, x.shape[dim])
+
+
+def _empty_rows(x: Tensor, dim: int, num_rows: int) -> Tensor:
+    """Another number of rows at `dim`, which lie one after the other in memory."""
+    return x.new_empty((num_rows, *x.movedim(dim, 0).shape[1:])).movedim(0, dim)
+
+
+def _check_local(x: Tensor, dim: int, rows: int, key: AttnKey, call: str) -> None:
+    """Ranks that wait for this one hear of what is raised."""
+    with key.checking(call):
+        _check_rows(x, dim, rows, call, f"rows of rank {key.cp_rank}")
+
+
+def _calling(key: AttnKey, what: str, x: Tensor, **fields: Any) -> AbstractContextManager[int]:
+    """Tell the other ranks of an exchange of rows."""
+    return key.calling(what, x.device, row=tuple(x.shape[1:]), dtype=x.dtype, **fields)
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, key_handle, dim, side, _ = inputs
+    ctx.save_for_backward(key_handle)
+    ctx.dim, ctx.side, ctx.num_rows = dim, side, x.shape[dim]
+
+
+def _save_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, key_handle, dim, shift, _, _ = inputs
+    ctx.save_for_backward(key_handle)
+    ctx.dim, ctx.shift = dim, shift
+
+
+def _backward_of_undispatch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (key_handle,) = ctx.saved_tensors
+    rows = torch.ops.cpattn.undispatch_rows_backward(grad, key_handle, ctx.dim, ctx.side, ctx.num_rows)
+    return rows, None, None, None, None
+
+
+def _backward_of_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (key_handle,) = ctx.saved_tensors
+    whole = torch.ops.cpattn.undispatch_rows(grad, key_handle, ctx.dim, ctx.side, ctx.num_rows)
+    return whole, None, None, None, None
+
+
+def _backward_of_roll(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A row goes to one place at most, so its gradient is found there: no sums."""
+    (key_handle,) = ctx.saved_tensors
+    rows = torch.ops.cpattn.roll_rows(grad, key_handle, ctx.dim, -ctx.shift, 0, "roll backward")
+    return rows, None, None, None, None, None
+
+
+_undispatch_rows = exchanging_op("cpattn::undispatch_rows", _run_undispatch, _fake_undispatch)
+_undispatch_rows.register_autograd(_backward_of_undispatch, setup_context=_save_rows)
+_undispatch_rows_backward = exchanging_op(
+    "cpattn::undispatch_rows_backward", _run_undispatch_backward, _fake_undispatch_backward
+)
+_undispatch_rows_backward.register_autograd(_backward_of_gradients, setup_context=_save_rows)
+_roll_rows = exchanging_op("cpattn::roll_rows", _run_roll, _fake_roll)
+_roll_rows.register_autograd(_backward_of_roll, setup_context=_save_shift)
+
+
+def _placement(key: AttnKey, side: str) -> Placement:
     if side not in ("q", "k"):
         raise ValueError(f"side is {side!r}: 'q' for query tokens or 'k' for key tokens")
     return key.q_placement if side == "q" else key.k_placement
 
 
-def _check_rows(x: Tensor, dim: int, rows: int, call: str, what: str) -> None:
+def _check_dim(x: Tensor, dim: int, call: str) -> None:
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{call}: dim is {dim}, the tensor has shape {tuple(x.shape)}")
+
+
+def _check_rows(x: Tensor, dim: int, rows: int, call: str, what: str) -> None:
+    _check_dim(x, dim, call)
     if x.shape[dim] != rows:
         raise ValueError(
             f"{call}: the tensor has {x.shape[dim]} rows at dim {dim} (shape {tuple(x.shape)}), "
@@ -343,14 +437,14 @@ def _document_columns(key: AttnKey, call: str) -> tuple[np.ndarray, np.ndarray, 
     return columns[0], columns[1], columns[2]
 
 
-def _local_tokens(key: AttnKey, side: Side, device: torch.device) -> Tensor:
+def _local_tokens(key: AttnKey, side: str, device: torch.device) -> Tensor:
     def make() -> Tensor:
         return runs_to_index(_placement(key, side).runs_of(key.cp_rank), device)
 
     return cached_tensor(key, ("local_tokens", side, device), make)
 
 
-def _tokens_by_rank(key: AttnKey, side: Side, device: torch.device) -> Tensor:
+def _tokens_by_rank(key: AttnKey, side: str, device: torch.device) -> Tensor:
     """All tokens, rank by rank, each rank's in its row order."""
 
     def make() -> Tensor:
@@ -361,7 +455,7 @@ def _tokens_by_rank(key: AttnKey, side: Side, device: torch.device) -> Tensor:
     return cached_tensor(key, ("tokens_by_rank", side, device), make)
 
 
-def _gathered_rows(key: AttnKey, side: Side, device: torch.device) -> Tensor:
+def _gathered_rows(key: AttnKey, side: str, device: torch.device) -> Tensor:
     """For each token its row among the padded shards of all ranks."""
 
     def make() -> Tensor:

@@ -7,6 +7,10 @@ fault. So the last thing before finalization is to let those threads run, withou
 
 Only torch's own state and the kernel's are looked at; no collective is begun, none is waited for, and no group is
 destroyed: a peer that has died cannot hold this process up, and its exit status stays what it is.
+
+What comes after is Python's own: its last collection walks all objects, which with a large library is a second of CPU
+time or more, minutes on a machine that is starved of it. gc.freeze() here would save it, but what waits for that
+collection would be lost, such as what was written to a file that is part of a cycle.
 """
 
 from __future__ import annotations

@@ -107,18 +107,36 @@ class Calls:
         with self._alone():
             number = self.count
             self.count += 1
-            self._say(saying, device)
             try:
+                self._say(saying, device)
+            except (ValueError, LostRankError) as error:
+                _mark_told(error)  # the others have this call's header
+                raise
+            with self.arriving(saying, number):
                 yield number
-            except RuntimeError as error:
-                if not _is_transport(error):
-                    raise
-                self._lost(saying, number, error)
+
+    @contextmanager
+    def arriving(self, saying: Saying, number: int) -> Iterator[None]:
+        """Around what waits for the exchanges of a call that was said before.
+
+        Raises:
+            LostRankError: one of them failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, LostRankError) or not _is_transport(error):
+                raise
+            self._lost(saying, number, error)
 
     def fail(self, what: str, error: BaseException) -> None:
-        """Tell the ranks that wait for this one's header that it comes no more; nothing is waited for."""
-        if not self._by_message or self._process != os.getpid():
+        """Tell the ranks that wait for this one's header that it comes no more; nothing is waited for.
+
+        Once for an error, and not for one of a call whose header they have had.
+        """
+        if not self._by_message or self._process != os.getpid() or _is_told(error):
             return
+        _mark_told(error)
         self.count += 1
         words = f"{_FAILED} in {what}: {type(error).__name__}: {error}"
         pending = PendingHeaders(Saying(words, {_FAILED: _digest(words)}, {}).encoded(), self.group)
@@ -273,6 +291,18 @@ def _is_transport(error: RuntimeError) -> bool:
     """Whether an error is of an exchange: gloo's name files of its own, NCCL's its library."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "onnection" in text
+
+
+def _mark_told(error: BaseException) -> None:
+    """The other ranks have heard of this error: by a header in its place, or as it is theirs, too."""
+    error._cpattn_told = True  # type: ignore[attr-defined]
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether they have, of this error or the one that it was made of."""
+    return error is not None and (
+        getattr(error, "_cpattn_told", False) or _is_told(error.__cause__ or error.__context__)
+    )
 
 
 def exchange_of(error: RuntimeError) -> str | None:

@@ -91,10 +91,11 @@ def random_case(rng: np.random.Generator, cp_size: int) -> Case:
 
 
 def random_plan_options(rng: np.random.Generator, spec: AttnMaskSpec, cp_size: int) -> dict[str, Any]:
-    """Options of `make_plan` and `make_key` that steer the plan: chunks, layout, schedule, stages, nodes, search."""
+    """Options of `make_plan` and `make_key` that steer the plan: chunks, layout, schedule, stages, nodes, search, shards."""
     layout = str(rng.choice(LAYOUTS)) if rng.integers(3) == 0 else "balanced"
     schedules = ["keys", "tiles", "auto"] if layout == "balanced" and not spec.is_cross else ["keys"]
     divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
+    divisible = spec.total_seqlen % cp_size == 0 == spec.seqlen_k % cp_size
     return {
         "chunk_size": int(rng.integers(1, rng.choice([9, 40]))),
         "layout": layout,
@@ -102,6 +103,7 @@ def random_plan_options(rng: np.random.Generator, spec: AttnMaskSpec, cp_size: i
         "num_stages": [None, 1, 2, 3, 4, 8][rng.integers(6)],
         "ranks_per_node": None if rng.integers(2) else int(rng.choice(divisors)),
         "search_effort": int(rng.integers(4) == 0),
+        "equal_shards": bool(rng.integers(2)) and divisible,
     }
 
 

@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 pytest.importorskip("rich")
 
+from cpattn.launch.demo.baseline import attention_by_document, next_tokens
 from cpattn.launch.demo.checkpoint import CheckpointError, Checkpoints
-from cpattn.launch.demo.model import ModelConfig, Transformer
+from cpattn.launch.demo.data import Batch
+from cpattn.launch.demo.model import ModelConfig, Transformer, loss_sum
 from cpattn.launch.demo.recipe import Recipe, make_optimizer, optimizer_step
+from cpattn.launch.demo.train import local_loss, make_key, sum_over_ranks
 from tests_dist.support.harness import run_on_ranks
 
 SMALL = ModelConfig(num_layers=1, dim=16, num_heads_q=2, num_heads_kv=1, head_dim=8, ffn_dim=16)
@@ -75,6 +81,53 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_other_ranks_read_it(tmp_pa
     (tmp_path / "step_000009").mkdir()
     for num_ranks in (1, 3):
         run_on_ranks(num_ranks, check_loaded, str(tmp_path))
+
+
+LENGTHS = [30, 1, 20, 7]
+
+
+def sharded_steps(folder: str, num_steps: int) -> list[float]:
+    """Go on from the newest checkpoint to that many steps, model and optimizer sharded over the ranks; the losses."""
+    mesh, group, device = init_device_mesh("cpu", (dist.get_world_size(),)), dist.group.WORLD, torch.device("cpu")
+    model, checkpoints = Transformer(SMALL, seed=0), Checkpoints(Path(folder), every=1)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    optimizer = make_optimizer(fully_shard(model, mesh=mesh))
+    done = checkpoints.load(model, optimizer) or {"losses": []}
+    losses = done["losses"]
+    tokens = torch.randint(256, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    while len(losses) < num_steps:
+        loss = local_loss(model, Batch(tokens, LENGTHS), make_key(LENGTHS, SMALL, group), device)
+        (loss * dist.get_world_size()).backward()  # FSDP takes the mean over ranks
+        optimizer_step(optimizer, 1e-2)
+        losses.append(sum_over_ranks(loss, group))
+        checkpoints.save(len(losses), {"losses": losses}, model, optimizer)
+    parameters = list(model.parameters())
+    assert all(isinstance(p, DTensor) and p.to_local().shape != p.shape for p in parameters if p.shape[0] > 1)
+    return losses
+
+
+def unbroken_losses(num_steps: int) -> list[float]:
+    """One process, plain torch."""
+    model, losses = Transformer(SMALL, seed=0), []
+    optimizer = make_optimizer(model)
+    tokens = torch.randint(256, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    batch, positions = Batch(tokens, LENGTHS), torch.cat([torch.arange(n) for n in LENGTHS])
+    for _ in range(num_steps):
+        logits = model(tokens, positions, attention_by_document(LENGTHS))
+        loss = loss_sum(logits, next_tokens(tokens, LENGTHS)) / batch.num_labels
+        loss.backward()
+        optimizer_step(optimizer, 1e-2)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), pytest.param((4, 2, 1), marks=pytest.mark.nightly)])
+def test_sharded_states_go_on_at_another_number_of_ranks(tmp_path, ranks):
+    """Two steps on each number of ranks; the losses are those of one process that nobody interrupted."""
+    for number, size in enumerate(ranks, start=1):
+        losses = run_on_ranks(size, sharded_steps, str(tmp_path), 2 * number)[0]
+    torch.testing.assert_close(losses, unbroken_losses(2 * len(ranks)), rtol=1e-5, atol=0)
 
 
 def test_a_checkpoint_of_another_training_is_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import cpattn
 from cpattn import AttnMaskSpec
@@ -53,16 +54,47 @@ def test_fullgraph_compile_serves_many_masks(compiler: str) -> None:
     assert max(run_on_ranks(2, compilations_on_rank, compiler, timeout=300)) <= 3
 
 
-@pytest.mark.parametrize("name", ["attention_forward", "attention_backward", "shard_heads", "gather_rows"])
+OPS = ["attention_forward", "attention_backward", "shard_heads", "gather_rows", "fetch_rows", "fetch_rows_backward"]
+OPS += ["undispatch_rows", "undispatch_rows_backward", "roll_rows"]
+
+
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("suffix", ["", "_in_order"])
 def test_compilers_may_not_drop_what_exchanges_rows(name: str, suffix: str) -> None:
     """As inductor does where nothing is made of the results, on ranks without rows; the nightly test shows it there."""
     assert cpattn.attention  # loads what torch.ops then has
+    assert cpattn.fetch
     graph = torch.fx.Graph()
     graph.call_function(getattr(torch.ops.cpattn, name + suffix).default)
     graph.output(None)
     graph.eliminate_dead_code()
     assert [node.op for node in graph.nodes] == ["call_function", "output"]
+
+
+def moved(x: Tensor, key: cpattn.AttnKey, dim: int) -> Tensor:
+    """Rows to the next tokens' places, and all ranks' together."""
+    return cpattn.undispatch(cpattn.roll(x * 2, key, dim=dim), key, dim)
+
+
+def rows_moved_in_a_graph() -> int:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moved, backend=counter, fullgraph=True)
+    for number, length in enumerate((64, 96, 77, 50)):
+        key, x_local = make_local(AttnMaskSpec.varlen([length, number + 3]))
+        for dim in (0, 1):
+            leaves = [x_local.detach().movedim(0, dim).clone().requires_grad_() for _ in range(2)]
+            mine, right = compiled(leaves[0], key, dim), moved(leaves[1], key, dim)
+            weight = torch.randn(right.shape)
+            pairs = zip((mine, right), leaves, strict=True)
+            grads = [torch.autograd.grad((out * weight).sum(), x)[0] for out, x in pairs]
+            assert torch.equal(mine, right)
+            assert torch.equal(*grads)
+    return counter.frame_count
+
+
+def test_rows_move_in_a_graph_as_they_do_without_and_one_graph_serves_many_masks():
+    """For each of two dims: a graph of fixed lengths, and one of any."""
+    assert max(run_on_ranks(2, rows_moved_in_a_graph, timeout=300)) <= 4
 
 
 def few_tokens_on_rank() -> list[tuple[int, int]]:
