@@ -120,7 +120,7 @@ def attention(
     """
     if not isinstance(key, AttnKey):
         raise ValueError(f"key is {key!r}: expected what make_key returned")
-    refuse_transforms(q_TND, k_TGD, v_TGE, sink)
+    refuse_transforms("attention", q_TND, k_TGD, v_TGE, sink)
     device_type = q_TND.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

@@ -24,6 +24,7 @@ from cpattn.solver import fetched_at_once
 from .attention import attention
 from .layout import cached_tensor
 from .order import exchanging_op
+from .transforms import refuse_transforms
 
 
 def fetch(rows: Tensor, key: AttnKey) -> Tensor:
@@ -47,6 +48,7 @@ def fetch(rows: Tensor, key: AttnKey) -> Tensor:
         ValueError: the number of rows is not the key's, or its plan moves queries or shards heads.
     """
     _require_keys_only(key, "fetch")
+    refuse_transforms("fetch", rows)
     if rows.dim() == 0 or rows.shape[0] != key.num_keys:
         raise ValueError(
             f"fetch: rows has shape {tuple(rows.shape)}: the key expects {key.num_keys} rows, one for each key token "

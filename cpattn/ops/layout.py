@@ -30,6 +30,7 @@ from cpattn.solver import (
 )
 
 from .order import exchanging_op
+from .transforms import refuse_transforms
 
 Side = Literal["q", "k"]
 
@@ -76,6 +77,7 @@ def undispatch(x_local: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q")
         ValueError: x_local does not have this rank's number of rows at `dim`.
     """
     total = _placement(key, side).total_seqlen
+    refuse_transforms("undispatch", x_local)
     _check_dim(x_local, dim, "undispatch")
     return torch.ops.cpattn.undispatch_rows(x_local, key.handle, dim, side, total)  # type: ignore[no-any-return]
 
@@ -123,6 +125,7 @@ def roll(x_local: Tensor, key: AttnKey, shift: int = -1, dim: int = 0, *, fill_v
     Raises:
         ValueError: wrong number of rows, or the mask has no documents.
     """
+    refuse_transforms("roll", x_local)
     _check_dim(x_local, dim, "roll")
     if fill_value is None:
         is_label = not (x_local.dtype.is_floating_point or x_local.dtype.is_complex or x_local.dtype == torch.bool)

@@ -1,4 +1,4 @@
-"""What attention has no rule for, refused: torch would give a tangent of zero, or speak of functions of its own."""
+"""What our operations have no rule for, refused: torch would give a tangent of zero, or speak of its own functions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def refuse_transforms(*inputs: Tensor | None) -> None:
-    """Raise where attention would be transformed by something other than autograd's backward.
+def refuse_transforms(call: str, *inputs: Tensor | None) -> None:
+    """Raise where `call` would be transformed by something other than autograd's backward.
 
     Raises:
         NotImplementedError: a transform of torch.func is active, or an input carries a tangent (in a compiled graph:
@@ -18,7 +18,7 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
     for x in inputs:
         if x is not None and hasattr(x, "device_mesh"):
             raise ValueError(
-                "cpattn.attention takes each rank's own rows, and an input is a DTensor: pass x.to_local() (and give "
+                f"cpattn.{call} takes each rank's own rows, and an input is a DTensor: pass x.to_local() (and give "
                 "the group of its mesh to make_key)"
             )
     if torch.compiler.is_compiling():
@@ -28,12 +28,12 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
         forward = not transformed and any(_has_tangent(x) for x in inputs)
     if transformed:
         raise NotImplementedError(
-            "cpattn.attention has no rule for torch.func (grad, vjp, jacrev, jvp, vmap): its exchanges take part in "
+            f"cpattn.{call} has no rule for torch.func (grad, vjp, jacrev, jvp, vmap): its exchanges take part in "
             "autograd only; use torch.autograd.grad or backward()"
         )
     if forward:
         raise NotImplementedError(
-            "cpattn.attention has no forward-mode derivative (jvp, jacfwd, forward_ad): use torch.autograd.grad"
+            f"cpattn.{call} has no forward-mode derivative (jvp, jacfwd, forward_ad): use torch.autograd.grad"
         )
 
 

@@ -91,7 +91,7 @@ def random_case(rng: np.random.Generator, cp_size: int) -> Case:
 
 
 def random_plan_options(rng: np.random.Generator, spec: AttnMaskSpec, cp_size: int) -> dict[str, Any]:
-    """Options of `make_plan` and `make_key` that steer the plan: chunks, layout, schedule, stages, nodes, search, shards."""
+    """Of `make_plan` and `make_key`, what steers plans: chunks, layout, schedule, stages, nodes, search, shards."""
     layout = str(rng.choice(LAYOUTS)) if rng.integers(3) == 0 else "balanced"
     schedules = ["keys", "tiles", "auto"] if layout == "balanced" and not spec.is_cross else ["keys"]
     divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]

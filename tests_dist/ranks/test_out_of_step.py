@@ -353,7 +353,7 @@ def check_one_rank_fails_in_its_part():
     key = key_of()
     x = mixer_rows(key, 6)
     torch.manual_seed(0)
-    model, shape = Tiring(), cpattn.ModelShape(2, **HEADS)
+    model, shape = Tiring(), cpattn.ModelShape(2, **HEADS, windows=[None, None])
 
     def generate():
         return cpattn.generate(model, [[1, 2, 3], [4]], max_new_tokens=4, shape=shape, cp_group=dist.group.WORLD)

@@ -149,6 +149,16 @@ def test_what_has_no_rule_is_refused() -> None:
                 call(v)  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize("call", ["roll", "undispatch", "fetch"])
+def test_rows_that_move_have_no_rule_either(call: str) -> None:
+    """torch would give its own operations' tangent of zero."""
+    key, rows, move = _key(schedule="keys"), torch.ones(6, 2), getattr(cpattn, call)
+    with pytest.raises(NotImplementedError, match=f"cpattn.{call} has no rule for torch.func"):
+        torch.func.jvp(lambda x: move(x, key), (rows,), (rows,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"cpattn.{call} has no forward-mode"):
+        move(forward_ad.make_dual(rows, rows), key)  # type: ignore[no-untyped-call]
+
+
 def test_a_dtensor_is_refused() -> None:
     run_on_ranks(2, check_dtensor)
 
