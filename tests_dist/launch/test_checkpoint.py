@@ -175,4 +175,9 @@ def test_a_killed_rank_goes_on_from_the_last_checkpoint(tmp_path):
     gone_on = [line for line in lines if "going on after step" in line]
     assert len(gone_on) == 1, text
     assert int(gone_on[0].split("step ")[1].split("/")[0]) >= 8, text
-    assert len(json.loads((out / "steps_ranks.json").read_text())) == 40
+    steps = json.loads((out / "steps_ranks.json").read_text())
+    assert len(steps) == 40
+    assert all(sum(step["seqlens"]) == sum(step["plan"]["tokens"]) == 600 for step in steps)
+    assert "the losses agree" in text
+    for picture in ("mask_by_rank.png", "loss.png"):
+        assert (out / picture).stat().st_size > 10_000

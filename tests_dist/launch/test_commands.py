@@ -174,6 +174,7 @@ def ranks(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.nightly  # by default test_pages.py runs the README's `cpattn check --ranks 2`
 def test_check_starts_its_ranks() -> None:
     done = ranks("check", *SMALL, "--ranks", "2", "--json")
     assert done.returncode == 0, done.stderr

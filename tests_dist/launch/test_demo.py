@@ -142,6 +142,7 @@ def demo_command(out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "cpattn.launch.demo", "--out", str(out), "--ranks", "2", *options]
 
 
+@pytest.mark.nightly  # by default test_checkpoint.py runs the job, one of whose ranks is killed on the way
 def test_the_job_in_small(tmp_path):
     data = write_files(tmp_path / "data", {str(n): bytes(range(32, 32 + n)) * 7 for n in (1, 5, 40, 64)})
     command = demo_command(tmp_path / "out", "--data", str(data), "--steps", "3", "--tokens", "600")
@@ -168,7 +169,7 @@ def processes_with(text: str) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGKILL])
 def test_interrupted_job_leaves_no_process(tmp_path, number):
     """Ctrl-C takes the way of SIGTERM; SIGKILL leaves the job no time to clean up."""
     out = tmp_path / "out"

@@ -59,8 +59,9 @@ def test_mixers_are_planned_beside_attention() -> None:
     assert "maps of 4,194,304 bytes received" in " ".join(run(*options).output.split())
 
 
-def test_millions_of_tokens_on_thousands_of_ranks() -> None:
-    values = report("--seqlen", "4M", "--ranks", "4096")
+@pytest.mark.parametrize(("tokens", "ranks"), [("1M", 1024), pytest.param("4M", 4096, marks=pytest.mark.nightly)])
+def test_millions_of_tokens_on_thousands_of_ranks(tokens: str, ranks: int) -> None:
+    values = report("--seqlen", tokens, "--ranks", str(ranks))
     assert values["imbalance"] < 1.03
     assert values["planning_cpu_seconds"] < 15
 

@@ -47,6 +47,7 @@ def test_scripts_are_bash(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
+@pytest.mark.nightly  # by default test_readme.py runs the quickstart with it
 def test_one_node(program: Path) -> None:
     command = ["bash", str(SCRIPTS / "one_node.sh"), str(program)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)

@@ -27,7 +27,7 @@ from cpattn.mixers import Recurrence as Recurrence_
 from cpattn.solver import Placement, assemble_plan, keys_schedule
 from tests_dist.mixers import references
 from tests_dist.support.harness import run_on_ranks
-from tests_dist.support.profiles import is_nightly
+from tests_dist.support.profiles import each_once, is_nightly
 
 # Longer than a rank, empty, of one token, ending a rank: what is cut where changes with layout and number of ranks.
 PACKED = (1, 7, 0, 130, 300, 1, 1, 45)
@@ -129,8 +129,7 @@ def truth_of(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.shows("hybrid models on the same shards")
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+@each_once(cp_size=[1, 2, 3, 4], layout=["balanced", "contiguous", "zigzag"])
 def test_recurrences_equal_their_definitions(cp_size: int, layout: str) -> None:
     names = list(RECURRENCES)
     run_on_ranks(cp_size, check_recurrences, names, layout, [truth_of(name) for name in names])
@@ -221,8 +220,7 @@ def check_convolution_on(key: AttnKey, seqlens: tuple[int, ...], width: int) -> 
 
 
 @pytest.mark.shows("hybrid models on the same shards")
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
-@pytest.mark.parametrize("cp_size", [1, 3, 4])
+@each_once(cp_size=[3, 4, 1], layout=["contiguous", "zigzag", "balanced"])
 def test_convolutions_equal_their_definition(cp_size: int, layout: str) -> None:
     for width in (1, 4, 200):  # of nothing, of what models have, over several ranks
         run_on_ranks(cp_size, check_convolution, PACKED, layout, width)

@@ -66,7 +66,7 @@ def check_equal_to_eager(how: dict[str, Any], around: Any = None, *, again: bool
     torch._dynamo.reset()
     model = Model(again=again)
     compiled = torch.compile(model, **how)
-    for lengths in ([70, 31], [64, 1, 40], [90, 13]):
+    for lengths in ([70, 31], [64, 1, 40]):
         spec = AttnMaskSpec.varlen(lengths)
         eager = step(model, model, spec)
         assert len(eager) == 2 + len(list(model.parameters()))
@@ -139,6 +139,7 @@ def test_a_budget_for_activations(budget):
     run_on_ranks(2, check_memory_budget, budget)
 
 
+@pytest.mark.nightly
 def test_compiled_autograd():
     run_on_ranks(2, check_compiled_autograd)
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,15 +42,23 @@ QUICK = ("killed in forward", "input refused", "stopped")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=[] if fault in QUICK else pytest.mark.nightly) for fault in ROWS]
+    "faults",
+    [QUICK, *(pytest.param((fault,), marks=pytest.mark.nightly) for fault in ROWS if fault not in QUICK)],
+    ids=", ".join,
 )
-def test_a_fault_is_named_by_the_others_who_then_train_on(fault):
-    command = [sys.executable, "-m", "tests_dist.support.faults", fault]
+def test_a_fault_is_named_by_the_others_who_then_train_on(faults):
+    command = [sys.executable, "-m", "tests_dist.support.faults", *faults]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    told = {line["rank"]: line for line in map(json.loads, done.stdout.splitlines())}
+    told = {(line["fault"], line["rank"]): line for line in map(json.loads, done.stdout.splitlines())}
+    for fault in faults:
+        check(fault, {rank: line for (of, rank), line in told.items() if of == fault}, done.stdout + done.stderr)
+
+
+def check(fault: str, told: dict[int, dict[str, Any]], printed: str) -> None:
+    """What the ranks told about a fault is that row's."""
     message, soon = ROWS[fault]
     others = [rank for rank in range(RANKS) if rank != FAULTY]
-    assert set(others) <= set(told), done.stdout + done.stderr
+    assert set(others) <= set(told), printed
     for rank in others:
         assert re.search(message, told[rank]["error"] or ""), told[rank]
         assert told[rank]["trained on"], told[rank]

@@ -329,7 +329,7 @@ def test_models_that_attend_by_themselves_are_refused_at_load():
     "first",
     [
         pytest.param("import cpattn", marks=pytest.mark.nightly),
-        "import transformers.modeling_utils, cpattn",
+        pytest.param("import transformers.modeling_utils, cpattn", marks=pytest.mark.nightly),
         "",
         pytest.param("import torch", marks=pytest.mark.nightly),
     ],

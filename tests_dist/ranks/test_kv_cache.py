@@ -15,6 +15,7 @@ from cpattn import AttnMaskSpec, ModelShape, PagedKVCache
 from cpattn.decoding.kv_cache import merge_over_ranks
 from cpattn.launch.demo.model import ModelConfig, Transformer
 from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.profiles import each_once
 
 LENGTHS = (70, 3, 41)
 WINDOWS = (None, 16, None, 5)
@@ -137,8 +138,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", OPTIONS)
+@each_once(name=OPTIONS, cp_size=[4, 3, 1, 2])
 def test_decoding_equals_attention_over_everything(name, cp_size):
     """Uneven prompts, three sequences, full and windowed layers; the same bits on every rank."""
     options = OPTIONS[name]
@@ -408,8 +408,7 @@ def rerun(lengths: tuple[int, ...], new: int, windows: tuple[int | None, ...] = 
     return results
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("windows", [None, (None, 6), (9, 9)])
+@each_once(cp_size=[1, 2, 3, 4], windows=[None, (9, 9), (None, 6)])
 def test_greedy_generation_equals_rerunning_everything(cp_size, windows):
     lengths, new = (50, 1, 23), 12
     expected = rerun(lengths, new, windows or (None, None))

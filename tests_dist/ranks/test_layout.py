@@ -34,20 +34,23 @@ def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 def round_trip(layout: str) -> None:
     """dispatch is a choice of rows, undispatch its inverse: any dim, any dtype, both sides."""
-    for name, spec in MASKS.items():
+    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.int16)
+    for turn, (name, spec) in enumerate(MASKS.items()):
         key = key_of(spec, layout=layout)
         for side, total, local in (
             ("q", spec.total_seqlen, key.num_tokens),
             ("k", spec.seqlen_k, key.num_keys),
         ):
-            for dim, shape in ((0, (total,)), (0, (total, 3)), (1, (2, total, 3)), (-1, (2, 3, total))):
-                for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.int16):
-                    x = integers(*shape, dtype=dtype)
-                    x_local = cpattn.dispatch(x, key, dim=dim, side=side)
-                    assert x_local.shape[dim] == local
-                    assert x_local.dtype == dtype
-                    back = cpattn.undispatch(x_local, key, dim=dim, side=side)
-                    assert torch.equal(back, x), f"{name} {side} {dim} {dtype}"
+            for nth, (dim, shape) in enumerate(
+                ((0, (total,)), (0, (total, 3)), (1, (2, total, 3)), (-1, (2, 3, total)))
+            ):
+                dtype = dtypes[(turn + nth) % len(dtypes)]  # over the masks each with each shape
+                x = integers(*shape, dtype=dtype)
+                x_local = cpattn.dispatch(x, key, dim=dim, side=side)
+                assert x_local.shape[dim] == local
+                assert x_local.dtype == dtype
+                back = cpattn.undispatch(x_local, key, dim=dim, side=side)
+                assert torch.equal(back, x), f"{name} {side} {dim} {dtype}"
 
 
 @pytest.mark.parametrize("layout", ["balanced", "contiguous", "zigzag"])

@@ -33,16 +33,22 @@ def on_rank(mask: str, options: dict[str, Any], fused: bool) -> Results:
         backends._backends[:] = saved
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_interpreter)])
-@pytest.mark.parametrize(
-    ("mask", "options"),
-    [
-        ("holes", {"schedule": "tiles"}),
-        ("varlen", {"schedule": "keys", "num_stages": 2, "grad_wire": "bf16"}),
-        ("causal", {"schedule": "keys", "num_stages": 3, "ranks_per_node": 2}),
-    ],
-)
-def test_as_exact_as_plain_attention(mask: str, options: dict[str, Any], fused: bool) -> None:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "holes": {"schedule": "tiles"},
+    "varlen": {"schedule": "keys", "num_stages": 2, "grad_wire": "bf16"},
+    "causal": {"schedule": "keys", "num_stages": 3, "ranks_per_node": 2},
+}
+# By default the interpreter has the least of them.
+CASES = [
+    pytest.param(mask, fused, marks=[*(needs_interpreter,) * fused, *(pytest.mark.nightly,) * seldom])
+    for mask in OPTIONS
+    for fused, seldom in ((False, mask == "holes"), (True, mask != "holes"))
+]
+
+
+@pytest.mark.parametrize(("mask", "fused"), CASES)
+def test_as_exact_as_plain_attention(mask: str, fused: bool) -> None:
+    options = OPTIONS[mask]
     inputs = make_inputs(MASKS[mask], heads=(4, 2), dtype=torch.bfloat16)
     for results in run_on_ranks(4, on_rank, mask, options, fused):
         assert_as_exact_as_sdpa(results, MASKS[mask], inputs, f"{mask} {options} {fused}")

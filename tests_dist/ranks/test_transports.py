@@ -21,6 +21,7 @@ from cpattn.solver import DEFAULT_HARDWARE, Hardware, Link, TransportTimes
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import Results, make_inputs
+from tests_dist.support.profiles import each_once
 
 # ----------------------------------------------------------------------------------------------------
 # Two levels: what starts when.
@@ -128,23 +129,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mask", ["causal", "varlen", "prefix_tree", "one_token", "all_blind", "cross"])
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [
-        (2, "keys"),
+@each_once(
+    ranks=[
         (3, "keys"),
         (3, "tiles"),
+        (8, "two levels"),
         (4, "heads"),
         (4, "wire"),
-        (4, "two levels"),
-        (4, "tiles on two levels"),
         (8, "keys"),
-        (8, "two levels"),
+        (4, "tiles on two levels"),
+        (4, "two levels"),
+        (2, "keys"),
     ],
+    mask=["causal", "varlen", "prefix_tree", "one_token", "all_blind", "cross"],
 )
-def test_transports_agree_bit_for_bit(size, options, mask):
+def test_transports_agree_bit_for_bit(ranks, mask):
     """Ranks that send nothing, peers without rows, two hops in which ranks send to themselves."""
+    size, options = ranks
     if mask == "cross" and "tiles" in options:
         pytest.skip("tiles need self-attention")
     used = False

@@ -1,10 +1,10 @@
 """Three real ranks train a step at a time, one of them meets with a fault, and the others say what they saw.
 
-    python -m tests_dist.support.faults FAULT
+    python -m tests_dist.support.faults FAULT ...
 
 The ranks are forked from one process that has imported torch and computed nothing. Prints a JSON line for each rank
-that told something: rank, error (its words, or null), seconds from the fault to the error, and whether it then trained
-on in a new group, of the survivors.
+that told something: fault, rank, error (its words, or null), seconds from the fault to the error, and whether it then
+trained on in a new group, of the survivors.
 """
 
 from __future__ import annotations
@@ -117,12 +117,10 @@ def survive(rank: int, fault: str, folder: Path) -> dict[str, Any]:
         others = [r for r in range(RANKS) if r != FAULTY]
         step(join(folder / "store of the survivors", others.index(rank), RANKS - 1))
         dist.destroy_process_group()
-    return {"rank": rank, "error": error, "seconds": round(seconds, 2), "trained on": rank != FAULTY}
+    return {"fault": fault, "rank": rank, "error": error, "seconds": round(seconds, 2), "trained on": rank != FAULTY}
 
 
-def main(fault: str) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
+def _run(fault: str) -> None:
     folder, pids = Path(tempfile.mkdtemp()), []  # no context manager: the ranks would leave it too
     for rank in range(RANKS):
         pid = os.fork()
@@ -141,5 +139,12 @@ def main(fault: str) -> None:
     shutil.rmtree(folder)
 
 
+def main(faults: list[str]) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    for fault in faults:
+        _run(fault)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
