@@ -1,8 +1,8 @@
 """What several calls of an attention kernel have for the same rows, merged or added up in one launch, in Triton.
 
 A kernel that knows one window a call gives its results part by part. Taken one by one each part reads and writes the
-accumulators; here up to four are read beside one another, and the accumulators once. Operators of torch, as in
-`row_kernels.py`, whose `fused` says where they serve.
+accumulators; here up to eight are read beside one another, and the accumulators once, in or out of half precision on
+the way. Operators of torch, as in `row_kernels.py`, whose `fused` says where they serve.
 """
 
 from __future__ import annotations
@@ -14,38 +14,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .devices import put_on
-
 # Calls of which one launch takes the results.
-MOST_CALLS = 4
+MOST_CALLS = 8
+# Entries: ROW * (row of the call's result) + FIRST * (first of its row) + (number of the call, NONE: of none).
+NONE, FIRST, ROW = 15, 16, 32
 _BLOCK = 1024
 
 
 class CallRows(NamedTuple):
     """What calls have for the rows of a buffer: row i gets entries order[offsets[i] : offsets[i + 1]], in that order.
 
-    offsets int32 [rows + 1], order int32: 4 * (row of the call's result) + (number of the call).
+    offsets int32 [rows + 1], order int32. A row's first entry in any launch of a work says so, and where rows are to be
+    written whose calls have nothing for them, there is an entry of none.
     """
 
     offsets: Tensor
     order: Tensor
 
-    @classmethod
-    def of(cls, num_rows: int, rows_of_calls: Sequence[Tensor], device: torch.device) -> CallRows:
-        """rows_of_calls: int64 on the CPU, for each call the rows that its results belong to; a row may occur again."""
-        none = torch.zeros(0, dtype=torch.int64)
-        entries = [MOST_CALLS * torch.arange(len(r)) + number for number, r in enumerate(rows_of_calls)]
-        rows, at = torch.sort(torch.cat([none, *rows_of_calls]), stable=True)
-        offsets = torch.searchsorted(rows, torch.arange(num_rows + 1))
-        return cls(*(put_on(device, x.to(torch.int32)) for x in (offsets, torch.cat([none, *entries])[at])))
-
 
 def merge_calls(
-    out_THD: Tensor, lse_TH: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], rows: CallRows, *, fresh: bool
+    out_THD: Tensor,
+    lse_TH: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    rows: CallRows,
+    *,
+    fresh: bool,
+    before: Tensor | None = None,
 ) -> None:
-    """Merge results [R, H, D] and [H, R] of up to four calls into rows, in one launch; fresh: store, in every row."""
+    """Merge results ([R, H, D], [H, R]) of up to eight calls into rows, in one launch.
+
+    fresh: rows hold nothing before their first entry, and the first launch writes those without any too. before: out so
+    far, in another dtype; then all rows of out are written, and lse stays where it is.
+    """
     if out_THD.numel():
-        torch.ops.cpattn.merge_calls(out_THD, lse_TH, list(outs), list(lses), *rows, fresh)
+        outs, lses = [out for out, _ in parts], [lse for _, lse in parts]
+        torch.ops.cpattn.merge_calls(out_THD, lse_TH, before, outs, lses, *rows, fresh)
 
 
 def sum_calls(
@@ -54,18 +57,16 @@ def sum_calls(
     q_rows: CallRows,
     k_rows: CallRows,
     *,
-    fresh_q: bool,
-    fresh_k: bool,
+    fresh: tuple[bool, bool],
+    before: Tensor | None = None,
 ) -> None:
-    """Add the gradients (dq, dk, dv) of up to four calls to theirs, in one launch; fresh: store, in every row."""
+    """Add the gradients (dq, dk, dv) of up to eight calls to theirs, in one launch; fresh, before: as in `merge_calls`.
+
+    fresh: of dq, and of dk and dv. before: of dq. A dq of no rows is left out.
+    """
     if any(t.numel() for t in into):
         flat = [t for of_call in parts for t in of_call]
-        torch.ops.cpattn.sum_calls(list(into), flat, *q_rows, *k_rows, fresh_q, fresh_k)
-
-
-def _four(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Pointers that a kernel may not read still have to be something."""
-    return [*tensors, *[like] * (MOST_CALLS - len(tensors))]
+        torch.ops.cpattn.sum_calls(list(into), before, flat, *q_rows, *k_rows, *fresh)
 
 
 def _width(n: int) -> int:
@@ -73,24 +74,25 @@ def _width(n: int) -> int:
 
 
 def _launch_merge(
-    out: Tensor, lse: Tensor, outs: list[Tensor], lses: list[Tensor], offsets: Tensor, order: Tensor, fresh: bool
-) -> None:
+    out: Tensor, lse: Tensor, before: Tensor | None, outs: list[Tensor], lses: list[Tensor], offsets: Tensor,
+    order: Tensor, fresh: bool,
+) -> None:  # fmt: skip
     from .row_kernels_triton import merge_calls_kernel
 
     num_heads, dim = out.shape[1:]
-    outs, lses = _alike(outs), [t.contiguous() for t in lses]
-    strides = [*out.stride()[:2], *lse.stride()[:2], *(outs[0].stride()[:2] if outs else (0, 0))]
-    num_rows = [t.shape[1] for t in lses]
+    outs, lses, before_ = _alike(outs), [t.contiguous() for t in lses], out if before is None else before
+    strides = [s for t in (out, before_, lse, *outs[:1]) for s in t.stride()[:2]]
+    num_rows = tuple(t.shape[1] for t in lses)
     merge_calls_kernel[(len(out),)](
-        out, lse, *_four(outs, out), *_four(lses, lse), offsets, order, num_heads, *strides,
-        *num_rows, *[0] * (MOST_CALLS - len(lses)), dim=dim, width=_width(dim), heads=_width(num_heads),
-        count=max(1, len(outs)), fresh=fresh,
+        out, lse, before_, tuple(outs) or (out,), tuple(lses) or (lse,), num_rows or (0,), offsets, order, num_heads,
+        *strides, *(() if outs else (0, 0)), dim=dim, width=_width(dim), heads=_width(num_heads), count=len(outs),
+        fresh=fresh, converts=before is not None, num_warps=8,
     )  # fmt: skip
 
 
 def _launch_sum(
-    into: list[Tensor], parts: list[Tensor], q_offsets: Tensor, q_order: Tensor, k_offsets: Tensor, k_order: Tensor,
-    fresh_q: bool, fresh_k: bool,
+    into: list[Tensor], before: Tensor | None, parts: list[Tensor], q_offsets: Tensor, q_order: Tensor,
+    k_offsets: Tensor, k_order: Tensor, fresh_q: bool, fresh_k: bool,
 ) -> None:  # fmt: skip
     from .row_kernels_triton import sum_calls_kernel
 
@@ -100,10 +102,11 @@ def _launch_sum(
         cols = math.prod(total.shape[1:])
         numbers += [total.stride(0), cols, max(1, total.shape[-1]), *(mine[0].stride()[:2] if mine else (0, 0))]
         most = max(most, -(-cols // _BLOCK))
-    pointers = [p for total, mine in zip(into, by_buffer, strict=True) for p in _four(mine, total)]
+    before_ = into[0] if before is None else before
     sum_calls_kernel[(len(into[0]) + len(into[1]), most)](
-        *into, *pointers, q_offsets, q_order, k_offsets, k_order, len(into[0]), *numbers,
-        count=max(1, len(by_buffer[0])), fresh_q=fresh_q, fresh_k=fresh_k, block=_BLOCK,
+        *into, before_, *(tuple(mine) or (before_,) for mine in by_buffer), q_offsets, q_order, k_offsets, k_order,
+        len(into[0]), *numbers, before_.stride(0), count=len(by_buffer[0]), fresh_q=fresh_q, fresh_k=fresh_k,
+        converts=before is not None, block=_BLOCK,
     )  # fmt: skip
 
 
@@ -113,17 +116,18 @@ def _alike(parts: list[Tensor]) -> list[Tensor]:
     return parts if same else [t.contiguous() for t in parts]
 
 
+_ROWS = "Tensor offsets, Tensor order"
 _library = torch.library.Library("cpattn", "FRAGMENT")
 for _name, _arguments, _launch in (
     (
         "merge_calls",
-        "Tensor(a!) out, Tensor(b!) lse, Tensor[] outs, Tensor[] lses, Tensor offsets, Tensor order, bool fresh",
+        f"Tensor(a!) out, Tensor(b!) lse, Tensor? before, Tensor[] outs, Tensor[] lses, {_ROWS}, bool fresh",
         _launch_merge,
     ),
     (
         "sum_calls",
-        "Tensor(a!)[] into, Tensor[] parts, Tensor q_offsets, Tensor q_order, Tensor k_offsets, Tensor k_order, "
-        "bool fresh_q, bool fresh_k",
+        "Tensor(a!)[] into, Tensor? before, Tensor[] parts, Tensor q_offsets, Tensor q_order, Tensor k_offsets, "
+        "Tensor k_order, bool fresh_q, bool fresh_k",
         _launch_sum,
     ),
 ):

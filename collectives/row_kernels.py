@@ -129,9 +129,25 @@ def pack_rows(packed: Tensor, tensors: Sequence[Tensor], places: Sequence[int], 
 
     packed: contiguous [rows, ...]. places: byte of a packed row at which each tensor begins.
     """
-    assert len(tensors) <= _MOST_PACKED, f"{len(tensors)} tensors are more than one launch packs ({_MOST_PACKED})"
-    if packed.numel():
-        torch.ops.cpattn.pack_rows(packed, list(tensors), list(places), index)
+    if not packed.numel():
+        return
+    target = packed.view(len(packed), -1).view(torch.uint8)
+    sizes = [t.itemsize * math.prod(t.shape[1:]) for t in tensors]
+    targets = [target[:, place : place + size] for place, size in zip(places, sizes, strict=True)]
+    torch.ops.cpattn.pack_rows(targets, list(tensors), index)
+
+
+def gather_rows(tensors: Sequence[Tensor], index: Tensor, *, turned: int = 0) -> list[Tensor]:
+    """Rows `index` of up to four tensors that `can_pack` takes, each contiguous, in one launch.
+
+    turned: so many of the last, [T, cols], come as transposed views of contiguous [cols, rows].
+    """
+    rows = len(index)
+    gathered = [t.new_empty((rows, *t.shape[1:])) for t in tensors[: len(tensors) - turned]]
+    gathered += [t.new_empty((t.shape[1], rows)).T for t in tensors[len(tensors) - turned :]]
+    if rows:
+        torch.ops.cpattn.pack_rows(gathered, list(tensors), index)
+    return gathered
 
 
 def can_pack(tensors: Sequence[Tensor]) -> bool:
@@ -204,26 +220,35 @@ def _launch_add(
     )  # fmt: skip
 
 
-def _launch_pack(packed: Tensor, tensors: list[Tensor], places: list[int], index: Tensor | None) -> None:
+def _launch_pack(targets: list[Tensor], tensors: list[Tensor], index: Tensor | None) -> None:
     from .row_kernels_triton import pack_kernel
 
-    target = packed.view(len(packed), -1).view(torch.uint8)
-    lengths = [n * t.itemsize for t in tensors for n in (t.shape[-1], *t.stride()[:-1], t.storage_offset())]
-    size = math.gcd(8, target.shape[1], *places, *lengths)
-    words = [t.view(_WORDS[size]) if size > 1 or t.itemsize > 1 else t.view(torch.uint8) for t in tensors]
-    cols = [math.prod(w.shape[1:]) for w in words]
-    inner = [w.shape[-1] if w.ndim > 1 else 1 for w in words]
-    heads = [w.stride(1) if w.ndim == 3 else 0 for w in words]
-    rows = [w.stride(0) for w in words]
-
-    def four(values: list[int]) -> list[int]:
-        return values + [1] * (_MOST_PACKED - len(values))
-
-    pack_kernel[(len(packed),)](
-        target.view(_WORDS[size]), _places(target, index)[0], *words, *words[:1] * (_MOST_PACKED - len(words)),
-        target.shape[1] // size, *four(rows), *four(cols), *four(inner), *four(heads),
-        *four([p // size for p in places])[1:], count=len(words), indexed=index is not None, block=_BLOCK,
+    assert len(tensors) <= _MOST_PACKED, f"{len(tensors)} tensors are more than one launch packs ({_MOST_PACKED})"
+    size = math.gcd(8, *(n for t in (*targets, *tensors) for n in _word_sizes(t)))
+    words, into = ([_in_words(t, size) for t in some] for some in (tensors, targets))
+    pack_kernel[(len(targets[0]),)](
+        tuple(into), tuple(words), targets[0] if index is None else index,
+        tuple(t.stride(0) for t in into),
+        tuple(t.stride(-1) if t.ndim == 2 else 1 for t in into),
+        tuple(t.stride(0) for t in words),
+        tuple(math.prod(t.shape[1:]) for t in words),
+        tuple(t.shape[-1] if t.ndim > 1 else 1 for t in words),
+        tuple(t.stride(1) if t.ndim == 3 else 0 for t in words),
+        count=len(words), indexed=index is not None, block=_BLOCK,
     )  # fmt: skip
+
+
+def _word_sizes(t: Tensor) -> list[int]:
+    """Bytes that a word must divide to read or write a tensor's rows."""
+    if t.ndim > 1 and t.stride(-1) != 1:  # column by column
+        return [t.itemsize]
+    return [n * t.itemsize for n in (t.shape[-1], *t.stride()[:-1], t.storage_offset())]
+
+
+def _in_words(t: Tensor, size: int) -> Tensor:
+    """A view of it in words; column by column a word is an element."""
+    assert t.stride(-1) == 1 or t.itemsize == size, f"{t.dtype} column by column is not moved in words of {size} bytes"
+    return t.view(_WORDS[size])
 
 
 def _launch_encode(x: Tensor, travelling: Tensor, fmt: str) -> None:
@@ -252,7 +277,7 @@ _library = torch.library.Library("cpattn", "FRAGMENT")
 for _name, _arguments, _launch in (
     ("merge_rows", f"Tensor(a!) out, Tensor(b!) lse, Tensor part_out, Tensor part_lse, {_SEGMENTS}", _launch_merge),
     ("add_rows", f"Tensor(a!)[] into, Tensor[] parts, {_SEGMENTS}, bool fresh", _launch_add),
-    ("pack_rows", "Tensor(a!) packed, Tensor[] tensors, int[] places, Tensor? index", _launch_pack),
+    ("pack_rows", "Tensor(a!)[] targets, Tensor[] tensors, Tensor? index", _launch_pack),
     ("encode_fp8", "Tensor x, Tensor(a!) travelling, str fmt", _launch_encode),
     ("decode_fp8", "Tensor received, Tensor(a!) x, str fmt", _launch_decode),
 ):

@@ -63,88 +63,111 @@ def _merged(out, lse, other, other_lse):
 
 
 @triton.jit
-def _load_of(number, a, b, c, d, at, mask, count: tl.constexpr, other: tl.constexpr):
-    """From that one of up to four buffers, in fp32; the loads of the others are masked off."""
-    number = number + at * 0  # of the shape of the masks
-    value = tl.load(a + at, mask=mask & (number == 0), other=other).to(tl.float32)
-    if count > 1:
-        value = tl.where(number == 1, tl.load(b + at, mask=mask & (number == 1), other=other).to(tl.float32), value)
-    if count > 2:
-        value = tl.where(number == 2, tl.load(c + at, mask=mask & (number == 2), other=other).to(tl.float32), value)
-    if count > 3:
-        value = tl.where(number == 3, tl.load(d + at, mask=mask & (number == 3), other=other).to(tl.float32), value)
+def _load_of(number, parts, at, inside, other: tl.constexpr, count: tl.constexpr):
+    """In fp32, from that one of several buffers; of none, `other`."""
+    value = tl.full(at.shape, other, tl.float32)
+    for nth in tl.static_range(count):
+        if number == nth:
+            value = tl.load(parts[nth] + at, mask=inside, other=other).to(tl.float32)
     return value
 
 
 @triton.jit
-def merge_calls_kernel(
-    out_THD, lse_TH, a, b, c, d, a_lse, b_lse, c_lse, d_lse, offsets, order, num_heads, stride_ot, stride_oh, stride_lt,
-    stride_lh, stride_pt, stride_ph, a_rows, b_rows, c_rows, d_rows, dim: tl.constexpr, width: tl.constexpr,
-    heads: tl.constexpr, count: tl.constexpr, fresh: tl.constexpr,
-):  # fmt: skip
-    """Merge into a row what up to four calls of a kernel have for it, in their order; if fresh, store it."""
-    row = tl.program_id(0).to(tl.int64)
+def _and(inside, scalar):
+    """inside & scalar; the interpreter makes numbers of a truth value that it repeats, and wants none in a mask."""
+    return inside & (tl.zeros(inside.shape, tl.int32) + scalar.to(tl.int32) > 0)
+
+
+@triton.jit
+def _entries_of(offsets, order, row, fresh: tl.constexpr, converts: tl.constexpr):
+    """The range of a row's entries, whether it is written, and whether there is anything to read before them.
+
+    Of an entry the bits, from the lowest: the call in four, one for the first entry that a row has in any launch of a
+    work; a call of 15 is none, so that a fresh row that none has anything for is written once.
+    """
     first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
+    entry = tl.load(order + first, mask=last > first, other=15)
+    written, seen = (entry & 15) != 15, first >= 0
+    if fresh:
+        written, seen = last > first, (entry & 16) == 0
+    if converts:
+        written = first >= 0
+    return first, last, written, seen
+
+
+@triton.jit
+def merge_calls_kernel(
+    out_THD, lse_TH, before_THD, parts, part_lses, num_rows, offsets, order, num_heads, stride_ot, stride_oh, stride_bt,
+    stride_bh, stride_lt, stride_lh, stride_pt, stride_ph, dim: tl.constexpr, width: tl.constexpr, heads: tl.constexpr,
+    count: tl.constexpr, fresh: tl.constexpr, converts: tl.constexpr,
+):  # fmt: skip
+    """Merge into a row what several calls of a kernel have for it, in their order. num_rows: of each call's results.
+
+    fresh: rows have seen nothing before their first entry. converts: all rows are read from before_THD.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first, last, written, seen = _entries_of(offsets, order, row, fresh, converts)
     head, col = tl.arange(0, heads), tl.arange(0, width)
-    has_head = head < num_heads
+    has_head = _and(head < num_heads, written)
     inside = has_head[:, None] & (col < dim)[None, :]
     out_at = out_THD + row * stride_ot + head[:, None] * stride_oh + col[None, :]
     lse_at = lse_TH + row * stride_lt + head * stride_lh
-    touched = has_head
-    out, lse = tl.zeros([heads, width], tl.float32), tl.zeros([heads], tl.float32) - _INF
-    if not fresh:
-        touched = has_head & (tl.zeros([heads], tl.int32) + last > first)
-        out = tl.load(out_at, mask=inside & touched[:, None], other=0.0).to(tl.float32)
-        lse = tl.load(lse_at, mask=touched, other=-_INF)
+    before_at = out_at
+    if converts:
+        before_at = before_THD + row * stride_bt + head[:, None] * stride_bh + col[None, :]
+    out = tl.load(before_at, mask=_and(inside, seen), other=0.0).to(tl.float32)
+    lse = tl.load(lse_at, mask=_and(has_head, seen), other=-_INF)
     for nth in range(first, last):
         entry = tl.load(order + nth)
-        number, part = entry & 3, (entry >> 2).to(tl.int64)
+        number, part = entry & 15, (entry >> 5).to(tl.int64)
         at = part * stride_pt + head[:, None] * stride_ph + col[None, :]
-        other = _load_of(number, a, b, c, d, at, inside, count, 0.0)
-        rows = tl.where(number == 0, a_rows, tl.where(number == 1, b_rows, tl.where(number == 2, c_rows, d_rows)))
-        lse_of = head.to(tl.int64) * rows + part
-        other_lse = _load_of(number, a_lse, b_lse, c_lse, d_lse, lse_of, has_head, count, -_INF)
+        other = _load_of(number, parts, at, inside, 0.0, count)
+        rows = 0
+        for call in tl.static_range(count):
+            rows = tl.where(number == call, num_rows[call], rows)
+        other_lse = _load_of(number, part_lses, head.to(tl.int64) * rows + part, has_head, -_INF, count)
         out, lse = _merged(out, lse, other, other_lse)
-    tl.store(out_at, out.to(out_THD.dtype.element_ty), mask=inside & touched[:, None])
-    tl.store(lse_at, lse, mask=touched)
+    tl.store(out_at, out.to(out_THD.dtype.element_ty), mask=inside)
+    tl.store(lse_at, lse, mask=has_head)
 
 
 @triton.jit
 def _sum_calls(
-    into, a, b, c, d, offsets, order, row, start, stride, cols, inner, stride_pt, stride_ph, count: tl.constexpr,
-    fresh: tl.constexpr, block: tl.constexpr,
+    into, before, parts, offsets, order, row, start, stride, cols, inner, stride_b, stride_pt, stride_ph,
+    count: tl.constexpr, fresh: tl.constexpr, converts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
+    first, last, written, seen = _entries_of(offsets, order, row, fresh, converts)
     col = start * block + tl.arange(0, block)
-    inside = col < cols
-    total = tl.zeros([block], tl.float32)
-    if not fresh:
-        inside = inside & (tl.zeros([block], tl.int32) + last > first)
-        total = tl.load(into + row * stride + col, mask=inside, other=0.0).to(tl.float32)
+    inside = _and(col < cols, written)
+    before_at = into + row * stride + col
+    if converts:
+        before_at = before + row * stride_b + col
+    total = tl.load(before_at, mask=_and(inside, seen), other=0.0).to(tl.float32)
     for nth in range(first, last):
         entry = tl.load(order + nth)
-        at = (entry >> 2).to(tl.int64) * stride_pt + (col // inner) * stride_ph + col % inner
-        total += _load_of(entry & 3, a, b, c, d, at, inside, count, 0.0)
+        at = (entry >> 5).to(tl.int64) * stride_pt + (col // inner) * stride_ph + col % inner
+        total += _load_of(entry & 15, parts, at, inside, 0.0, count)
     tl.store(into + row * stride + col, total.to(into.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def sum_calls_kernel(
-    dq, dk, dv, qa, qb, qc, qd, ka, kb, kc, kd, va, vb, vc, vd, q_offsets, q_order, k_offsets, k_order, num_queries,
+    dq, dk, dv, before_dq, q_parts, k_parts, v_parts, q_offsets, q_order, k_offsets, k_order, num_queries,
     q_stride, q_cols, q_inner, q_pt, q_ph, k_stride, k_cols, k_inner, k_pt, k_ph, v_stride, v_cols, v_inner, v_pt, v_ph,
-    count: tl.constexpr, fresh_q: tl.constexpr, fresh_k: tl.constexpr, block: tl.constexpr,
+    before_stride, count: tl.constexpr, fresh_q: tl.constexpr, fresh_k: tl.constexpr, converts: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
-    """Add to a row of dq, or of dk and dv, what up to four calls of a kernel have for it; if fresh, store it."""
+    """Add to a row of dq, or of dk and dv, what several calls of a kernel have for it; see `merge_calls_kernel`."""
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if row < num_queries:
-        _sum_calls(dq, qa, qb, qc, qd, q_offsets, q_order, row, start, q_stride, q_cols, q_inner, q_pt, q_ph, count,
-                   fresh_q, block)  # fmt: skip
+        _sum_calls(dq, before_dq, q_parts, q_offsets, q_order, row, start, q_stride, q_cols, q_inner, before_stride,
+                   q_pt, q_ph, count, fresh_q, converts, block)  # fmt: skip
     else:
         row -= num_queries
-        _sum_calls(dk, ka, kb, kc, kd, k_offsets, k_order, row, start, k_stride, k_cols, k_inner, k_pt, k_ph, count,
-                   fresh_k, block)  # fmt: skip
-        _sum_calls(dv, va, vb, vc, vd, k_offsets, k_order, row, start, v_stride, v_cols, v_inner, v_pt, v_ph, count,
-                   fresh_k, block)  # fmt: skip
+        _sum_calls(dk, dk, k_parts, k_offsets, k_order, row, start, k_stride, k_cols, k_inner, 0, k_pt, k_ph, count,
+                   fresh_k, False, block)  # fmt: skip
+        _sum_calls(dv, dv, v_parts, k_offsets, k_order, row, start, v_stride, v_cols, v_inner, 0, v_pt, v_ph, count,
+                   fresh_k, False, block)  # fmt: skip
 
 
 @triton.jit
@@ -181,33 +204,28 @@ def add_kernel(
 
 
 @triton.jit
-def _copy_row(target, source, cols, inner, stride, block: tl.constexpr):
+def _copy_row(target, source, cols, inner, stride, step, block: tl.constexpr):
     """cols words, of which the source has each `inner` side by side and runs of them `stride` apart."""
     for start in range(0, cols, block):
         col = start + tl.arange(0, block)
         inside = col < cols
-        tl.store(target + col, tl.load(source + (col // inner) * stride + col % inner, mask=inside), mask=inside)
+        words = tl.load(source + (col // inner).to(tl.int64) * stride + col % inner, mask=inside)
+        tl.store(target + col.to(tl.int64) * step, words, mask=inside)
 
 
 @triton.jit
 def pack_kernel(
-    packed, index, a, b, c, d, packed_stride, row_a, row_b, row_c, row_d, cols_a, cols_b, cols_c, cols_d, inner_a,
-    inner_b, inner_c, inner_d, head_a, head_b, head_c, head_d, at_b, at_c, at_d,
+    targets, sources, index, target_rows, steps, rows, cols, inner, heads,
     count: tl.constexpr, indexed: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A row of up to four tensors side by side, in words."""
+    """A row of several tensors, in words, each into a row of its target; steps: between words of that."""
     n = tl.program_id(0).to(tl.int64)
     row = n
     if indexed:
         row = tl.load(index + n)
-    target = packed + n * packed_stride
-    _copy_row(target, a + row * row_a, cols_a, inner_a, head_a, block)
-    if count > 1:
-        _copy_row(target + at_b, b + row * row_b, cols_b, inner_b, head_b, block)
-    if count > 2:
-        _copy_row(target + at_c, c + row * row_c, cols_c, inner_c, head_c, block)
-    if count > 3:
-        _copy_row(target + at_d, d + row * row_d, cols_d, inner_d, head_d, block)
+    for i in tl.static_range(count):
+        _copy_row(targets[i] + n * target_rows[i], sources[i] + row * rows[i], cols[i], inner[i], heads[i], steps[i],
+                  block)  # fmt: skip
 
 
 @triton.jit

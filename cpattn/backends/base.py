@@ -138,6 +138,47 @@ def stores_first(backend: Backend) -> bool:
     return bool(getattr(backend, "stores_first", False))
 
 
+class PlacingBackend(StoringBackend, Protocol):
+    """A kernel that may say where results lie, so that nothing is copied to accumulators and back.
+
+    What one call has for every row is taken over as it is, and the last merge stores out and dq in the dtype of q.
+    """
+
+    def places(self, queries: Tensor, work: Any) -> bool:
+        """Whether `attend` and `differentiate` serve these queries; `work` is that of any stage."""
+        ...
+
+    def attend(
+        self, queries: Attending, keys: KeyRows, work: Any, scoring: Scoring, *, fresh: bool, last: bool
+    ) -> Attending:
+        """`forward`, and the queries with their results, where those now lie.
+
+        fresh: out and lse of `queries` are not read, and may have any shape. last: nothing is merged afterwards, so out
+        comes in the dtype of q; else in fp32, or in that of q where rows have one result each.
+        """
+        ...
+
+    def differentiate(
+        self,
+        queries: Returning,
+        keys: KeyRows,
+        work: Any,
+        scoring: Scoring,
+        dkeys: KeyRows,
+        *,
+        fresh: tuple[bool, bool],
+        last: bool,
+    ) -> Tensor:
+        """`backward`, and dq. fresh: of dq, which is not read then, and of dkeys. last: as above."""
+        ...
+
+
+def places_results(backend: Backend, queries: Tensor, work: Any) -> bool:
+    """Whether it is a `PlacingBackend` that serves these queries."""
+    places = getattr(backend, "places", None)
+    return places is not None and bool(places(queries, work))
+
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from cpattn.solver import SliceTable
 
-from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, kernel_head_dim, refuse_dtype
+from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, refuse_dtype
 from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
 from .varlen import VarlenCall, VarlenKernel, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward
+from .varlen import places as varlen_places
 from .varlen import writes_once as varlen_writes_once
 
 
@@ -316,8 +317,7 @@ class FlashAttnBackend:
     def forward(
         self, queries: Attending, keys: KeyRows, work: VarlenWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
-        head_dim = kernel_head_dim(*keys)
-        run_varlen_forward(self._kernel(), queries, keys, work, scoring, fresh=fresh, head_dim=head_dim)
+        run_varlen_forward(self._kernel(), queries, keys, work, scoring, fresh=fresh)
 
     def backward(
         self,
@@ -330,8 +330,28 @@ class FlashAttnBackend:
         fresh_dq: bool = False,
         fresh_dkv: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"fresh": (fresh_dq, fresh_dkv), "head_dim": kernel_head_dim(*keys)}
-        run_varlen_backward(self._kernel(), queries, keys, work, scoring, dkeys, **options)
+        run_varlen_backward(self._kernel(), queries, keys, work, scoring, dkeys, fresh=(fresh_dq, fresh_dkv))
+
+    def places(self, queries: Tensor, work: VarlenWork) -> bool:
+        return varlen_places(queries, work)
+
+    def attend(
+        self, queries: Attending, keys: KeyRows, work: VarlenWork, scoring: Scoring, *, fresh: bool, last: bool
+    ) -> Attending:
+        return run_varlen_forward(self._kernel(), queries, keys, work, scoring, fresh=fresh, last=last)
+
+    def differentiate(
+        self,
+        queries: Returning,
+        keys: KeyRows,
+        work: VarlenWork,
+        scoring: Scoring,
+        dkeys: KeyRows,
+        *,
+        fresh: tuple[bool, bool],
+        last: bool,
+    ) -> Tensor:
+        return run_varlen_backward(self._kernel(), queries, keys, work, scoring, dkeys, fresh=fresh, last=last)
 
     def _kernel(self) -> VarlenKernel:
         what = _GENERATIONS[self.generation]

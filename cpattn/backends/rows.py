@@ -5,6 +5,7 @@ Shape legend as in `base.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -29,6 +30,22 @@ def as_rows(starts: IntArray, ends: IntArray, device: torch.device) -> Rows:
 def take_rows(x: Tensor, rows: Rows) -> Tensor:
     """Those rows of x; a view where they lie side by side."""
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def take_together(tensors: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+    """Those rows of several tensors, in one launch where row kernels serve: views, or contiguous copies."""
+    if isinstance(rows, slice) or not row_kernels.can_pack(tensors):
+        return [take_rows(t, rows) for t in tensors]
+    return row_kernels.gather_rows(tensors, rows)
+
+
+def take_queries(dout: Tensor, q: Tensor, out: Tensor, lse_QN: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+    """Those rows of dout, q and out, and of lse as contiguous [N, rows]."""
+    if isinstance(rows, slice) or not row_kernels.can_pack((dout, q, out, lse_QN)):
+        dout, q, out, lse_QN = (take_rows(t, rows) for t in (dout, q, out, lse_QN))
+    else:
+        dout, q, out, lse_QN = row_kernels.gather_rows((dout, q, out, lse_QN), rows, turned=1)
+    return dout, q, out, lse_QN.T.contiguous()
 
 
 def merge_rows(

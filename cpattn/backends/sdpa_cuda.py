@@ -36,6 +36,7 @@ from .base import (
 )
 from .rows import add_rows, first_writers, merge_rows
 from .varlen import VarlenCall, VarlenWork, clear, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
+from .varlen import places as varlen_places
 
 # custom_mask_type of the efficient kernels.
 _NO_MASK, _CAUSAL_BOTTOM_RIGHT = 0, 2
@@ -154,8 +155,7 @@ class CudaSdpaBackend:
     ) -> None:
         (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE), scale = queries, keys, scoring.scale
         if q_QND.dtype in HALF_DTYPES:
-            kernel, head_dim = AtenFlashKernel(self.ops), kernel_head_dim(*keys)
-            run_varlen_forward(kernel, queries, keys, work.flash, scoring, fresh=fresh, head_dim=head_dim)
+            run_varlen_forward(AtenFlashKernel(self.ops), queries, keys, work.flash, scoring, fresh=fresh)
             return
         if fresh:
             clear(queries)
@@ -186,8 +186,8 @@ class CudaSdpaBackend:
     ) -> None:
         (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         if q_QND.dtype in HALF_DTYPES:
-            options: dict[str, Any] = {"fresh": (fresh_dq, fresh_dkv), "head_dim": kernel_head_dim(*keys)}
-            run_varlen_backward(AtenFlashKernel(self.ops), queries, keys, work.flash, scoring, dkeys, **options)
+            kernel, fresh = AtenFlashKernel(self.ops), (fresh_dq, fresh_dkv)
+            run_varlen_backward(kernel, queries, keys, work.flash, scoring, dkeys, fresh=fresh)
             return
         for total, first in ((dq_QND, fresh_dq), (dk_KGD, fresh_dkv), (dv_KGE, fresh_dkv)):
             if first:
@@ -201,6 +201,29 @@ class CudaSdpaBackend:
             add_rows(dq_QND, piece.rows, dq[0, ..., :d])
             add_rows(dk_KGD, piece.keys, dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d])
             add_rows(dv_KGE, piece.keys, dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e])
+
+    def places(self, queries: Tensor, work: _Work) -> bool:
+        return varlen_places(queries, work.flash)
+
+    def attend(
+        self, queries: Attending, keys: KeyRows, work: _Work, scoring: Scoring, *, fresh: bool, last: bool
+    ) -> Attending:
+        kernel = AtenFlashKernel(self.ops)
+        return run_varlen_forward(kernel, queries, keys, work.flash, scoring, fresh=fresh, last=last)
+
+    def differentiate(
+        self,
+        queries: Returning,
+        keys: KeyRows,
+        work: _Work,
+        scoring: Scoring,
+        dkeys: KeyRows,
+        *,
+        fresh: tuple[bool, bool],
+        last: bool,
+    ) -> Tensor:
+        kernel = AtenFlashKernel(self.ops)
+        return run_varlen_backward(kernel, queries, keys, work.flash, scoring, dkeys, fresh=fresh, last=last)
 
 
 def _piece_backward(

@@ -11,6 +11,7 @@ Shape legend as in `base.py`; T packed query rows, S packed key rows, B sequence
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from cpattn.collectives import put_on, row_kernels
 from cpattn.collectives.call_kernels import MOST_CALLS, CallRows, merge_calls, sum_calls
-from cpattn.solver import SliceTable, expand_counts, window_params
+from cpattn.solver import IntArray, SliceTable, expand_counts, window_params
 from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
-from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, pad_head_dim
-from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_rows
+from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, kernel_head_dim, pad_head_dim
+from .batches import rows_of_batches
+from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_queries, take_rows, take_together
 
 # Runs of slices with fewer rows than this are gathered with others of their window: a launch costs
 # about as much time as copying some thousand rows.
@@ -132,7 +134,7 @@ def plan_varlen(
 def _batches(
     calls: tuple[VarlenCall, ...], tables: list[SliceTable], sizes: tuple[int, int], device: torch.device
 ) -> tuple[VarlenBatch, ...]:
-    """Calls that follow on each other: at most four, with results for at most twice the rows there are."""
+    """Calls that follow on each other: at most eight, with results for at most twice the rows there are."""
     ends, rows = [0], 0
     for number, table in enumerate(tables):
         rows += int((table.q1 - table.q0).sum())
@@ -140,19 +142,18 @@ def _batches(
             ends.append(number)
             rows = int((table.q1 - table.q0).sum())
     ends.append(len(tables))
-    batches = []
-    for first, last in itertools.pairwise(ends):
-        some = tables[first:last]
-        q_rows = CallRows.of(sizes[0], [_index(t.q0, t.q1) for t in some], device)
-        k_rows = CallRows.of(sizes[1], [_index(t.k0, t.k1) for t in some], device)
-        batches.append(VarlenBatch(calls[first:last], q_rows, k_rows))
-    return tuple(batches)
+    spans = list(itertools.pairwise(ends))
+    q_rows, k_rows = (
+        rows_of_batches(size, [[_index(*side(t)) for t in tables[a:b]] for a, b in spans], device)
+        for size, side in zip(sizes, (lambda t: (t.q0, t.q1), lambda t: (t.k0, t.k1)), strict=True)
+    )
+    return tuple(VarlenBatch(calls[a:b], q, k) for (a, b), q, k in zip(spans, q_rows, k_rows, strict=True))
 
 
-def _index(starts: np.ndarray, ends: np.ndarray) -> Tensor:
+def _index(starts: IntArray, ends: IntArray) -> IntArray:
     """The rows of [start, end) ranges, one after the other."""
     owner, position = expand_counts(ends - starts)
-    return torch.from_numpy(starts[owner] + position)
+    return starts[owner] + position
 
 
 class _Run(NamedTuple):
@@ -212,29 +213,70 @@ def run_varlen_forward(
     scoring: Scoring,
     *,
     fresh: bool,
-    head_dim: int,
-) -> None:
-    """All forward calls, merged into the accumulators, or if fresh stored. head_dim: what rows are padded to."""
-    head_dim_v = keys.v.shape[-1]
+    last: bool | None = None,
+) -> Attending:
+    """All forward calls. last: None merges into the queries' accumulators, else as in `PlacingBackend.attend`."""
+    head_dim, head_dim_v = kernel_head_dim(*keys), keys.v.shape[-1]
     q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
 
     def run(call: VarlenCall) -> tuple[Tensor, Tensor]:
-        rows = (take_rows(q, call.q_rows), take_rows(k, call.k_rows), take_rows(v, call.k_rows))
+        rows = take_rows(q, call.q_rows), *take_together((k, v), call.k_rows)
         out, lse = kernel.forward(*rows, call, scoring)
         return out[..., :head_dim_v], lse
 
-    if work.merged and row_kernels.fused(queries.out, queries.lse):
-        for number, batch in enumerate(work.merged):
-            results, first = [run(call) for call in batch.calls], fresh and number == 0
-            if results or first:
-                outs, lses = [out for out, _ in results], [lse for _, lse in results]
-                merge_calls(queries.out, queries.lse, outs, lses, batch.q_rows, fresh=first)
-        return
+    if work.merged and row_kernels.serves(q.device) and (last is not None or row_kernels.fused(*queries[1:])):
+        return _merge_batches(run, queries, work.merged, head_dim_v, fresh=fresh, last=last)
     if fresh:
         clear(queries)
     for call in work.forward:
         out, lse = run(call)
         merge_rows(queries.out, queries.lse, call.q_rows, out, lse.T, first=fresh and call.first)
+    return queries
+
+
+def _merge_batches(
+    run: Callable[[VarlenCall], tuple[Tensor, Tensor]],
+    queries: Attending,
+    batches: tuple[VarlenBatch, ...],
+    head_dim_v: int,
+    *,
+    fresh: bool,
+    last: bool | None,
+) -> Attending:
+    q, num_rows = queries.q, len(queries.q)
+    so_far = None if fresh and last is not None else queries
+    for number, batch in enumerate(batches):
+        parts = [run(call) for call in batch.calls]
+        if not parts and not fresh:
+            continue
+        if so_far is None and _is_whole(batch, num_rows) and parts[0][0].is_contiguous():
+            so_far = Attending(q, parts[0][0], parts[0][1].T)
+            continue
+        final = last is True and number == len(batches) - 1
+        out, before = _target(so_far and so_far.out, (*q.shape[:2], head_dim_v), q, final, in_place=last is None)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32) if so_far is None else so_far.lse
+        merge_calls(out, lse, parts, batch.q_rows, fresh=fresh, before=before)
+        so_far = Attending(q, out, lse)
+        parts.clear()  # before the next batch makes its own
+    assert so_far is not None
+    return so_far
+
+
+def _target(
+    so_far: Tensor | None, shape: tuple[int, ...], q: Tensor, final: bool, *, in_place: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Where a launch puts its sums, and where it reads those so far, if elsewhere.
+
+    In fp32, but the final ones in the dtype of q; in place where they lie in that dtype already.
+    """
+    if so_far is not None and (in_place or so_far.dtype == (q.dtype if final else torch.float32)):
+        return so_far, None
+    return q.new_empty(shape, dtype=q.dtype if final else torch.float32), so_far
+
+
+def _is_whole(batch: VarlenBatch, num_rows: int) -> bool:
+    """Whether it is one call that has a result for each row, in order: what it gives can stay as it is."""
+    return len(batch.calls) == 1 and batch.calls[0].q_rows == slice(0, num_rows)
 
 
 def clear(queries: Attending) -> None:
@@ -252,44 +294,84 @@ def run_varlen_backward(
     dkeys: KeyRows,
     *,
     fresh: tuple[bool, bool],
-    head_dim: int,
-) -> None:
-    """All backward calls, added to the accumulators. fresh: whether those of queries, and of keys, are stored."""
-    dtype, d, e = queries.q.dtype, keys.k.shape[-1], keys.v.shape[-1]
+    last: bool | None = None,
+) -> Tensor:
+    """All backward calls; gives dq. fresh: whether those of queries, and of keys, are stored. last: as in forward."""
+    dtype, d, e, head_dim = queries.q.dtype, keys.k.shape[-1], keys.v.shape[-1], kernel_head_dim(*keys)
     q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
     dout, out = (pad_head_dim(t.to(dtype), head_dim) for t in (queries.dout, queries.out))
 
     def run(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
-        dout_, q_, out_, lse_ = (take_rows(t, call.q_rows) for t in (dout, q, out, queries.lse))
-        k_, v_ = take_rows(k, call.k_rows), take_rows(v, call.k_rows)
-        dq, dk, dv = kernel.backward(dout_, q_, k_, v_, out_, lse_.T.contiguous(), call, scoring)
+        dout_, q_, out_, lse_ = take_queries(dout, q, out, queries.lse, call.q_rows)
+        k_, v_ = take_together((k, v), call.k_rows)
+        dq, dk, dv = kernel.backward(dout_, q_, k_, v_, out_, lse_, call, scoring)
         return dq[..., :d], dk[..., :d], dv[..., :e]
 
-    into = queries.dq, *dkeys
-    if work.summed and row_kernels.fused(*into):
-        totals = [_wide(t, len(work.summed)) for t in into]
-        for number, batch in enumerate(work.summed):
-            first = [f and number == 0 for f in fresh]
-            parts = [run(call) for call in batch.calls]
-            if parts or any(first):
-                sum_calls(totals, parts, batch.q_rows, batch.k_rows, fresh_q=first[0], fresh_k=first[1])
+    if work.summed and row_kernels.fused(*dkeys):
+        totals = [_wide(t, len(work.summed)) for t in dkeys]
+        dq = _sum_batches(run, queries, work.summed, totals, fresh=fresh, last=last)
     else:
-        totals = [_wide(t, len(work.backward)) for t in into]
-        for total, stored in zip(totals, (fresh[0], fresh[1], fresh[1]), strict=True):
-            if stored:
-                total.zero_()
-        for call in work.backward:
-            for total, rows, part in zip(totals, (call.q_rows, call.k_rows, call.k_rows), run(call), strict=True):
-                add_rows(total, rows, part)
-    for total, target in zip(totals, into, strict=True):
+        totals = [_wide(t, len(work.backward)) for t in dkeys]
+        dq = _wide(queries.dq, len(work.backward))
+        _add_calls(run, (dq, *totals), work.backward, fresh)
+    for total, target in zip((dq, *totals), (dq if last is not None else queries.dq, *dkeys), strict=True):
         if total is not target:
             target.copy_(total)
+    return dq if last is not None else queries.dq
+
+
+def _add_calls(
+    run: Callable[[VarlenCall], tuple[Tensor, Tensor, Tensor]],
+    totals: tuple[Tensor, ...],
+    calls: tuple[VarlenCall, ...],
+    fresh: tuple[bool, bool],
+) -> None:
+    """With torch's operators."""
+    for total, stored in zip(totals, (fresh[0], fresh[1], fresh[1]), strict=True):
+        if stored:
+            total.zero_()
+    for call in calls:
+        for total, rows, part in zip(totals, (call.q_rows, call.k_rows, call.k_rows), run(call), strict=True):
+            add_rows(total, rows, part)
+
+
+def _sum_batches(
+    run: Callable[[VarlenCall], tuple[Tensor, Tensor, Tensor]],
+    queries: Returning,
+    batches: tuple[VarlenBatch, ...],
+    dkeys: list[Tensor],
+    *,
+    fresh: tuple[bool, bool],
+    last: bool | None,
+) -> Tensor:
+    """dq; dk and dv are added to dkeys."""
+    q, in_place = queries.q, _wide(queries.dq, len(batches)) if last is None else queries.dq
+    so_far = None if fresh[0] and last is not None else in_place
+    for number, batch in enumerate(batches):
+        parts = [run(call) for call in batch.calls]
+        if not parts and not any(fresh):
+            continue
+        if so_far is None and _is_whole(batch, len(q)) and parts[0][0].is_contiguous():
+            so_far = parts[0][0]
+            sum_calls([so_far[:0], *dkeys], parts, batch.q_rows, batch.k_rows, fresh=fresh)
+            continue
+        final = last is True and number == len(batches) - 1
+        so_far, before = _target(so_far, tuple(q.shape), q, final, in_place=last is None)
+        sum_calls([so_far, *dkeys], parts, batch.q_rows, batch.k_rows, fresh=fresh, before=before)
+        parts.clear()
+    assert so_far is not None
+    return so_far
 
 
 def _wide(target: Tensor, num_sums: int) -> Tensor:
     """Where to add up what goes into a target that may be of half precision (only where it is stored, not added to)."""
     half = target.dtype in HALF_DTYPES and num_sums > 1
     return torch.empty(target.shape, dtype=torch.float32, device=target.device) if half else target
+
+
+def places(queries: Tensor, work: VarlenWork) -> bool:
+    """`PlacingBackend.places`: where row kernels serve."""
+    return queries.dtype in HALF_DTYPES and bool(work.merged) and row_kernels.serves(queries.device)
 
 
 def writes_once(work: VarlenWork) -> bool:

@@ -13,12 +13,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from cpattn.backends.base import Attending, KeyRows, Returning, Scoring, stores_first
+from cpattn.backends.base import (
+    Attending,
+    KeyRows,
+    PlacingBackend,
+    Returning,
+    Scoring,
+    places_results,
+    stores_first,
+)
 from cpattn.collectives import PendingRows, packed_row_bytes, unpack_rows
 
 from .bound import BoundPlan, BoundStage
@@ -41,19 +49,25 @@ def run_forward(
     plan: BoundPlan, q: Tensor, kv: KeyRows, sink: Tensor | None, kept: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """out and lse. kept: uint8 [kept_bytes] that receives the fetched keys and values, or empty to let them go."""
-    own = _unattended(plan, q, kv.v, q.dtype if _writes_once(plan, sink) else accumulator_dtype(q.dtype))
+    lasts = _lasts(plan, q)
+    if lasts[0] is None:
+        own = _unattended(plan, q, kv.v, q.dtype if _writes_once(plan, sink) else accumulator_dtype(q.dtype))
+    else:
+        own = Attending(q, q[:0], q[:0])
+        if sink is not None:  # it scales out, which is rounded afterwards
+            lasts = dict.fromkeys(lasts, False)
     returns = _Returns(plan)
     guests = _guests_of_forward(plan, own, kv.v, returns, scoring)
     fetches = _Fetches(plan, kv, kept)
-    _attend(plan, scoring, own, kv, plan.home.own_work, fresh=True)
+    own = _attend(plan, scoring, own, kv, plan.home.own_work, fresh=True, last=lasts[0])
     guests.work(plan.home, kv)
-    for stage in plan.remote:
+    for number, stage in enumerate(plan.remote, 1):
         keys = fetches.take()
         guests.work(stage, keys)
-        _attend(plan, scoring, own, keys, stage.own_work)
+        own = _attend(plan, scoring, own, keys, stage.own_work, last=lasts[number])
     returns.wait()
     lse = own.lse if sink is None else fold_sink(own.out, own.lse, sink)
-    return own.out.to(q.dtype), lse
+    return own.out.to(q.dtype), lse.contiguous()
 
 
 def run_backward(
@@ -63,18 +77,20 @@ def run_backward(
 
     forward: q with the results. kept: the keys and values that forward fetched; empty: they are fetched again.
     """
-    own = _returning(plan, dout, forward)
-    dkv = KeyRows(*(_accumulator(plan, t, own.dq.dtype) for t in kv))
+    lasts = _lasts(plan, forward.q)
+    own = _returning(plan, dout, forward, placing=lasts[0] is not None)
+    dkv = KeyRows(*(_accumulator(plan, t, kv.k.dtype if _stores_alone(plan) else own.lse.dtype) for t in kv))
     returns = _Returns(plan)
     guests = _guests_of_backward(plan, own, returns, scoring)
     fetches = _Fetches(plan, kv, kept, filled=True)
-    _differentiate(plan, scoring, own, kv, plan.home.own_work, dkv, fresh_dq=True, fresh_dkv=True)
+    own = _differentiate(plan, scoring, own, (kv, plan.home.own_work, dkv), fresh=(True, True), last=lasts[0])
     guests.work(plan.home, kv, dkv)
-    for stage in plan.remote:
+    for number, stage in enumerate(plan.remote, 1):
         keys = fetches.take()
         packed, dkeys = _packed_accumulators(plan, keys, _summed_in(plan, own.lse.dtype))
         guests.work(stage, keys, dkeys)
-        _differentiate(plan, scoring, own, keys, stage.own_work, dkeys, fresh_dkv=not plan.moves_queries)
+        fresh = False, not plan.moves_queries
+        own = _differentiate(plan, scoring, own, (keys, stage.own_work, dkeys), fresh=fresh, last=lasts[number])
         returns.make_room()
         packed, dkeys = _narrowed(plan, packed, dkeys)
         returns.add(plan.exchanges.reduce(stage.kv, dkeys, dkv, packed=packed))
@@ -94,24 +110,54 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _attend(
-    plan: BoundPlan, scoring: Scoring, rows: Attending, keys: KeyRows, work: Any, *, fresh: bool = False
-) -> None:
-    """Let queries see the keys of some slices. fresh: none has seen a key yet."""
+    plan: BoundPlan,
+    scoring: Scoring,
+    rows: Attending,
+    keys: KeyRows,
+    work: Any,
+    *,
+    fresh: bool = False,
+    last: bool | None = None,
+) -> Attending:
+    """Let queries see the keys of some slices; gives them with their results, where those lie.
+
+    fresh: none has seen a key yet. last: as the backend takes it that says where they lie; None: they stay.
+    """
+    if last is not None:
+        return cast(PlacingBackend, plan.backend).attend(rows, keys, work, scoring, fresh=fresh, last=last)
     plan.backend.forward(rows, keys, work, scoring, fresh=fresh)
+    return rows
 
 
 def _differentiate(
     plan: BoundPlan,
     scoring: Scoring,
     rows: Returning,
-    keys: KeyRows,
-    work: Any,
-    dkeys: KeyRows,
-    **fresh: bool,
-) -> None:
-    """Add the gradients of some slices. fresh_dq, fresh_dkv: they are the first of their rows."""
-    first: dict[str, Any] = fresh if stores_first(plan.backend) else {}
+    stage: tuple[KeyRows, Any, KeyRows],
+    *,
+    fresh: tuple[bool, bool],
+    last: bool | None = None,
+) -> Returning:
+    """Add the gradients of some slices. stage: keys, the work on them, and their gradients.
+
+    fresh: whether these are the first for rows of queries, and of keys. last: as above.
+    """
+    keys, work, dkeys = stage
+    if last is not None:
+        backend = cast(PlacingBackend, plan.backend)
+        return rows._replace(dq=backend.differentiate(rows, keys, work, scoring, dkeys, fresh=fresh, last=last))
+    first: dict[str, Any] = {"fresh_dq": fresh[0], "fresh_dkv": fresh[1]} if stores_first(plan.backend) else {}
     plan.backend.backward(rows, keys, work, scoring, dkeys, **first)
+    return rows
+
+
+def _lasts(plan: BoundPlan, q: Tensor) -> dict[int, bool | None]:
+    """For each stage's number whether it is the last, where the kernel says where results lie; else None.
+
+    Those of guests come home into accumulators, so where queries move these stay.
+    """
+    placing = not plan.moves_queries and places_results(plan.backend, q, plan.home.own_work)
+    return {n: n == len(plan.stages) - 1 if placing else None for n in range(len(plan.stages))}
 
 
 def _writes_once(plan: BoundPlan, sink: Tensor | None) -> bool:
@@ -137,10 +183,17 @@ def _accumulator(plan: BoundPlan, like: Tensor, dtype: torch.dtype) -> Tensor:
     return make(like.shape, dtype=dtype, device=like.device)
 
 
-def _returning(plan: BoundPlan, dout: Tensor, forward: Attending) -> Returning:
-    """Own queries in backward."""
+def _stores_alone(plan: BoundPlan) -> bool:
+    """Whether one call stores every gradient, so that none needs an accumulator in fp32."""
+    return _is_alone(plan) and stores_first(plan.backend)
+
+
+def _returning(plan: BoundPlan, dout: Tensor, forward: Attending, *, placing: bool) -> Returning:
+    """Own queries in backward. placing: the backend makes dq."""
     q, out, lse = forward
-    dtype = q.dtype if _is_alone(plan) and stores_first(plan.backend) else lse.dtype
+    if placing:
+        return Returning(dout, q, out, lse, q[:0])
+    dtype = q.dtype if _stores_alone(plan) else lse.dtype
     if not stores_first(plan.backend):
         # exp(score - inf) = 0: rows that see nothing have no gradient, and no NaN.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
@@ -249,7 +302,7 @@ def _guests_of_backward(plan: BoundPlan, own: Returning, returns: _Returns, scor
 
     def compute(rows: Returning, keys: KeyRows, work: Any, dkeys: KeyRows, fresh: bool) -> None:
         # Guests come after own queries at home, where they are new, and before them in every later stage.
-        _differentiate(plan, scoring, rows, keys, work, dkeys, fresh_dq=fresh, fresh_dkv=not fresh)
+        _differentiate(plan, scoring, rows, (keys, work, dkeys), fresh=(fresh, not fresh))
 
     def send_home(rows: Returning) -> None:
         returns.add(plan.exchanges.reduce(plan.queries, (rows.dq,), (own.dq,)))

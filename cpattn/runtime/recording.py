@@ -287,7 +287,7 @@ class _WatchedBackend:
         def labelled(*args: Any, **options: Any) -> Any:
             label = next(arg for arg in args if isinstance(arg, _Label))
             plain = tuple(label.work if arg is label else arg for arg in args)
-            if name not in ("forward", "backward"):
+            if name not in ("forward", "backward", "attend", "differentiate"):
                 return method(*plain, **options)
             return self._call.spanning(method, "compute", "kernel", label.stage, label.side)(*plain, **options)
 

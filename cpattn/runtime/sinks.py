@@ -18,7 +18,8 @@ def fold_sink(out_TNE: Tensor, lse_TN: Tensor, sink: Tensor, *, where: Tensor | 
     NaN.
 
     Args:
-        out_TNE, lse_TN: fp32 or fp64; lse -inf in rows that see no key.
+        out_TNE, lse_TN: fp32 or fp64; lse -inf in rows that see no key. out may be of half precision where it is the
+            result of one call, which the scaling rounds once more at most, as a cast would.
         sink: [N], or anything that broadcasts to [T, N].
         where: bool, broadcasts to [T, N]: rows that the sink takes part in; None is all.
     """

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,6 +33,7 @@ from cpattn.backends.sdpa_cuda import CudaSdpaBackend
 from cpattn.backends.triton import TritonBackend
 from cpattn.backends.triton_tiles import choose_tiles
 from cpattn.collectives import row_kernels
+from cpattn.collectives.call_kernels import FIRST, NONE
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.planning.ready import make_plan
 from cpattn.runtime.bound import BoundPlan, bind_plan
@@ -100,11 +101,14 @@ def _traffic(name: str, args: Any, result: Any) -> int:
         written = sum(_size(t[0]) * (len(tree_leaves(parts)[0]) if rows is None else len(rows)) for t in into)
         return _size(parts) + 2 * written
     if name == "merge_calls":
-        return _calls_traffic(args[:2], tree_leaves(args[2:4]), args[5], args[6])
+        out, lse, before, outs, lses, offsets, order, fresh = args
+        return _size([outs, lses]) + _calls_traffic([out, lse], before, offsets, order, fresh)
     if name == "sum_calls":
-        into, parts, _, q_order, _, k_order, fresh_q, fresh_k = args
-        queries = _calls_traffic(into[:1], parts[::3], q_order, fresh_q)
-        return queries + _calls_traffic(into[1:], [*parts[1::3], *parts[2::3]], k_order, fresh_k)
+        into, before, parts, q_offsets, q_order, k_offsets, k_order, fresh_q, fresh_k = args
+        keys = _size([parts[1::3], parts[2::3]]) + _calls_traffic(into[1:], None, k_offsets, k_order, fresh_k)
+        if not len(into[0]):  # what one call has for every row stays as it is
+            return keys
+        return keys + _size(parts[::3]) + _calls_traffic(into[:1], before, q_offsets, q_order, fresh_q)
     if name == "index_select":
         return 2 * _size(result)
     if name in ("index_copy_", "index_add_"):
@@ -114,14 +118,19 @@ def _traffic(name: str, args: Any, result: Any) -> int:
     return _size(args) + _size(result)
 
 
-def _calls_traffic(into: Any, parts: list[Tensor], order: Tensor, fresh: bool) -> int:
-    """Of results of calls that are taken in: read once; all rows stored, or those that get any read and written.
+def _calls_traffic(into: list[Tensor], before: Tensor | None, offsets: Tensor, order: Tensor, fresh: bool) -> int:
+    """Of the rows that results of calls are taken into, by the tables: read where they held anything, and written.
 
-    How many get any is not known without data: no more than there are rows, nor than there are results.
+    before: out so far, in another dtype: all rows are read from there and written.
     """
-    rows = len(into[0])
-    touched = rows if fresh else min(rows, len(order))
-    return _size(parts) + (1 if fresh else 2) * touched * sum(_size(t[:1]) for t in into)
+    with unset_fake_temporarily():
+        starts, entries = offsets.cpu().numpy(), order.cpu().numpy()
+    first = entries[starts[:-1][starts[1:] > starts[:-1]]]
+    read = int((((first & FIRST) == 0) if fresh else ((first & NONE) != NONE)).sum())
+    written = len(first) if fresh else read
+    if before is None:
+        return (read + written) * sum(_size(t[:1]) for t in into)
+    return _size(before) + _size(into[0]) + 2 * sum(_size(t) for t in into[1:])
 
 
 def count_plan(plan: BoundPlan) -> tuple[Count, Count]:

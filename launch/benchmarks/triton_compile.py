@@ -1,6 +1,7 @@
 """What the compiler makes of the Triton kernels for GPUs that are not at hand: registers, spills, shared memory.
 
     python -m cpattn.launch.benchmarks.triton_compile --out DIR [--arch sm90 ...] [--head-dim 64 ...] [--kernel dq ...]
+    python -m cpattn.launch.benchmarks.triton_compile --out DIR --rows         (the row kernels, into row_kernels.json)
 
 Compiles the kernels of `cpattn/backends/triton_kernels.py` with the tiles of the table and writes triton_compile.md and
 triton_compile.json as results come. Needs triton and no GPU; TRITON_INTERPRET must not be set. A kernel takes some
@@ -77,6 +78,46 @@ def compile_kernel(name: str, arch: str, dtype: str, head_dim: int, tile: Tile |
     return Compiled(
         name, arch, dtype, head_dim, tile, registers, spills, made.metadata.shared, _matrix(made.asm), round(seconds, 1)
     )
+
+
+# Of the row kernels that take tuples: what each is compiled for, and types of arguments (others are 32-bit numbers).
+_CALLS = 8
+_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "merge_calls": (
+        {"dim": 128, "width": 128, "heads": 32, "count": _CALLS, "fresh": True, "converts": True},
+        {"out_THD": "*bf16", "lse_TH": "*fp32", "before_THD": "*fp32", "parts": ("*bf16",) * _CALLS}
+        | {"part_lses": ("*fp32",) * _CALLS, "num_rows": ("i32",) * _CALLS, "offsets": "*i32", "order": "*i32"},
+    ),
+    "sum_calls": (
+        {"count": _CALLS, "fresh_q": False, "fresh_k": True, "converts": True, "block": 1024},
+        {f"{x}_parts": ("*bf16",) * _CALLS for x in "qkv"}
+        | {"dq": "*bf16", "dk": "*fp32", "dv": "*fp32", "before_dq": "*fp32"}
+        | {f"{x}_{table}": "*i32" for x in "qk" for table in ("offsets", "order")},
+    ),
+    "pack": (
+        {"count": 4, "indexed": True, "block": 1024},
+        {"targets": ("*i64",) * 4, "sources": ("*i64",) * 4, "index": "*i64"}
+        | dict.fromkeys(("target_rows", "steps", "rows", "cols", "inner", "heads"), ("i32",) * 4),
+    ),
+}
+
+
+def compile_rows(arch: str) -> dict[str, tuple[int, int]]:
+    """Registers and spilled bytes of the row kernels that take several tensors."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from cpattn.collectives import row_kernels_triton
+
+    target, made = GPUTarget("cuda", int(arch[2:]), 32), {}
+    for name, (constants, types) in _ROWS.items():
+        kernel = getattr(row_kernels_triton, f"{name}_kernel")
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+        options = {"num_warps": 8 if name == "merge_calls" else 4}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        made[name] = _usage(triton.compile(source, target=target, options=options).asm)
+    return made
 
 
 def _type_of(argument: str, kernel: str, element: torch.dtype, constant: bool) -> str:
@@ -156,10 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", nargs="*", type=int, default=[64, 128])
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--kernel", nargs="*", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--rows", action="store_true", help="the row kernels instead")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set, under which nothing is compiled: unset it")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.rows:
+        made = {arch: compile_rows(arch) for arch in args.arch if arch.startswith("sm")}
+        (args.out / "row_kernels.json").write_text(json.dumps(made, indent=1) + "\n")
+        return 0
     results: list[Compiled] = []
     for arch in args.arch:
         for dtype in args.dtype:

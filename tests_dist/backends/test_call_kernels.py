@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from cpattn import AttnMaskSpec, backends
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
+from cpattn.backends.batches import rows_of_batches
 from cpattn.backends.sdpa_cuda import CudaSdpaBackend
 from cpattn.backends.trial import Sample, try_kernel
 from cpattn.collectives import merge_partials, row_kernels
-from cpattn.collectives.call_kernels import CallRows, merge_calls, sum_calls
-from tests_dist.support.backend_cases import CASES, check_backend
+from cpattn.collectives.call_kernels import NONE, CallRows, merge_calls, sum_calls
+from cpattn.solver import SliceTable
+from tests_dist.support.backend_cases import CASES, Case, check_backend
 from tests_dist.support.fakes.flash import FakeAten
+from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.interpreter import needs_interpreter, quicken
+from tests_dist.support.oracle import assert_as_exact_as_sdpa, dense_attention, make_inputs
+from tests_dist.support.rank_cases import run_attention
 
 pytestmark = needs_interpreter
 CPU = torch.device("cpu")
@@ -38,9 +46,10 @@ def results(rows: list[np.ndarray], heads: int, dim: int, seed: int) -> list[tup
 
 
 def _rows(num_rows: int, rows: list[np.ndarray]) -> CallRows:
-    return CallRows.of(num_rows, [torch.from_numpy(r) for r in rows], CPU)
+    return rows_of_batches(num_rows, [rows], CPU)[0]
 
 
+NIGHTLY = ["causal", "window", "blocks", "random_2"]
 ROWS = [np.arange(2, 9), np.array([8, 0, 3]), np.zeros(0, np.int64), np.array([3])]
 
 
@@ -59,8 +68,7 @@ def test_merges(fresh: bool, count: int, dtype: torch.dtype) -> None:
         expected[r], expected_lse[r] = mine, mine_lse
     if fresh:
         out.fill_(torch.nan), lse.fill_(torch.nan)
-    outs, lses = [m[0] for m in made], [m[1] for m in made]
-    merge_calls(out, lse, outs, lses, _rows(num_rows, rows), fresh=fresh)
+    merge_calls(out, lse, made, _rows(num_rows, rows), fresh=fresh)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
     # The interpreter cuts digits off where GPUs round.
     loose = {"rtol": 2**-7, "atol": 2**-9} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
@@ -86,8 +94,68 @@ def test_sums(fresh_q: bool, fresh_k: bool) -> None:
     for t, f in zip(into, (fresh_q, fresh_k, fresh_k), strict=True):
         if f:
             t.fill_(torch.nan)
-    sum_calls(into, parts, _rows(11, q_rows), _rows(6, k_rows), fresh_q=fresh_q, fresh_k=fresh_k)
+    sum_calls(into, parts, _rows(11, q_rows), _rows(6, k_rows), fresh=(fresh_q, fresh_k))
     assert all(torch.equal(a, b) for a, b in zip(into, expected, strict=True))
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_launches_of_one_work_follow_each_other(converts: bool) -> None:
+    """Rows begin at their first entry, in whichever launch, in buffers that hold NaN; then out changes its dtype.
+
+    The same bits as one launch of all calls gives, in the dtype that is stored last.
+    """
+    num_rows, made = 11, results(ROWS, 3, 5, 2)
+    out, lse = torch.full((num_rows, 3, 5), torch.nan), torch.full((num_rows, 3), torch.nan)
+    whole, whole_lse = (
+        torch.full(out.shape, torch.nan, dtype=torch.bfloat16 if converts else torch.float32),
+        lse.clone(),
+    )
+    merge_calls(whole, whole_lse, made, _rows(num_rows, ROWS), fresh=True)
+    first, second = rows_of_batches(num_rows, [ROWS[:2], ROWS[2:]], CPU)
+    merge_calls(out, lse, made[:2], first, fresh=True)
+    target = torch.full_like(whole, torch.nan) if converts else out
+    merge_calls(target, lse, made[2:], second, fresh=True, before=out if converts else None)
+    assert torch.equal(target, whole)
+    assert torch.equal(lse, whole_lse)
+
+
+# One call has every row, others some of them; the second stage sees two more ranges of keys.
+STAGES = Case(
+    SliceTable.from_columns([0, 0, 5, 0], [30, 30, 30, 20], [0, 30, 40, 55], [30, 40, 55, 60], -99, [0, 99, 99, 99]),
+    30,
+    60,
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [STAGES, CASES["one_query"], CASES["empty"], *(pytest.param(CASES[n], marks=pytest.mark.nightly) for n in NIGHTLY)],
+    ids=["stages", "one_query", "empty", *NIGHTLY],
+)
+def test_results_stay_where_a_call_put_them(case: Case) -> None:
+    """In parts as stages are, by a backend that places: as in place, up to a rounding; dq and out in q's dtype."""
+    backend = CudaSdpaBackend("cpu", FakeAten())
+    q, k, v, dout = case.inputs(torch.bfloat16)
+    table, keys, scoring = case.table, KeyRows(k, v), Scoring(0.2)
+    works = [backend.prepare(t, len(q), len(k), CPU) for t in (table.take(slice(0, 2)), table.take(slice(2, None)))]
+    out, lse = torch.full(dout.shape, torch.nan), torch.full(q.shape[:2], torch.nan)
+    grads = [torch.full(t.shape, torch.nan) for t in (q, k, v)]
+    placed, dq, dkeys = Attending(q, q[:0], q[:0]), q[:0], KeyRows(torch.empty(k.shape), torch.empty(v.shape))
+    for number, work in enumerate(works):
+        backend.forward(Attending(q, out, lse), keys, work, scoring, fresh=number == 0)
+        placed = backend.attend(placed, keys, work, scoring, fresh=number == 0, last=number == 1)
+    for number, work in enumerate(works):
+        queries, fresh = Returning(dout, q, out.to(q.dtype), lse, grads[0]), number == 0
+        backend.backward(queries, keys, work, scoring, KeyRows(*grads[1:]), fresh_dq=fresh, fresh_dkv=fresh)
+        dq = backend.differentiate(
+            queries._replace(dq=dq), keys, work, scoring, dkeys, fresh=(fresh, fresh), last=number == 1
+        )
+    assert torch.equal(placed.lse, lse)
+    assert all(torch.equal(a, b) for a, b in zip(dkeys, grads[1:], strict=True))
+    if len(table) > 2:  # else the last part has no work, and who called casts
+        assert placed.out.dtype == dq.dtype == q.dtype
+    torch.testing.assert_close(placed.out.float(), out, rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(dq.float(), grads[0], rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +173,37 @@ def test_a_packed_kernel_on_them(name: str) -> None:
 
 
 def test_batches_are_bounded() -> None:
-    """At most four calls, and no more results than twice the rows: what is kept until a launch takes it in."""
+    """At most eight calls, and no more results than twice the rows: what is kept until a launch takes it in."""
     case = CASES["blocks"]
     work = CudaSdpaBackend("cpu").prepare(case.table, case.num_queries, case.num_keys, CPU).flash
     for calls, batches in ((work.forward, work.merged), (work.backward, work.summed)):
         assert tuple(c for batch in batches for c in batch.calls) == calls
         for batch in batches:
-            rows = len(batch.q_rows.order)
-            assert len(batch.calls) <= 4
+            rows = int((batch.q_rows.order & NONE != NONE).sum())
+            assert len(batch.calls) <= 8
             assert len(batch.calls) == 1 or rows <= 2 * case.num_queries
+
+
+def test_ranks_whose_kernel_says_where_results_lie() -> None:
+    """Through `attention` on two ranks: own results are taken over, and those of fetched keys merged into them."""
+    run_on_ranks(2, _check_on_ranks, timeout=250)
+
+
+def _check_on_ranks() -> None:
+    quicken()
+    backends.register_backend(replace(CudaSdpaBackend("cpu", FakeAten()), name="placing"))
+    spec = AttnMaskSpec.sliding_window([25, 9], 12)
+    inputs = make_inputs(spec, heads=(4, 2), head_dim=32, dtype=torch.bfloat16)
+    options = {"backend": "placing", "chunk_size": 8, "num_stages": 2, "schedule": "keys"}
+    sink = torch.tensor([0.3, -1.0, 2.0, -torch.inf])
+    try:
+        with row_kernels.also_on("cpu"):
+            results = run_attention(spec, inputs, key_options=options)
+            with_sink = run_attention(spec, inputs, key_options=options, sink=sink)
+    finally:
+        backends._backends.pop()
+    assert_as_exact_as_sdpa(results, spec, inputs, "placing")
+    wide = [t.double() for t in inputs[:3]]
+    truth, lse = dense_attention(*wide, spec.to_dense(), scale=32**-0.5, sink=sink.double())
+    torch.testing.assert_close(with_sink.out.double(), truth, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(with_sink.lse.double(), lse, atol=2e-2, rtol=2e-2)

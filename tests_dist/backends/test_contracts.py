@@ -112,7 +112,7 @@ def test_memory_on_cuda_counts_what_kernels_allocate_inside() -> None:
     k, ends = q[:, :2], torch.tensor([0, tokens])
     assert KERNEL_SCRATCH[aten._flash_attention_backward.default](q, q, k, k, q, None, ends, ends) == inside
     results = 2 * tokens * dim * (8 + 2 + 2)
-    assert backward >= inside + 2 * results  # accumulators in fp32
+    assert backward >= inside + results + 2 * 2 * tokens * dim * 2  # dk and dv are stored once more, dq is not
 
 
 def test_memory_on_cuda_is_stated_in_fp32() -> None:

@@ -101,6 +101,17 @@ def test_packing_copies_bytes() -> None:
                 assert torch.equal(view, tensor if index is None else tensor[index])
 
 
+def test_gathered_rows_are_contiguous_and_the_last_may_be_turned() -> None:
+    """dout, q and out with lse, which a kernel wants head by head; and one head, one row, no row."""
+    q, dout = normal(6, 2, 8, dtype=torch.bfloat16), normal(2, 6, 8, dtype=torch.bfloat16, seed=1).transpose(0, 1)
+    for lse in (normal(6, 2, seed=2), normal(6, 1, seed=2)):
+        for index in (INDEX, INDEX[1:2], INDEX[:0]):
+            *rows, turned = row_kernels.gather_rows((dout, q, lse), index, turned=1)
+            assert all(torch.equal(a, b[index]) and a.is_contiguous() for a, b in zip(rows, (dout, q), strict=True))
+            assert turned.T.is_contiguous()
+            assert torch.equal(turned, lse[index])
+
+
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_8_bit_floats_are_those_of_torch(fmt: str, dtype: torch.dtype) -> None:

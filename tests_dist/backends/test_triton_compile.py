@@ -29,11 +29,15 @@ def check(kernel: dict[str, Any]) -> None:
     assert kernel["matrix"] == MATRIX[kernel["arch"]] or (kernel["head_dim"] > 128 and kernel["matrix"] == "mma"), said
 
 
-def compiled(out: Path, *options: str) -> list[dict[str, Any]]:
+def _compile(out: Path, *options: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "cpattn.launch.benchmarks.triton_compile", "--out", str(out), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def compiled(out: Path, *options: str) -> list[dict[str, Any]]:
+    _compile(out, *options)
     kernels: list[dict[str, Any]] = json.loads((out / "triton_compile.json").read_text())["kernels"]
     return kernels
 
@@ -43,6 +47,14 @@ def test_forward_compiles_for_hopper(tmp_path: Path) -> None:
     """One kernel here; the nightly run has all."""
     (kernel,) = compiled(tmp_path, "--arch", "sm90", "--head-dim", "64", "--kernel", "forward")
     check(kernel)
+
+
+@needs_triton
+def test_row_kernels_that_take_several_tensors_compile(tmp_path: Path) -> None:
+    _compile(tmp_path, "--rows", "--arch", "sm90")
+    made = json.loads((tmp_path / "row_kernels.json").read_text())["sm90"]
+    assert set(made) == {"merge_calls", "sum_calls", "pack"}
+    assert all(spills == 0 for _, spills in made.values()), made
 
 
 @needs_triton
