@@ -37,7 +37,7 @@ from .options import (
     takes_options,
 )
 from .predict import Prediction, predict
-from .session import Tell, answering, launched_ranks, num_ranks, start_ranks, telling
+from .session import Tell, answering, launched_ranks, num_ranks, start_ranks, telling, writing
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,8 @@ def bench_command(
     else:
         _print(key, report, measured)
     if trace is not None:
-        _write(trace, measured, predicted, report)
+        with writing(trace):
+            _write(trace, measured, predicted, report)
 
 
 def measure(key: AttnKey, dtype: torch.dtype, device: torch.device, repeats: int, tell: Tell) -> Trace | None:

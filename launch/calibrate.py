@@ -22,7 +22,7 @@ from rich.console import Console
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
 from .options import JsonOption, RanksOption, heads_of_option, require_file, takes_options
-from .session import Tell, answering, launched_ranks, start_ranks, telling
+from .session import Tell, answering, launched_ranks, start_ranks, telling, write_whole, writing
 from .tables import Grid, show
 from .torchrun import num_cores
 
@@ -66,7 +66,8 @@ def calibrate_command(
         if group is not None and group.rank() > 0:
             return
     if out is not None:
-        out.write_text(hardware.to_json() + "\n")
+        with writing(out):
+            write_whole(out, hardware.to_json() + "\n")
     if as_json:
         print(hardware.to_json())
     else:

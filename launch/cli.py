@@ -1,6 +1,11 @@
 """The entry point of the `cpattn` command; the commands themselves are in `commands`."""
 
+import errno
+import os
 import sys
+
+# What it prints to cannot take it: a full disk, a quota, a reader that has gone.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 
 
 def main() -> None:
@@ -16,7 +21,17 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
-    app()
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again, and complains
+        print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

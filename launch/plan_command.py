@@ -50,7 +50,7 @@ from .options import (
     takes_options,
 )
 from .predict import Prediction, predict
-from .session import LIMIT_S, answering, telling
+from .session import LIMIT_S, answering, telling, write_whole, writing
 from .tables import Grid, show
 
 
@@ -110,8 +110,9 @@ def plan_command(
         print(json.dumps(_values(answer), indent=2))
     else:
         show([_table(answer), _rivals(answer), *_advice(answer)])
-    for path in _written(answer, plot, html):
-        Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
+    with writing(html or plot or Path()):
+        for path in _written(answer, plot, html):
+            Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
 class Answer(NamedTuple):
@@ -178,7 +179,7 @@ def _written(answer: Answer, plot: Path | None, html: Path | None) -> Iterator[P
     if html is not None:
         from .plan_page import page_of_plan
 
-        html.write_text(page_of_plan(answer.plan, **shown))
+        write_whole(html, page_of_plan(answer.plan, **shown))
         yield html
 
 

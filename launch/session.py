@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import typer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # A mask of many ranges or documents can take hours: a command says so and stops.
 LIMIT_S = 900
+_MOST_LIMIT_S = 10_000_000
 # Called with what is done next; a step further.
 Tell: TypeAlias = Callable[[str], None]
 
@@ -61,12 +63,42 @@ def answering(limit_s: float = 0) -> Iterator[None]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes to a path or below it: a full disk ends the command with a sentence and status 2."""
+    with answering():
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"{error.filename or path} could not be written: {error.strerror or error}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all: what a full disk leaves of it does not take the place of the one before.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if path.exists() and not path.is_file():  # a device, such as /dev/stdout
+        path.write_text(text)
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def _within(limit_s: float) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise ValueError(
             f"no answer within {limit_s:g} seconds: give fewer documents, ranges or ranks, or more time (--limit)"
         )
 
+    if not 0 <= limit_s <= _MOST_LIMIT_S:
+        raise ValueError(f"--limit is {limit_s}: give at most {_MOST_LIMIT_S:,} seconds, or 0 for no limit")
     if not limit_s or not hasattr(signal, "setitimer"):
         yield
         return

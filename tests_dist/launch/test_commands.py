@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,30 @@ def test_ranks_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("check", "--seqlen", "64", "--ranks", "2")
     assert done.exit_code == 2
     assert "rank 1: error: --ranks is 2 and torchrun has started 3" in done.output.replace("\n", " ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that is asked for, and of the output itself; what was in the file stays."""
+    from cpattn.launch.session import write_whole
+
+    refused = run("plan", *SMALL, "--ranks", "2", "--html", "/dev/full")
+    assert refused.exit_code == 2
+    assert "/dev/full could not be written: No space left on device" in refused.stderr
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "cpattn.launch.cli", "version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: the output could not be written: No space left on device\n")
+
+    def no_room(path: Path, text: str) -> int:
+        path.write_bytes(text.encode()[:3])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "hardware.json").write_text("as it was")
+    monkeypatch.setattr(Path, "write_text", no_room)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "hardware.json", "the new one")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"as it was"]
 
 
 def test_docs_are_there() -> None:

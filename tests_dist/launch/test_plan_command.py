@@ -153,6 +153,7 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
         (("--seqlen", "99999999999999999999999"), "cannot be counted in 64 bits"),
         (("--seqlen", "1G", "--chunk-size", "1"), "--chunk-size is 1: 1,073,741,824 tokens have more than"),
         (("--seqlen", "1K", "--ranks", "100000"), "at most 16,384"),
+        (("--seqlen", "1K", "--limit", "inf"), "--limit is inf: give at most 10,000,000 seconds"),
         (("--file", "/dev/zero"), "is a device: give a regular file"),
         (("--seqlen", "1K", "--hardware", "/dev/zero"), "is a device: give a regular file"),
         (("--seqlen", "4M", "--ranks", "4096", "--search-effort", "999999999", "--limit", "0.2"), "within 0.2"),

@@ -111,9 +111,9 @@ class Towers(nn.Module):
 def check_towers() -> list[int]:
     """A compiler that orders them by their rows here would order them otherwise on the other rank."""
     torch.manual_seed(0)
-    model, heads = Towers(), {"num_heads_q": HEADS[0], "num_heads_kv": HEADS[1], "head_dim": DIM}
+    model, heads = Towers(), {"num_heads_q": HEADS[0], "num_heads_kv": HEADS[1], "head_dim": DIM, "chunk_size": 64}
     keys = [
-        cpattn.make_key(AttnMaskSpec.varlen(lengths), cp_group=dist.group.WORLD, chunk_size=64, num_stages=1, **heads)
+        cpattn.make_key(AttnMaskSpec.varlen(lengths), cp_group=dist.group.WORLD, schedule="keys", **heads)
         for lengths in ([36, 32, 105, 99, 124, 4], [83, 45, 76, 62, 134])
     ]
     rows = [cpattn.dispatch(torch.randn(400, WIDTH), key).requires_grad_() for key in keys]
