@@ -21,10 +21,18 @@ step() { # name, command...: run it, go on to the next whatever it says
 
 read -ra more <<<"${PYTEST_ARGS:-}"
 step ruff "$PYTHON" -m ruff check .
-step mypy bash launch/typecheck.sh
-# A worker for each core, at most four: each keeps ranks of its own, and a file's tests stay together.
+# mypy keeps one core busy while pytest starts; what it says comes last.
+types=$(mktemp)
+trap 'rm -f "$types"; kill "$mypy" 2>/dev/null' EXIT
+bash launch/typecheck.sh >"$types" 2>&1 &
+mypy=$!
+# A worker for each core, at most four: each keeps ranks of its own. Files come in one piece until a worker has nothing
+# left: then it takes half of what waits at another.
 workers=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
-step pytest "$PYTHON" -m pytest -n "$workers" --dist loadfile -m "not gpu and not nightly" ${more[@]+"${more[@]}"} "$@"
+step pytest "$PYTHON" -m pytest -n "$workers" --dist worksteal -m "not gpu and not nightly" ${more[@]+"${more[@]}"} "$@"
+wait "$mypy"
+typed=$?
+step mypy eval 'cat "$types"; [ "$typed" = 0 ]'
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\nfailed: %s (after %d s)\n' "${failed[*]}" "$SECONDS"
