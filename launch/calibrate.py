@@ -120,7 +120,7 @@ def calibrate(
         backward_flops=kernel.backward_flops,
         slice_s=kernel.slice_s,
         launch_s=kernel.launch_s,
-        copy_bytes_per_s=_copy_rate(torch.device(device)),
+        copy_bytes_per_s=measure_copy_rate(torch.device(device)),
         within=within,
         across=across,
         ranks_per_node=per_node,
@@ -215,7 +215,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> 
     return min(times)
 
 
-def _copy_rate(device: torch.device) -> float:
+def measure_copy_rate(device: torch.device) -> float:
     """Bytes of rows per second that can be gathered into a buffer."""
     import torch
 

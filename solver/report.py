@@ -283,23 +283,41 @@ class _RivalTimes(NamedTuple):
         )
 
     def move(self, num_bytes: float) -> float:
+        """To one neighbour, over the slowest link on the way round."""
         hardware = self.hardware
         link = hardware.across if self.cp_size > hardware.ranks_per_node else hardware.within
         return link.latency_s + num_bytes / link.bytes_per_s
 
+    def spread(self, num_bytes: float) -> float:
+        """In equal parts to all others: those of the node and those beyond it at once."""
+        hardware, others = self.hardware, max(self.cp_size - 1, 1)
+        near = min(hardware.ranks_per_node, self.cp_size) - 1
+        parts = num_bytes / others * np.array([near, others - near], dtype=np.float64)
+        return float(max(hardware.within.seconds(parts[:1])[0], hardware.across.seconds(parts[1:])[0]))
+
+    def copy(self, num_bytes: float) -> float:
+        """To pack what leaves, as for our plans."""
+        return num_bytes / self.hardware.copy_bytes_per_s
+
     def ring(self, imbalance: float) -> float:
-        """Each of P steps computes on one shard while the next one travels; dK and dV go round as well."""
+        """Each of P steps computes on one shard while the next one travels; dK and dV go round as well, and once more.
+
+        From the second step on a result is merged into those before.
+        """
         row, shard = self.heads.row_bytes(), self.total_seqlen / self.cp_size
-        seconds = 0.0
-        for work, num_bytes in zip(self.work(imbalance), (row.kv, row.kv_again + row.dkv), strict=True):
+        rows, keys = np.array([shard]), np.array([shard])
+        seconds = self.move(shard * row.dkv)
+        moved = ((False, row.kv), (True, row.kv_again + row.dkv))
+        for work, (backward, num_bytes) in zip(self.work(imbalance), moved, strict=True):
             step = work / self.cp_size + self.hardware.launch_s
-            seconds += step + (self.cp_size - 1) * max(step, self.move(shard * num_bytes))
+            merging = float(self.hardware.merge_seconds(rows, keys, self.heads, backward=backward)[0])
+            seconds += step + (self.cp_size - 1) * max(step + merging, self.move(shard * num_bytes))
         return seconds
 
     def gathered(self, imbalance: float) -> float:
         """Nothing overlaps: gather, compute; in backward gather, compute, scatter."""
         row, others = self.heads.row_bytes(), self.total_seqlen * (1 - 1 / self.cp_size)
-        return sum(self.work(imbalance)) + sum(self.move(others * part) for part in (row.kv, row.kv_again, row.dkv))
+        return sum(self.work(imbalance)) + sum(self.spread(others * part) for part in (row.kv, row.kv_again, row.dkv))
 
 
 def _ulysses(model: _RivalTimes) -> Rival:
@@ -313,6 +331,6 @@ def _ulysses(model: _RivalTimes) -> Rival:
     if heads.num_q % size:
         note = f"{size} ranks, {heads.num_q} heads"
         return Rival("Ulysses", math.nan, math.nan, math.nan, math.nan, note)
-    seconds = sum(model.work(1.0)) + 4 * model.move(each / 4)
+    seconds = sum(model.work(1.0)) + 4 * model.spread(each / 4) + model.copy(each)
     return Rival("Ulysses", 1.0, each * size, each, seconds)
 

@@ -282,8 +282,8 @@ def main() -> None:
         heading = [
             f"# Which group? {today}",
             "",
-            f"`python -m cpattn.launch.benchmarks.groups`, seed {options.seed}, {platform.machine()}; predicted on h100,"
-            " 64:8 heads of 128, nodes of 8.",
+            f"`python -m cpattn.launch.benchmarks.groups`, seed {options.seed}, {platform.machine()}; predicted on"
+            " h100, 64:8 heads of 128, nodes of 8.",
             "",
         ]
         (options.out / f"groups_{today}.md").write_text("\n".join(heading + table_of(outcomes)) + "\n")

@@ -8,8 +8,9 @@ CPU seconds of all ranks for each visible pair, over those of one rank in the sa
 
 Predicted: `simulate` on a hardware preset, 8K tokens for each rank, 64 query and 8 key heads of 128 in bf16, beside
 the predictions for ring, all-gather, Ulysses and a plan that balances chunks with a heap and moves only needed keys.
-Ours crosses between nodes once for each row and node, as it does under torchrun; of the others only the rings do.
-Ring, zigzag ring, all-gather and Ulysses are formulas in which packing and merging rows cost nothing.
+Ours crosses between nodes once for each row and node, as it does under torchrun; in the column "one level" it does not
+know of nodes. Of the others only the rings do. Ring, zigzag ring, all-gather and Ulysses are formulas (`solver.report`)
+in which merging and packing cost what they cost ours.
 The figure is the share of the step in which the busiest kernel would be done if nothing but compute counted.
 """
 
@@ -123,6 +124,11 @@ def predict(preset: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 )
                 for schedule in SCHEDULES
             }
+            if "ranks_per_node" in options:
+                options["ranks_per_node"] = None
+                plans["ours, one level"] = make_dispatch_plan(
+                    mask, total_seqlen=tokens, cp_size=size, schedule="auto", **options
+                )
             seconds = {of: simulate(plan, hardware, PREDICTED_HEADS).seconds for of, plan in plans.items()}
             rivals = compare(mask, tokens, size, PREDICTED_HEADS, hardware, 512)
             seconds.update({rival.name: rival.seconds for rival in rivals})
@@ -144,9 +150,9 @@ def _markdown(measured: dict[str, dict[str, float]], predicted: list[dict[str, A
         for name, ratios in measured.items():
             lines.append(f"| {name} | " + " | ".join(f"{ratios[str(p)]:.3f}" for p in SIZES) + " |")
     if predicted:
-        names = list(predicted[0]["shares"])
+        names = list(max((row["shares"] for row in predicted), key=len))
         lines += ["", f"Predicted: compute over step time on {preset}, 8K tokens for each rank, heads 64:8 of 128."]
-        lines += ["Packing and merging rows cost ring, zigzag ring, all-gather and Ulysses nothing.", ""]
+        lines += ["One level: planned without nodes, run on nodes of 8.", ""]
         lines += ["| mask | ranks | compute, ms | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
         for row in predicted:
             cells = (row["shares"].get(n) for n in names)

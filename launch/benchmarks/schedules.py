@@ -152,9 +152,7 @@ class Ours:
         self.name = name
         heads, dim = shape
         group = dist.group.WORLD if dist.get_world_size() > 1 else None
-        self.key = cpattn.make_key(
-            spec, num_heads_q=heads, num_heads_kv=heads, head_dim=dim, cp_group=group, **options
-        )
+        self.key = cpattn.make_key(spec, num_heads_q=heads, num_heads_kv=heads, head_dim=dim, cp_group=group, **options)
         tokens = torch.arange(spec.total_seqlen)
         self.rows = cpattn.dispatch(tokens, self.key).numpy()
 
@@ -166,10 +164,13 @@ class Ours:
 
 
 class AllGather:
-    """Every rank gathers all keys and values once, keeps them for backward and scatters dK, dV in fp32."""
+    """Every rank gathers all keys and values once, keeps them for backward and scatters dK, dV in fp32.
 
-    def __init__(self, spec: AttnMaskSpec, placement: Placement):
-        self.name = "all-gather"
+    again: they are not kept, but gathered once more.
+    """
+
+    def __init__(self, spec: AttnMaskSpec, placement: Placement, *, again: bool = False):
+        self.name, self._again = "all-gather", again
         rank, self._size = dist.get_rank(), dist.get_world_size()
         self.rows = placement.tokens_of(rank)
         runs = np.concatenate([placement.runs_of(r) for r in range(self._size)])
@@ -180,18 +181,25 @@ class AllGather:
     def run(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Results:
         mine, heads = len(self.rows), k.shape[1]
         kv = torch.cat([k, v], 1)
-        gathered = kv.new_empty((sum(self._counts), *kv.shape[1:]))
-        exchange(gathered, kv.repeat(self._size, 1, 1), self._counts, [mine] * self._size)
+        gathered = self._gather(kv)
         keys, values = gathered[:, :heads], gathered[:, heads:]
         out, lse = empty_partial(q, once=self._kernel.once)
         self._kernel.forward(q, keys, values, out, lse, fresh=True)
         out, lse = out.to(q.dtype), lse.masked_fill(lse == -torch.inf, torch.inf)
+        if self._again:
+            gathered = self._gather(kv)
+            keys, values = gathered[:, :heads], gathered[:, heads:]
         dq, dkv = zeros_like_rows(q), zeros_like_rows(gathered)
         self._kernel.backward(dout, q, keys, values, out, lse, (dq, dkv[:, :heads], dkv[:, heads:]))
         parts = dkv.new_empty((mine * self._size, *dkv.shape[1:]))
         exchange(parts, dkv, [mine] * self._size, self._counts)
         total = parts.unflatten(0, (self._size, mine)).sum(0).to(k.dtype)
         return Results(out, dq.to(q.dtype), total[:, :heads], total[:, heads:])
+
+    def _gather(self, kv: Tensor) -> Tensor:
+        gathered = kv.new_empty((sum(self._counts), *kv.shape[1:]))
+        exchange(gathered, kv.repeat(self._size, 1, 1), self._counts, [len(kv)] * self._size)
+        return gathered
 
 
 class Ulysses:
@@ -300,11 +308,16 @@ class Ring:
 def exchange(
     received: Tensor, send: Tensor, receives: Sequence[int], sends: Sequence[int], *, wait: bool = True
 ) -> Any:
-    """An all-to-all of rows with uneven splits; the handle, where it is not waited for."""
-    work = dist.all_to_all_single(received, send.contiguous(), list(receives), list(sends), async_op=True)
+    """Rows with uneven splits from all to all; the handle, where it is not waited for."""
+    work = all_to_all(received, send.contiguous(), list(receives), list(sends))
     if wait:
         work.wait()
     return work
+
+
+def all_to_all(received: Tensor, send: Tensor, receives: list[int], sends: list[int]) -> Any:
+    """One collective; the handle."""
+    return dist.all_to_all_single(received, send, receives, sends, async_op=True)
 
 
 def as_heads_first(x: Tensor) -> Tensor:
