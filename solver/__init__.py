@@ -1,7 +1,7 @@
 """Pure planning on ints and numpy arrays: no torch, no process group, no device."""
 
 from .bounds import BytesBound, Limits, RowsBound, bytes_bound, kv_rows_bound, step_time_bound
-from .clock import PassSpan, PassTimeline
+from .clock import LATE_SHARE, PassSpan, PassTimeline
 from .cost import (
     DEFAULT_HARDWARE,
     HARDWARE,
@@ -72,6 +72,7 @@ __all__ = [
     "FULL",
     "HARDWARE",
     "INV_CAUSAL",
+    "LATE_SHARE",
     "LAYOUTS",
     "SCHEDULES",
     "UNBOUNDED",

@@ -2,7 +2,8 @@
 
 The clock follows the attention op. The exchanges of the first two stages are issued at the start; after
 that a rank issues the exchange of stage s + 1, computes stage s, waits; in backward it also sends each
-stage's key gradients home while the next stage computes, one at a time. Where queries travel, a rank
+stage's key gradients home while the next stage computes, one at a time, and leaves most of the work on its
+own keys till last, behind which the last gradients travel. Where queries travel, a rank
 works on its own first, on those received when they are here, and sends their results home behind its last
 work on its own. A rank's exchanges take turns on its link.
 """
@@ -17,6 +18,10 @@ import numpy as np
 
 from .cost import FloatArray
 
+# The part of a rank's work on its own keys that backward leaves till last: fetched keys come in behind the other part.
+# In 16 bits gradients of keys are twice the bytes of keys.
+LATE_SHARE = 2 / 3
+
 
 class PassSpan(NamedTuple):
     """One thing that every rank does: seconds [cp_size] from the start of the pass; where both are equal, not."""
@@ -29,9 +34,9 @@ class PassSpan(NamedTuple):
 class PassTimeline(NamedTuple):
     """One pass of the attention call.
 
-    compute: "stage 0" (own keys), "stage 1", ...; where queries travel, also "stage 0 guests", ..., in
-    order of time. copies: packing of what leaves and reduction of what came home, by the same thread.
-    transfers: in the order in which they are issued, each from then to its arrival. seconds: when each
+    compute: "stage 0" (own keys), "stage 1", ..., in backward "stage 0 late"; where queries travel, also
+    "stage 0 guests", ..., in order of time. copies: packing of what leaves and reduction of what came home, by the
+    same thread. transfers: in the order in which they are issued, each from then to its arrival. seconds: when each
     rank is done, [cp_size].
     """
 
@@ -112,7 +117,9 @@ class Clock:
         home_bytes: int,
         dkv_bytes: int,
     ) -> None:
-        """Replay one pass; dkv_bytes 0: no gradients go home."""
+        """Replay one pass; dkv_bytes 0: no gradients go home. kernels: seconds of each stage's work, by side: "own",
+        "guest", and in the first stage "late", the own work that is left till last.
+        """
 
         def fetch(number: int) -> Arrival | None:
             return self._send(f"keys {number}", stages[number - 1], kv_bytes) if number <= len(stages) else None
@@ -127,7 +134,7 @@ class Clock:
                 if number + self.depth > 2:
                     fetches.append(fetch(number + self.depth))
             # Guests come last in the first stage, when they are on their way, and first in the others.
-            for side in sorted(sides, reverse=number == 0):
+            for side in sorted(sides.keys() - {"late"}, reverse=number == 0):
                 if side == "guest" and number == 0:
                     self._take(guests)
                 self._compute(f"stage {number}" + " guests" * (side == "guest"), sides[side])
@@ -137,6 +144,8 @@ class Clock:
                 while len(homeward) >= self.depth:
                     self._take(homeward.popleft())
                 homeward.append(self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True))
+        if "late" in kernels[0]:
+            self._compute("stage 0 late", kernels[0]["late"])
         for arrival in homeward:
             self._take(arrival)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clock import Clock
+from .clock import LATE_SHARE, Clock
 from .cost import FloatArray, Hardware, Heads
 from .placement import Placement
 from .routes import Intervals, LinkRows, link_rows, rows_missing, rows_owned
@@ -92,7 +92,7 @@ class Staging(NamedTuple):
 def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable[int]) -> Staging:
     """Number and sizes of the stages by the estimated time of both passes.
 
-    The first transfer has little to hide behind, and the last gradients have nothing: so the first and the
+    The first keys and the last gradients have only parts of the work on own keys to hide behind: so the first and the
     last stage may be smaller than the others, by a factor that is chosen as well. Those between are equal,
     since the largest two make the buffers. More stages hide more, but pay more latencies and launches, and
     ranks that are not alike wait for one another more often.
@@ -137,6 +137,9 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
     total = np.zeros(shape[0])
     for backward in (False, True):
         kernels = [{name: kernel(own * side, backward=backward) for name, side in sides.items()}]
+        if backward and len(shares):
+            for name, part in (("own", 1 - LATE_SHARE), ("late", LATE_SHARE)):
+                kernels[0][name] = kernel(own * sides["own"] * part, backward=True)
         for share in shares:
             merging = hardware.merge_seconds(load.merged, load.fetched * share, heads, backward=backward)
             kernels.append({

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clock import Clock, PassTimeline
+from .clock import LATE_SHARE, Clock, PassTimeline
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
 from .routes import Intervals, RouteTable, merge_intervals, two_level_routes
@@ -51,10 +51,16 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
         return seconds + hardware.merge_seconds(work.rows, work.keys, heads, backward=backward)
 
     def kernels(backward: bool) -> list[dict[str, FloatArray]]:
-        return [
+        seconds = [
             {side: kernel(work, backward=backward, first=number == 0) for side, work in sides.items()}
             for number, sides in enumerate(works)
         ]
+        if backward and plan.num_stages:
+            home = works[0]["own"]
+            for side, share in (("own", 1 - LATE_SHARE), ("late", LATE_SHARE)):
+                part = StageWork(home.areas * share, home.slices * share, home.rows * share, home.keys * share)
+                seconds[0][side] = kernel(part, backward=True, first=side == "own")
+        return seconds
 
     num_hops = len(queries.hops)
     forward = Clock((plan.cp_size,), num_hops, hardware.transfer_load)

@@ -14,7 +14,7 @@ plan for a million tokens and a thousand ranks has to be made in milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -205,6 +205,23 @@ class SliceTable:
         rows[:, Q1] = np.minimum(rows[:, Q1], bounds[at + 1])
         table, kept = SliceTable(rows).canonical()
         return Cropped(table, parent[kept])
+
+    def in_row_parts(self, shares: Sequence[float], grain: int) -> list[SliceTable]:
+        """Tables of the rows between a few cuts, with about these shares of the pairs (they sum to 1).
+
+        Cuts are where a slice begins, or at multiples of `grain`.
+        """
+        end = int(self.q1.max(initial=0))
+        places = np.unique(np.concatenate([self.q0, np.arange(0, end, grain), [end]]))
+        pieces = self.split_q(places).table
+        below = np.zeros(len(places) + 1)
+        at = np.searchsorted(places, pieces.q0, side="right")
+        below[1:] = np.cumsum(np.bincount(at, pieces.areas(), len(places)))
+        wanted = np.cumsum(shares)[:-1] * below[-1]
+        cuts = places[np.abs(below[1:, None] - wanted).argmin(axis=0)]
+        parts = self.split_q(cuts).table
+        nth = np.searchsorted(cuts, parts.q0, side="right")
+        return [SliceTable(parts.data[nth == number]) for number in range(len(shares))]
 
     def split_k(self, cuts: IntArray) -> Cropped:
         """Rows cut at the key indices `cuts` (sorted)."""

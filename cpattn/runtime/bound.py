@@ -11,9 +11,12 @@ from torch import Tensor
 from cpattn.backends import Backend, Problem
 from cpattn.collectives import RowRoutes, Transport, one_copy, put_on
 from cpattn.collectives.row_kernels import serves as row_kernels_serve
-from cpattn.solver import Exchange, RankPlan, SliceTable
+from cpattn.solver import LATE_SHARE, Exchange, RankPlan, SliceTable
 
 from .exchanges import Exchanges, Trip
+
+# Rows at which own work may be cut in backward, beside the beginnings of slices: a block of most kernels.
+_LATE_GRAIN = 128
 
 
 class BoundStage(NamedTuple):
@@ -21,11 +24,14 @@ class BoundStage(NamedTuple):
 
     kv: the trip that brings them; of no hops where they are this rank's own.
     own_work, guest_work: for this rank's queries and for those that it works on for others.
+    in_backward: own_work in the parts in which backward does it. Where keys travel, own keys have several: the first
+        hides the first keys on their way here, the others, one for each hop, the last gradients on their way home.
     """
 
     kv: Trip
     own_work: Any
     guest_work: Any
+    in_backward: tuple[Any, ...]
 
 
 class BoundPlan(NamedTuple):
@@ -100,19 +106,24 @@ def _bind(
 
     num_guests = rank_plan.queries[-1].num_received
     queries = Trip("queries", "results", None, bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport))
-    stages = tuple(
-        BoundStage(
-            Trip(
-                f"keys {number}", f"gradients {number}", number,
-                bind_hops(stage.kv, rank_plan.num_keys, device, transport),
-            ),
-            prepare(stage.own, rank_plan.num_queries, stage.num_keys),
-            prepare(stage.guest, num_guests, stage.num_keys),
+    stages = []
+    for number, stage in enumerate(rank_plan.stages):
+        hops = bind_hops(stage.kv, rank_plan.num_keys, device, transport)
+        own, guest = (
+            prepare(slices, rows, stage.num_keys)
+            for slices, rows in ((stage.own, rank_plan.num_queries), (stage.guest, num_guests))
         )
-        for number, stage in enumerate(rank_plan.stages)
-    )  # fmt: skip
+        parts = (own,)
+        if number == 0 and len(rank_plan.stages) > 1 and len(stage.own):
+            num_hops = len(rank_plan.queries)
+            late = (LATE_SHARE / num_hops,) * num_hops
+            first, *rest = stage.own.in_row_parts((1 - LATE_SHARE, *late), _LATE_GRAIN)
+            tables = (first, *(table for table in rest if len(table)))
+            parts = tuple(prepare(table, rank_plan.num_queries, stage.num_keys) for table in tables)
+        trip = Trip(f"keys {number}", f"gradients {number}", number, hops)
+        stages.append(BoundStage(trip, own, guest, parts))
     rows = (rank_plan.num_queries, rank_plan.num_keys)
-    return BoundPlan(backend, exchanges, queries, queries.active, stages, keep_kv, *rows)
+    return BoundPlan(backend, exchanges, queries, queries.active, tuple(stages), keep_kv, *rows)
 
 
 def bind_hops(

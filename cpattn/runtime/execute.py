@@ -3,8 +3,9 @@
 It decides nothing, and knows neither keys nor profiles. Forward, stage by stage: fetch remote keys and values (the next
 stage's travel while this stage computes), run the local kernel on the stage's slices, merge by log-sum-exp in
 fp32. Backward takes the same routes turned round: the local kernel with the global out and lse,
-and a GroupReduce of the key and value gradients to their owners. Where the plan moves queries,
-they travel first and their partial results come home last.
+and a GroupReduce of the key and value gradients to their owners, the last of which travel behind a part of the work on
+own keys that is left till then. Where the plan moves queries, they travel first and their partial results come home
+last.
 
 Shape legend: T local tokens, N query heads, G key heads, D head dim of q and k, E head dim of v.
 """
@@ -77,13 +78,14 @@ def run_backward(
 
     forward: q with the results. kept: the keys and values that forward fetched; empty: they are fetched again.
     """
-    lasts = _lasts(plan, forward.q)
+    first, *late = plan.home.in_backward
+    lasts = _lasts(plan, forward.q, late=len(late))
     own = _returning(plan, dout, forward, placing=lasts[0] is not None)
     dkv = KeyRows(*(_accumulator(plan, t, kv.k.dtype if _stores_alone(plan) else own.lse.dtype) for t in kv))
     returns = _Returns(plan)
     guests = _guests_of_backward(plan, own, returns, scoring)
     fetches = _Fetches(plan, kv, kept, filled=True)
-    own = _differentiate(plan, scoring, own, (kv, plan.home.own_work, dkv), fresh=(True, True), last=lasts[0])
+    own = _differentiate(plan, scoring, own, (kv, first, dkv), fresh=(True, True), last=lasts[0])
     guests.work(plan.home, kv, dkv)
     for number, stage in enumerate(plan.remote, 1):
         keys = fetches.take()
@@ -94,6 +96,9 @@ def run_backward(
         returns.make_room()
         packed, dkeys = _narrowed(plan, packed, dkeys)
         returns.add(plan.exchanges.reduce(stage.kv, dkeys, dkv, packed=packed))
+    for number, part in enumerate(late, len(plan.stages)):
+        own = _differentiate(plan, scoring, own, (kv, part, dkv), fresh=(False, False), last=lasts[number])
+        returns.advance()
     returns.wait()
     return Gradients(own.dq.to(own.q.dtype), dkv.k.to(kv.k.dtype), dkv.v.to(kv.v.dtype))
 
@@ -151,13 +156,14 @@ def _differentiate(
     return rows
 
 
-def _lasts(plan: BoundPlan, q: Tensor) -> dict[int, bool | None]:
+def _lasts(plan: BoundPlan, q: Tensor, late: int = 0) -> dict[int, bool | None]:
     """For each stage's number whether it is the last, where the kernel says where results lie; else None.
 
-    Those of guests come home into accumulators, so where queries move these stay.
+    Those of guests come home into accumulators, so where queries move these stay. late: parts that follow the stages.
     """
     placing = not plan.moves_queries and places_results(plan.backend, q, plan.home.own_work)
-    return {n: n == len(plan.stages) - 1 if placing else None for n in range(len(plan.stages))}
+    calls = len(plan.stages) + late
+    return {n: n == calls - 1 if placing else None for n in range(calls)}
 
 
 def _writes_once(plan: BoundPlan, sink: Tensor | None) -> bool:
@@ -335,6 +341,10 @@ class _Returns:
         """At most one stage's results are in flight; those that take two hops get two stages' work to hide behind."""
         while len(self._pending) >= self._num_hops:
             self._pending.popleft().wait()
+        self.advance()
+
+    def advance(self) -> None:
+        """Begin the second hop of those that have made the first."""
         for pending in self._pending:
             pending.advance()
 

@@ -141,7 +141,12 @@ def _light(plan: BoundPlan, dtype: torch.dtype) -> BoundPlan:
         return trip._replace(hops=tuple(replace(hop, active=False) for hop in trip.hops))
 
     stages = tuple(
-        BoundStage(still(stage.kv), heaviest(stage.own_work, dtype), heaviest(stage.guest_work, dtype))
+        BoundStage(
+            still(stage.kv),
+            heaviest(stage.own_work, dtype),
+            heaviest(stage.guest_work, dtype),
+            tuple(heaviest(part, dtype) for part in stage.in_backward),
+        )
         for stage in plan.stages
     )
     return plan._replace(queries=still(plan.queries), stages=stages)

@@ -260,7 +260,9 @@ def _watched_plan(plan: BoundPlan, call: _OpenCall) -> BoundPlan:
     """The plan with exchanges and a kernel that record what they do."""
     stages = tuple(
         stage._replace(
-            own_work=_Label(stage.own_work, number, "own"), guest_work=_Label(stage.guest_work, number, "guest")
+            own_work=_Label(stage.own_work, number, "own"),
+            guest_work=_Label(stage.guest_work, number, "guest"),
+            in_backward=tuple(_Label(part, number, "own") for part in stage.in_backward),
         )
         for number, stage in enumerate(plan.stages)
     )

@@ -103,7 +103,8 @@ def exact_on_rank(mask: str, options: dict[str, Any]) -> bool:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "keys": {"schedule": "keys", "num_stages": 3},
+    # Of more than two stages the sizes are chosen, by the bytes on the wire among others.
+    "keys": {"schedule": "keys", "num_stages": 2},
     "tiles": {"schedule": "tiles"},
     "two levels": {"ranks_per_node": 2, "num_stages": 2},
 }

@@ -97,9 +97,11 @@ def test_keys_travel(size, num_stages):
             moved = keys if call.name == "forward" else keys + home
             assert names(call, "transfer") == names(call, "wait") == moved
             copies = {"pack": moved.total(), "reduce": home.total() if call.name == "backward" else 0}
-            assert names(call, "compute") == Counter({"kernel": num_stages + 1} | copies)
+            # Backward leaves a part of the work on own keys till last.
+            late = [0] if call.name == "backward" else []
+            assert names(call, "compute") == Counter({"kernel": num_stages + 1 + len(late)} | copies)
             stages = [s.stage for s in call.spans if s.name == "kernel"]
-            assert stages == list(range(num_stages + 1))
+            assert stages == list(range(num_stages + 1)) + late
 
 
 def test_queries_travel():
@@ -108,7 +110,8 @@ def test_queries_travel():
     for rank in trace.ranks:
         for call in rank.calls:
             sides = [(s.stage, s.side) for s in call.spans if s.name == "kernel"]
-            assert sides == [(0, "own"), (0, "guest"), (1, "guest"), (1, "own"), (2, "guest"), (2, "own")]
+            late = [(0, "own")] if call.name == "backward" else []
+            assert sides == [(0, "own"), (0, "guest"), (1, "guest"), (1, "own"), (2, "guest"), (2, "own"), *late]
             travelled = names(call, "transfer")
             assert travelled["queries"] == travelled["results"] == 1
             assert travelled["keys 1"] == travelled["keys 2"] == 1

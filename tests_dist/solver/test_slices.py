@@ -108,6 +108,21 @@ def test_split_cuts_everywhere_and_loses_nothing(axis, table, at):
         assert (np.diff(parent) >= 0).all(), "pieces of a row stay together, in order"
 
 
+@given(slice_tables(LENGTH), st.integers(1, 4))
+def test_parts_by_rows_lose_nothing(table, grain):
+    parts = table.in_row_parts((0.2, 0.3, 0.5), grain)
+    assert np.array_equal(sum(map(counts, parts)), counts(table))
+    rows = [np.flatnonzero(counts(part).any(axis=1)) for part in parts]
+    together = np.concatenate(rows)
+    assert np.array_equal(together, np.unique(together)), "a row lies in one part, and parts are in order"
+
+
+def test_parts_by_rows_have_their_shares():
+    table = SliceTable.from_slices([MaskSlice(TokenRange(0, 4096), TokenRange(0, 4096), hi=0)])
+    areas = [part.area() / table.area() for part in table.in_row_parts((1 / 3, 2 / 3), 128)]
+    assert areas == pytest.approx([1 / 3, 2 / 3], abs=0.04)
+
+
 @given(slice_tables(LENGTH), st.integers(0, 5), st.integers(0, 5))
 def test_transpose_and_shift(table, dq, dk):
     np.testing.assert_array_equal(
