@@ -3,7 +3,7 @@
 Knows routes and tensors, not masks.
 """
 
-from .devices import backend_of, control_device, one_copy, put_on
+from .devices import backend_of, control_device, current_device, define_launches, one_copy, put_on
 from .exchange import (
     PendingRows,
     RowRoutes,
@@ -30,6 +30,8 @@ __all__ = [
     "backend_of",
     "cast_encoded",
     "control_device",
+    "current_device",
+    "define_launches",
     "gather_headers",
     "group_cast",
     "group_reduce",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import define_launches
+
 # Calls of which one launch takes the results.
 MOST_CALLS = 8
 # Entries: ROW * (row of the call's result) + FIRST * (first of its row) + (number of the call, NONE: of none).
@@ -117,21 +119,18 @@ def _alike(parts: list[Tensor]) -> list[Tensor]:
 
 
 _ROWS = "Tensor offsets, Tensor order"
-_library = torch.library.Library("cpattn", "FRAGMENT")
-for _name, _arguments, _launch in (
+_library = define_launches(
     (
-        "merge_calls",
-        f"Tensor(a!) out, Tensor(b!) lse, Tensor? before, Tensor[] outs, Tensor[] lses, {_ROWS}, bool fresh",
-        _launch_merge,
-    ),
-    (
-        "sum_calls",
-        "Tensor(a!)[] into, Tensor? before, Tensor[] parts, Tensor q_offsets, Tensor q_order, Tensor k_offsets, "
-        "Tensor k_order, bool fresh_q, bool fresh_k",
-        _launch_sum,
-    ),
-):
-    _library.define(f"{_name}({_arguments}) -> ()")
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _launch, _device)
-    _library.impl(_name, lambda *_: None, "Meta")
+        (
+            "merge_calls",
+            f"Tensor(a!) out, Tensor(b!) lse, Tensor? before, Tensor[] outs, Tensor[] lses, {_ROWS}, bool fresh",
+            _launch_merge,
+        ),
+        (
+            "sum_calls",
+            "Tensor(a!)[] into, Tensor? before, Tensor[] parts, Tensor q_offsets, Tensor q_order, Tensor k_offsets, "
+            "Tensor k_order, bool fresh_q, bool fresh_k",
+            _launch_sum,
+        ),
+    )
+)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,37 @@ def control_device(group: dist.ProcessGroup) -> torch.device:
     if backend_of(group, "cpu"):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """The device as CUDA's current one: Triton, cuDNN and TransformerEngine launch there, wherever tensors are."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # or tensors without data
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def define_launches(launches: Iterable[tuple[str, str, Callable[..., None]]]) -> torch.library.Library:
+    """Operators `cpattn::name(arguments) -> ()` that launch a kernel and nothing else; the library must be kept.
+
+    The first argument is a tensor of the device that it runs on, or several. Nothing happens on tensors without data.
+    """
+    library = torch.library.Library("cpattn", "FRAGMENT")
+    for name, arguments, launch in launches:
+        library.define(f"{name}({arguments}) -> ()")
+        for device in ("CPU", "CUDA"):
+            library.impl(name, _on_its_device(launch), device)
+        library.impl(name, lambda *_: None, "Meta")
+    return library
+
+
+def _on_its_device(launch: Callable[..., None]) -> Callable[..., None]:
+    @wraps(launch)
+    def launch_there(*args: Any) -> None:
+        first: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with current_device(first.device):
+            launch(*args)
+
+    return launch_there
 
 
 class _Under(threading.local):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import row_kernels
 
-# Views of the packed bytes are read as up to 8-byte elements.
-_ALIGN = 8
+# Kernels read rows, also those that lie side by side with others, 16 bytes at a time; 8-bit codes are decoded before.
+_ALIGN, _ALIGN_CODES = 16, 8
 
 
 def packed_row_bytes(rows: Sequence[Tensor]) -> int:
     """Bytes of one row of several tensors side by side in a buffer, as it travels."""
-    return sum(_aligned(_row_bytes(t.shape[1:], t.dtype)) for t in rows)
+    return sum(_aligned_bytes(t.shape[1:], t.dtype) for t in rows)
 
 
 def unpack_rows(packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -28,8 +28,10 @@ def _row_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
+def _aligned_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+    """Of a row, with what keeps the next one aligned."""
+    multiple = _ALIGN_CODES if dtype == torch.uint8 else _ALIGN
+    return -(-_row_bytes(shape, dtype) // multiple) * multiple
 
 
 def empty_packed(
@@ -39,7 +41,7 @@ def empty_packed(
     if len(shapes) == 1:
         (shape, dtype), *_ = shapes
         return torch.empty(num_rows, *shape, dtype=dtype, device=device)
-    width = sum(_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes)
+    width = sum(_aligned_bytes(shape, dtype) for shape, dtype in shapes)
     return torch.empty(num_rows, width, dtype=torch.uint8, device=device)
 
 
@@ -57,7 +59,7 @@ def gather_packed(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
 
 def _places(shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[int]:
     """The byte of a packed row at which each tensor begins."""
-    sizes = [_aligned(_row_bytes(shape, dtype)) for shape, dtype in shapes]
+    sizes = [_aligned_bytes(shape, dtype) for shape, dtype in shapes]
     return [sum(sizes[:nth]) for nth in range(len(sizes))]
 
 
@@ -84,5 +86,5 @@ def unpack(packed: Tensor, shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> 
         nbytes = _row_bytes(shape, dtype)
         columns = packed[:, at : at + nbytes].view(dtype)
         views.append(columns.unflatten(1, shape) if shape else columns.squeeze(1))
-        at += _aligned(nbytes)
+        at += _aligned_bytes(shape, dtype)
     return tuple(views)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .devices import put_on
+from .devices import define_launches, put_on
 
 # Of tensors that the kernels take; see `also_on`.
 _DEVICES = {"cuda"}
@@ -273,15 +273,12 @@ def _launch_decode(received: Tensor, x: Tensor, fmt: str) -> None:
 
 
 _SEGMENTS = "Tensor? rows, Tensor? offsets, Tensor? order"
-_library = torch.library.Library("cpattn", "FRAGMENT")
-for _name, _arguments, _launch in (
-    ("merge_rows", f"Tensor(a!) out, Tensor(b!) lse, Tensor part_out, Tensor part_lse, {_SEGMENTS}", _launch_merge),
-    ("add_rows", f"Tensor(a!)[] into, Tensor[] parts, {_SEGMENTS}, bool fresh", _launch_add),
-    ("pack_rows", "Tensor(a!)[] targets, Tensor[] tensors, Tensor? index", _launch_pack),
-    ("encode_fp8", "Tensor x, Tensor(a!) travelling, str fmt", _launch_encode),
-    ("decode_fp8", "Tensor received, Tensor(a!) x, str fmt", _launch_decode),
-):
-    _library.define(f"{_name}({_arguments}) -> ()")
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _launch, _device)
-    _library.impl(_name, lambda *_: None, "Meta")
+_library = define_launches(
+    (
+        ("merge_rows", f"Tensor(a!) out, Tensor(b!) lse, Tensor part_out, Tensor part_lse, {_SEGMENTS}", _launch_merge),
+        ("add_rows", f"Tensor(a!)[] into, Tensor[] parts, {_SEGMENTS}, bool fresh", _launch_add),
+        ("pack_rows", "Tensor(a!)[] targets, Tensor[] tensors, Tensor? index", _launch_pack),
+        ("encode_fp8", "Tensor x, Tensor(a!) travelling, str fmt", _launch_encode),
+        ("decode_fp8", "Tensor received, Tensor(a!) x, str fmt", _launch_decode),
+    )
+)

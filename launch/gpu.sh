@@ -33,11 +33,11 @@ paths                    90 -
 kernels_triton           45 -
 kernels_sdpa             40 -
 kernels_flash_attn       35 wheels
-kernels_cudnn            35 wheels
-kernels_te               25 wheels
+kernels_cudnn            30 wheels
+kernels_te               30 wheels
 kernels_ffa              25 wheels
-kernels_flex             45 -
-kernels_reference        10 -
+kernels_flex             40 -
+kernels_reference        20 -
 rates_triton             30 -
 rates_sdpa               25 -
 rates_flash_attn         30 wheels
@@ -170,8 +170,8 @@ command_of() { # name, limit: sets `command`
     case $name in
         paths) command=("${tests[@]}" tests_dist/gpu --ignore=tests_dist/gpu/test_kernels.py) ;;
         kernels_*) command=(env "CPATTN_GPU_BACKEND=${name#kernels_}" "${tests[@]}" tests_dist/gpu/test_kernels.py) ;;
-        rates_*) command=("${rates[@]}" --backend "${name#rates_}" --budget-s "$((limit - limit / 4))") ;;
-        more_rates_*) command=("${rates[@]}" --backend "${name#more_rates_}" --part lengths --budget-s "$((limit - limit / 4))") ;;
+        rates_*) command=("${rates[@]}" --backend "${name#rates_}" --budget-s "$((limit - limit / 10 - 1))") ;;
+        more_rates_*) command=("${rates[@]}" --backend "${name#more_rates_}" --part lengths --budget-s "$((limit - limit / 10 - 1))") ;;
     esac
 }
 

@@ -196,6 +196,12 @@ def pad_head_dim(x: Tensor, head_dim: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x with rows and heads at multiples of 16 bytes, which fused kernels read at a time; copied if need be."""
+    steps = [stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    return x.contiguous() if any(n * x.itemsize % 16 for n in (*steps, x.storage_offset())) else x
+
+
 def kernel_head_dim(k: Tensor, v: Tensor, multiple: int = 8) -> int:
     """The head dim that q, k and v are padded to: one for all."""
     return -(-max(k.shape[-1], v.shape[-1]) // multiple) * multiple

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.collectives import put_on
+from cpattn.collectives import define_launches, put_on
 from cpattn.solver import SliceTable
 from cpattn.solver.block_lists import BlockLists, make_block_lists
 
@@ -254,21 +254,19 @@ _LISTS = (
     "Tensor blocks, Tensor full, Tensor edges, int num_blocks, "
     "float scale, float softcap, bool mixed, bool fresh, int[] tile"
 )
-_library = torch.library.Library("cpattn", "FRAGMENT")
-for _name, _tensors, _launch in (
-    ("triton_forward", "Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse", _launch_forward),
-    (
-        "triton_dq",
-        "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) delta, Tensor(b!) dq",
-        _launch_dq,
-    ),
-    (
-        "triton_dkv",
-        "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dk, Tensor(b!) dv",
-        _launch_dkv,
-    ),
-):
-    _library.define(f"{_name}({_tensors}, {_LISTS}) -> ()")
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _launch, _device)
-    _library.impl(_name, lambda *_: None, "Meta")
+_library = define_launches(
+    (f"triton_{name}", f"{tensors}, {_LISTS}", launch)
+    for name, tensors, launch in (
+        ("forward", "Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse", _launch_forward),
+        (
+            "dq",
+            "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) delta, Tensor(b!) dq",
+            _launch_dq,
+        ),
+        (
+            "dkv",
+            "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dk, Tensor(b!) dv",
+            _launch_dkv,
+        ),
+    )
+)

@@ -24,7 +24,7 @@ from cpattn.collectives.call_kernels import MOST_CALLS, CallRows, merge_calls, s
 from cpattn.solver import IntArray, SliceTable, expand_counts, window_params
 from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
-from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, kernel_head_dim, pad_head_dim
+from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, aligned, kernel_head_dim, pad_head_dim
 from .batches import rows_of_batches
 from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_queries, take_rows, take_together
 
@@ -217,7 +217,7 @@ def run_varlen_forward(
 ) -> Attending:
     """All forward calls. last: None merges into the queries' accumulators, else as in `PlacingBackend.attend`."""
     head_dim, head_dim_v = kernel_head_dim(*keys), keys.v.shape[-1]
-    q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
+    q, k, v = (aligned(pad_head_dim(t, head_dim)) for t in (queries.q, *keys))
 
     def run(call: VarlenCall) -> tuple[Tensor, Tensor]:
         rows = take_rows(q, call.q_rows), *take_together((k, v), call.k_rows)
@@ -298,8 +298,8 @@ def run_varlen_backward(
 ) -> Tensor:
     """All backward calls; gives dq. fresh: whether those of queries, and of keys, are stored. last: as in forward."""
     dtype, d, e, head_dim = queries.q.dtype, keys.k.shape[-1], keys.v.shape[-1], kernel_head_dim(*keys)
-    q, k, v = (pad_head_dim(t, head_dim) for t in (queries.q, *keys))
-    dout, out = (pad_head_dim(t.to(dtype), head_dim) for t in (queries.dout, queries.out))
+    q, k, v = (aligned(pad_head_dim(t, head_dim)) for t in (queries.q, *keys))
+    dout, out = (aligned(pad_head_dim(t.to(dtype), head_dim)) for t in (queries.dout, queries.out))
 
     def run(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
         dout_, q_, out_, lse_ = take_queries(dout, q, out, queries.lse, call.q_rows)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
@@ -28,7 +29,7 @@ from cpattn.backends.base import (
     places_results,
     stores_first,
 )
-from cpattn.collectives import PendingRows, packed_row_bytes, unpack_rows
+from cpattn.collectives import PendingRows, current_device, packed_row_bytes, unpack_rows
 
 from .bound import BoundPlan, BoundStage
 from .exchanges import Rows
@@ -46,6 +47,18 @@ class Gradients(NamedTuple):
 Queries = TypeVar("Queries", Attending, Returning)
 
 
+def _on_its_device(run: Callable[..., Any]) -> Any:
+    """A pass with the device of its rows, the second argument, as the current one: some kernels launch there."""
+
+    @wraps(run)
+    def run_there(plan: BoundPlan, rows: Tensor, *rest: Any) -> Any:
+        with current_device(rows.device):
+            return run(plan, rows, *rest)
+
+    return run_there
+
+
+@_on_its_device
 def run_forward(
     plan: BoundPlan, q: Tensor, kv: KeyRows, sink: Tensor | None, kept: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
@@ -71,6 +84,7 @@ def run_forward(
     return own.out.to(q.dtype), lse.contiguous()
 
 
+@_on_its_device
 def run_backward(
     plan: BoundPlan, dout: Tensor, forward: Attending, kv: KeyRows, kept: Tensor, scoring: Scoring
 ) -> Gradients:

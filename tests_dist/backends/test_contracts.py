@@ -6,6 +6,8 @@ The facts, with their sources, stand in `docs/backends.md` and beside the fakes.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import KERNEL_SCRATCH, Problem, choose_backend, installed
-from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring, aligned
 from cpattn.backends.cudnn import _LINEAR_SWITCH, CudnnBackend, _build, _graph_key
 from cpattn.backends.ffa import FfaBackend
 from cpattn.backends.flash_attn import FlashAttnBackend
 from cpattn.backends.rows import add_rows
 from cpattn.backends.sdpa_cuda import CudaSdpaBackend
 from cpattn.backends.te import TeBackend
+from cpattn.collectives import devices, packed_row_bytes, unpack_rows
+from cpattn.runtime import execute
 from cpattn.solver import SliceTable
 from tests_dist.backends.test_adapters import Install, install
 from tests_dist.support.backend_cases import CASES, check_backend
@@ -135,6 +139,48 @@ def test_torch_operators_take_our_arguments_on_cuda(name: str, dtype: torch.dtyp
         queries = Returning(dout, q, out.to(dtype), lse, grads[0])
         backend.backward(queries, KeyRows(k, v), work, scoring, KeyRows(*grads[1:]))
         assert {t.device for t in (out, lse, *grads)} == {DEVICE}
+
+
+def test_launches_make_the_device_of_their_tensors_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be the rank's; so does a whole pass, for other packages."""
+    entered: list[torch.device] = []
+    ran: list[int] = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        entered.append(which)
+        yield
+
+    with fake_cuda():
+        x = torch.empty(3, 2, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    devices._on_its_device(lambda *args: ran.append(len(entered)))(x, 1)
+    devices._on_its_device(lambda *args: ran.append(len(entered)))([x, x], 1)
+    execute._on_its_device(lambda *args: ran.append(len(entered)))(None, x)
+    devices._on_its_device(lambda *args: ran.append(len(entered)))(torch.empty(2))
+    assert entered == 3 * [torch.device("cuda", 1)]
+    assert ran == [1, 2, 3, 3]
+
+
+def test_rows_that_kernels_read_begin_at_16_bytes() -> None:
+    """Also keys beside values of another width in a received buffer, and rows of a caller's wider tensor."""
+    like = [torch.empty(0, 1, 64, dtype=torch.bfloat16), torch.empty(0, 1, 20, dtype=torch.bfloat16)]
+    packed = torch.empty(3, packed_row_bytes(like), dtype=torch.uint8)
+    assert all(aligned(t) is t for t in unpack_rows(packed, like)), "received rows are copied"
+    assert not aligned(packed[:, 8:].view(torch.bfloat16).unflatten(1, (-1, 4))).storage_offset()
+    q, k, v, dout = CASES["causal"].inputs(torch.bfloat16)
+    wide = torch.zeros(len(q), q.shape[1] * q.shape[2] + 4, dtype=q.dtype)
+    odd = wide[:, : q[0].numel()].unflatten(1, q.shape[1:])
+    odd.copy_(q)
+    case, backend = CASES["causal"], CudaSdpaBackend("cpu", flash.FakeAten())
+    work = backend.prepare(case.table, case.num_queries, case.num_keys, CPU)
+    results = []
+    for rows in (q, odd):
+        out, lse = torch.zeros(dout.shape), torch.zeros(q.shape[:2])
+        backend.forward(Attending(rows, out, lse), KeyRows(k, v), work, Scoring(0.2), fresh=True)
+        results.append(out)
+    assert torch.equal(*results)
 
 
 # ----------------------------------------------------------------------------------------------------

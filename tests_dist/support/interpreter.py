@@ -23,6 +23,7 @@ def quicken() -> None:
     from triton.runtime import interpreter
 
     patch, options = interpreter._patch_lang, interpreter.interpreter_builder.options
+    patch_tensor = interpreter._patch_lang_tensor
     done: set[int] = set()  # by the globals of a function: in them the language is found
 
     class Kernel:
@@ -39,5 +40,11 @@ def quicken() -> None:
         done.add(id(fn.__globals__))
         return Kernel(patch(fn))
 
+    def patch_index(tensor: Any, *scope: Any) -> None:
+        """Triton 3.6 makes a number of an array of one element, which numpy 2.4 refuses."""
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
     interpreter._patch_lang = patch_once
+    interpreter._patch_lang_tensor = patch_index
     object.__setattr__(options, "sanitize_overflow", False)

@@ -87,6 +87,10 @@ def check_rows(q: Tensor, k: Tensor, v: Tensor, *, max_head_dim: int, same_dims:
         require(x.dtype in (torch.float16, torch.bfloat16), f"{name} is {x.dtype}")
         require(x.dtype == q.dtype, "dtypes differ")
         require(x.stride(-1) == 1, f"the last dim of {name} is strided")
+        # 128-bit copies from global memory: flash-attention v2.8.3, csrc/flash_attn/src/kernel_traits.h.
+        steps = [stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+        places = [n * x.itemsize for n in (*steps, x.storage_offset())]
+        require(all(place % 16 == 0 for place in places), f"rows of {name} are not aligned to 16 bytes")
         require(x.shape[-1] % 8 == 0 and x.shape[-1] <= max_head_dim, f"{name} has head dim {x.shape[-1]}")
     require(q.shape[-1] == k.shape[-1] and k.shape[:2] == v.shape[:2], "shapes of q, k, v")
     require(not same_dims or q.shape[-1] == v.shape[-1], "values are not as wide as keys")
