@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Attending, Backend, KeyRows, Problem, Returning, Scoring
+import torch
+
+from .base import FLOAT_DTYPES, Attending, Backend, KeyRows, Problem, Returning, Scoring
 from .cudnn import CudnnBackend
 from .ffa import FfaBackend
 from .flash_attn import FlashAttnBackend
@@ -32,6 +34,7 @@ __all__ = [
     "explain_choice",
     "register_backend",
     "serving_backends",
+    "why_never",
 ]
 
 # A name may stand for several kernels; those that come first are preferred among them.
@@ -138,6 +141,29 @@ def choose_backend(problem: Problem, name: str = "auto") -> Backend:
             return backend
     reasons = "; ".join(f"{b.name} ({b.kernel}): {refusal}" for b, refusal in explain_backends(problem, name))
     raise ValueError(f"no backend {name!r} serves {problem}: {reasons}")
+
+
+def why_never(name: str, head_numbers: tuple[int, int, int, int]) -> str | None:
+    """Why no kernel of that name can serve tensors of this process, whatever their dtype; None if one can.
+
+    head_numbers: query and key heads, dims of q and k and of v. Tensors can be on the CPU and, if there is one, on a GPU.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    cuda = torch.cuda.is_available()
+    reasons: dict[str, None] = {}  # in order, each once
+    for device in ("cuda", "cpu") if cuda else ("cpu",):
+        for dtype in FLOAT_DTYPES:
+            for backend, refusal in explain_backends(Problem(device, dtype, *head_numbers), name):
+                if refusal is None:
+                    return None
+                reasons[f"{backend.name} ({backend.kernel}): {refusal}"] = None
+    where = "" if cuda else ", which sees no GPU"
+    return (
+        f"backend {name!r} cannot run in this process{where}: {'; '.join(reasons)}; name another backend or 'auto' "
+        f"(`cpattn doctor` says which serve here); make_plan plans for other machines"
+    )
 
 
 def explain_choice(problem: Problem, name: str = "auto") -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from cpattn.backends import Backend, Problem, choose_backend, explain_choice
+from cpattn.backends import CHOICES, Backend, Problem, choose_backend, explain_choice, why_never
 from cpattn.collectives import HeadExchange, Transport
 from cpattn.masks.fragments import mixer_lines
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
@@ -358,7 +358,7 @@ def bind_key(planned: PlannedKey, ranks: CpRanks) -> AttnKey:
     """The key of a plan on this rank of a group; the ranks compare what they planned.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they differ, or the named kernel cannot run here.
     """
     spec = planned.spec
     # The caller may go on to change the spec's lists; the key keeps its own.
@@ -366,8 +366,19 @@ def bind_key(planned: PlannedKey, ranks: CpRanks) -> AttnKey:
         spec.q_ranges, spec.k_ranges, spec.mask_types, spec.total_seqlen, spec.total_seqlen_k, spec.documents
     )
     planned = planned._replace(spec=own)
-    require_agreement("make_key", planned.shared(), ranks.group)
+    never = _why_never(planned)
+    # Compared too: what one rank alone lacks, all hear of.
+    require_agreement("make_key", {**planned.shared(), "what the kernel lacks": never}, ranks.group)
+    if never is not None:
+        raise ValueError(never)
     return AttnKey(planned, planned.plan.for_rank(ranks.rank // planned.options.head_degree), ranks)
+
+
+def _why_never(planned: PlannedKey) -> str | None:
+    """Why the kernel that is named cannot run in this process, if one is named and cannot."""
+    options = planned.options
+    name = options.running.backend
+    return None if name in CHOICES else why_never(name, most_heads(planned.heads, options.head_degree).numbers)
 
 
 def _shard_heads(key: AttnKey) -> HeadSharding:

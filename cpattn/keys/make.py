@@ -116,7 +116,8 @@ def make_key(
             refused; areas stay even and traffic grows a little. A plan given as `plan` must have been made so.
 
     Raises:
-        ValueError: a value is out of range, this rank is not in the group, the plan was damaged, or ranks differ.
+        ValueError: a value is out of range, this rank is not in the group, the plan was damaged, the named backend
+            cannot run in this process, or ranks differ.
         LostRankError: a rank of the group did not come.
     """
     check_spec("spec", spec)

@@ -36,10 +36,13 @@ def test_a_missing_package_is_named_and_nothing_else_is_taken(name: str, package
         choose_backend(_problem("cuda"), name)
 
 
-def test_make_key_with_a_missing_backend_fails_at_first_use() -> None:
-    key = cpattn.make_key(AttnMaskSpec.causal(8), num_heads_q=1, num_heads_kv=1, head_dim=8, backend="te")
-    with pytest.raises(ValueError, match=r"te .*not installed|te .*runs on cuda"):
-        key.describe(device="cpu")
+def test_make_key_with_a_kernel_for_gpus_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for GPUs need none: they take no backend."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    heads = {"num_heads_q": 1, "num_heads_kv": 1, "head_dim": 8}
+    with pytest.raises(ValueError, match=r"'te' cannot run in this process, which sees no GPU: te .*(install|runs on)"):
+        cpattn.make_key(AttnMaskSpec.causal(8), **heads, backend="te")
+    assert cpattn.make_plan(AttnMaskSpec.causal(8), **heads, cp_size=2, hardware="h200").plan.cp_size == 2
 
 
 def test_unknown_names_list_the_known_ones() -> None:

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import cpattn
 from cpattn import AttnMaskSpec
+from cpattn.backends import FlexBackend
 from cpattn.solver import assemble_plan
 from tests_dist.support.harness import fresh_group, run_on_ranks
 
@@ -300,6 +301,29 @@ def differing_keys() -> None:
 
 def test_keys_that_differ_between_ranks():
     run_on_ranks(4, differing_keys, timeout=60)
+
+
+def kernels_that_cannot_run() -> None:
+    """Named with what they lack on every rank; a rank that alone lacks something is named on all."""
+    if torch.cuda.is_available():
+        return  # where there is a GPU they may run
+    for name in ("flash_attn", "cudnn", "te", "ffa"):
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot run in this process, which sees no GPU: {name} "):
+            make_key(backend=name)
+    with pytest.raises(ValueError, match="'te' cannot run"):
+        make_key(backend="te", head_degree=2)
+    lacking = FlexBackend.refusal if dist.get_rank() == 0 else (lambda self, problem: "too old here")
+    with (
+        mock.patch.object(FlexBackend, "refusal", lacking),
+        pytest.raises(ValueError, match=r"what the kernel lacks differs between ranks: ranks \[1\](.|\n)*too old here"),
+    ):
+        make_key(backend="flex")
+    q, k, v = local_inputs(make_key())
+    cpattn.attention(q, k, v, make_key())
+
+
+def test_kernels_that_cannot_run_here_are_refused_when_the_key_is_made():
+    run_on_ranks(2, kernels_that_cannot_run, timeout=60)
 
 
 def differing_plans() -> None:
