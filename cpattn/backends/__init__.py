@@ -146,7 +146,10 @@ def choose_backend(problem: Problem, name: str = "auto") -> Backend:
 def why_never(name: str, head_numbers: tuple[int, int, int, int]) -> str | None:
     """Why no kernel of that name can serve tensors of this process, whatever their dtype; None if one can.
 
-    head_numbers: query and key heads, dims of q and k and of v. Tensors can be on the CPU and, if there is one, on a GPU.
+    Tensors can be on the CPU and, if there is one, on a GPU.
+
+    Args:
+        head_numbers: query and key heads, dims of q and k and of v.
 
     Raises:
         ValueError: the name is unknown.

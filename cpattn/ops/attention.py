@@ -34,6 +34,11 @@ from .order import exchanging_op
 from .transforms import refuse_transforms
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 @overload
 def attention(
     q_TND: Tensor,
@@ -122,7 +127,7 @@ def attention(
         raise ValueError(f"key is {key!r}: expected what make_key returned")
     refuse_transforms("attention", q_TND, k_TGD, v_TGE, sink)
     device_type = q_TND.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         # fp64 stays what it is, as in torch's own functions.
         q_TND, k_TGD, v_TGE = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q_TND, k_TGD, v_TGE))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,8 +83,11 @@ def run_page(path: str, folder: str, nightly: bool = False) -> int:
         os.chdir(here)
 
 
-def run_shell(block: Block, folder: Path) -> str:
-    """What the block prints; with the commands of this environment first on the path."""
+def run_shell(block: Block, folder: Path, limit_s: float) -> str:
+    """What the block prints; with the commands of this environment first on the path.
+
+    limit_s: seconds after which all that it started is killed.
+    """
     bin_folder = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -93,9 +98,15 @@ def run_shell(block: Block, folder: Path) -> str:
         environment.pop(name, None)
     text = block.text.replace("bash launch/", f"bash {ROOT}/launch/")
     command = ["bash", "-euo", "pipefail", "-c", text]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, f"{page_id(block.page)}:{block.line}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as shell:
+        try:
+            out, err = shell.communicate(timeout=limit_s)
+        except BaseException:
+            os.killpg(shell.pid, signal.SIGKILL)
+            raise
+    assert shell.returncode == 0, f"{page_id(block.page)}:{block.line}\n{out}\n{err}"
+    return str(out)
 
 
 def stated_output(block: Block) -> str | None:
@@ -109,8 +120,9 @@ def without_times(text: str) -> list[str]:
     return [VARIES.sub("#", re.sub(r" +", " ", line)).rstrip() for line in text.strip().splitlines()]
 
 
-def check_shell(block: Block, folder: Path) -> None:
-    printed, stated = run_shell(block, folder), stated_output(block)
+def check_shell(block: Block, folder: Path, limit_s: float = 290) -> None:
+    (folder / "mask.json").write_text("[300, 200, 12]")
+    printed, stated = run_shell(block, folder, limit_s), stated_output(block)
     if stated is not None:
         assert without_times(printed) == without_times(stated), f"{page_id(block.page)}:{block.line}"
 
@@ -118,16 +130,14 @@ def check_shell(block: Block, folder: Path) -> None:
 @pytest.mark.parametrize("block", shell_blocks(nightly=False), ids=lambda b: f"{page_id(b.page)}:{b.line}")
 def test_shell_on_pages_runs(block: Block, tmp_path: Path) -> None:
     pytest.importorskip("typer")
-    (tmp_path / "mask.json").write_text("[300, 200, 12]")
     check_shell(block, tmp_path)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("block", shell_blocks(nightly=True), ids=lambda b: f"{page_id(b.page)}:{b.line}")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2000)
 def test_slow_shell_on_pages_runs(block: Block, tmp_path: Path) -> None:
-    (tmp_path / "mask.json").write_text("[300, 200, 12]")
-    check_shell(block, tmp_path)
+    check_shell(block, tmp_path, limit_s=1900)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
