@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, by generation of the GPU, element size and head dim: looked up, never searched.
 
-Chosen by what the compiler says of them (`launch/benchmarks/triton_compile.py`: no registers spilled at head dims up to
-128, shared memory within the chip's); not yet timed on a GPU.
+Chosen by what the compiler says of them (`launch/benchmarks/triton_compile.py`: no registers spilled, shared memory
+within the chip's); not yet timed on a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TABLE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 2): (
         (64, Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))),
         (128, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2))),
-        (256, Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1))),
+        (256, Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1))),
     ),
     ("sm100", 2): (
         (64, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))),
