@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .cost import DEFAULT_HARDWARE, Hardware, RowCosts
+from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .estimate import Staging
 from .place.balance import place_balanced
 from .place.components import find_components
@@ -26,12 +27,21 @@ LAYOUTS: tuple[Layout, ...] = ("balanced", "contiguous", "zigzag")
 ScheduleKind = Literal["auto", "keys", "tiles"]
 SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 
-# Queries travel only where it saves so much in bytes and in time; the estimate of the time is the rougher for it.
-TILES_BYTES, TILES_SECONDS = 0.95, 0.9
+# Where nothing but the estimate says so, queries travel only if it says that they save so much: it is rough for them.
+TILES_SECONDS = 0.9
+# Tiles are looked at where this share of what is left to gain, times a key row's cost over a query row's, pays for so
+# many milliseconds for each level of their bisection.
+_TILES_SHARE, _TILES_MS = 0.5, 1.0
+# To simulate a plan takes about so many milliseconds, and so many for each route; it may gain such a share of a step.
+_CHECK_MS, _CHECK_ROUTE_MS, _CHECK_GAIN = 2.5, 1e-3, 0.05
+# What is estimated to take so many times as long as the best may still be faster.
+_NEAR = 1.03
+# Plain layouts are looked at where there is so much to gain.
+_PLAIN_MS = 1.0
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
-_PLAIN_SECONDS = 0.97
+_PLAIN_SECONDS = 0.98
 # Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
 _LAYERS_PAID = 16
 # Routes of a plan up to which it is simulated to be compared with others.
@@ -62,7 +72,7 @@ def make_dispatch_plan(
         cp_size: number of ranks.
         chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
         layout: "balanced" (even area and tokens, least traffic; with schedule "auto" one of the others where that is
-            estimated to be 3 % faster), "contiguous" or "zigzag".
+            estimated to be 2 % faster), "contiguous" or "zigzag".
         num_stages: parts in which remote keys are fetched; None chooses. Their sizes are chosen.
         schedule: "keys": queries are computed where they lie, and only keys and values travel.
             "tiles": each rank computes a tile of queries x keys and queries travel too. "auto":
@@ -88,16 +98,9 @@ def make_dispatch_plan(
             f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
             f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
         )
-    choices: tuple[RowCosts, Hardware, int | None, int | None] = (costs, hardware, ranks_per_node, num_stages)
-    tiles = None
-    if schedule == "tiles" or (schedule == "auto" and can_tile and cp_size > 2):
-        tiled = bisect_tasks(slices, cp_size, q_cost=costs.q, k_cost=costs.kv)
-        placement = place_for_schedule(
-            tiled, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv
-        )
-        tiles = Draft.of(tiled, placement, placement)
-        if schedule == "tiles":
-            return tiles.plan(tiles.staging(*choices), ranks_per_node)
+    asked = _Asked(costs, hardware, ranks_per_node, num_stages)
+    if schedule == "tiles":
+        return asked.plan(asked.staged(_tiles(slices, total_seqlen, cp_size, costs)))
     if layout == "balanced" and total_seqlen_k is None:
         placements = _place_balanced(
             slices,
@@ -117,59 +120,127 @@ def make_dispatch_plan(
         if equal_shards:
             placed = share_equally(placed[0]), share_equally(placed[1])
         drafts = [Draft.of(keys_schedule(slices, placed[0]), *placed)]
-    staging, keys = _fastest([(draft.staging(*choices), draft) for draft in drafts], costs, hardware, ranks_per_node)
+    best = _fastest([asked.staged(draft) for draft in drafts], asked)
     if schedule == "auto" and can_tile:
-        staging, keys = _or_plain(staging, keys, slices, choices, equal_shards)
-    if tiles is not None and tiles.bytes_moved(costs) < TILES_BYTES * keys.bytes_moved(costs):
-        tiles_staging = tiles.staging(*choices)
-        if tiles_staging.seconds < TILES_SECONDS * staging.seconds:
-            return tiles.plan(tiles_staging, ranks_per_node)
-    return keys.plan(staging, ranks_per_node)
+        best = _or_tiles(_or_plain(best, slices, asked, equal_shards), slices, asked)
+    return asked.plan(_or_stages(best, asked))
 
 
-def _fastest(
-    staged: list[tuple[Staging, Draft]], costs: RowCosts, hardware: Hardware, ranks_per_node: int | None
-) -> tuple[Staging, Draft]:
+class _Staged(NamedTuple):
+    """A draft with its stages and the estimated time."""
+
+    staging: Staging
+    draft: Draft
+
+    @property
+    def seconds(self) -> float:
+        return self.staging.seconds
+
+
+class _Asked(NamedTuple):
+    """What plans are chosen by, and what was asked for."""
+
+    costs: RowCosts
+    hardware: Hardware
+    ranks_per_node: int | None
+    num_stages: int | None
+
+    def staged(self, draft: Draft) -> _Staged:
+        return _Staged(draft.staging(*self), draft)
+
+    def plan(self, staged: _Staged) -> Plan:
+        return staged.draft.plan(staged.staging, self.ranks_per_node)
+
+    def simulated(self, staged: _Staged) -> float:
+        """Seconds of both passes by simulation."""
+        return simulate(self.plan(staged), self.hardware, self.costs.heads).seconds
+
+    def least(self, areas: FloatArray) -> float:
+        """Seconds in which ranks compute these areas of both passes alone: no plan of theirs is done before."""
+        slices, heads = np.ones(len(areas)), self.costs.heads
+        passes = (self.hardware.kernel_seconds(areas, slices, heads, backward=backward) for backward in (False, True))
+        return float(sum(seconds.max() for seconds in passes))
+
+    def gain_ms(self, staged: _Staged) -> float:
+        """Milliseconds that a better plan may save, until a plan is made anew: of the time in which nobody computes."""
+        even = self.least(np.array([staged.draft.tasks.area() / staged.draft.q_placement.cp_size]))
+        return 1e3 * _LAYERS_PAID * max(staged.seconds - even, 0.0)
+
+    def worth_checking(self, staged: list[_Staged], expected: float = 0.0) -> bool:
+        """Whether what simulation may show to be faster outweighs the time that it takes.
+
+        expected: share of the step that the estimate says is gained.
+        """
+        check_ms = sum(_CHECK_MS + _CHECK_ROUTE_MS * _routes(one) for one in staged)
+        return check_ms < max(_CHECK_GAIN, expected) * min(1e3 * _LAYERS_PAID * one.seconds for one in staged)
+
+
+def _tiles(slices: SliceTable, total_seqlen: int, cp_size: int, costs: RowCosts) -> Draft:
+    """Queries travel, too."""
+    tiled = bisect_tasks(slices, cp_size, q_cost=costs.q, k_cost=costs.kv)
+    placement = place_for_schedule(tiled, total_seqlen=total_seqlen, cp_size=cp_size, q_cost=costs.q, k_cost=costs.kv)
+    return Draft.of(tiled, placement, placement)
+
+
+def _fastest(staged: list[_Staged], asked: _Asked) -> _Staged:
     """The first to be done with both passes: by simulation while that is a matter of milliseconds, else by estimate."""
-
-    def simulated(pair: tuple[Staging, Draft]) -> float:
-        staging, draft = pair
-        return simulate(draft.plan(staging, ranks_per_node), hardware, costs.heads).seconds
-
     if len(staged) == 1:
         return staged[0]
-    small = all(len(staging.weights) * draft.num_runs() <= _MOST_SIMULATED for staging, draft in staged)
-    return min(staged, key=simulated if small else lambda pair: pair[0].seconds)
+    small = all(_routes(one) <= _MOST_SIMULATED for one in staged)
+    return min(staged, key=asked.simulated if small else lambda one: one.seconds)
 
 
-def _or_plain(
-    staging: Staging,
-    keys: Draft,
-    slices: SliceTable,
-    choices: tuple[RowCosts, Hardware, int | None, int | None],
-    equal_shards: bool,
-) -> tuple[Staging, Draft]:
+def _routes(staged: _Staged) -> int:
+    """About as many as a plan of it has."""
+    return max(len(staged.staging.weights), 1) * staged.draft.num_runs()
+
+
+def _or_plain(best: _Staged, slices: SliceTable, asked: _Asked, equal_shards: bool) -> _Staged:
     """The balanced draft, or a plain layout where that is estimated to be clearly faster.
 
     Where transfers weigh more than the kernels, a less even layout of fewer or better spread rows can be. One whose
     busiest rank computes too long alone is not looked at.
     """
-    costs, hardware, *_ = choices
-    size = keys.q_placement.total_seqlen, keys.q_placement.cp_size
+    if asked.gain_ms(best) < _PLAIN_MS:
+        return best
+    size = best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
     for place in (place_contiguous, place_zigzag):
         placement = share_equally(place(*size)) if equal_shards else place(*size)
         plain = keys_schedule(slices, placement)
         areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1]).astype(np.float64)
-        least = sum(
-            hardware.kernel_seconds(areas, np.ones(size[1]), costs.heads, backward=backward).max()
-            for backward in (False, True)
-        )
-        if least < _PLAIN_SECONDS * staging.seconds:
-            draft = Draft.of(plain, placement, placement)
-            found = draft.staging(*choices)
-            if found.seconds < _PLAIN_SECONDS * staging.seconds:
-                staging, keys = found, draft
-    return staging, keys
+        if asked.least(areas) < _PLAIN_SECONDS * best.seconds:
+            found = asked.staged(Draft.of(plain, placement, placement))
+            if found.seconds < _PLAIN_SECONDS * best.seconds:
+                best = found
+    return best
+
+
+def _or_tiles(keys: _Staged, slices: SliceTable, asked: _Asked) -> _Staged:
+    """The draft at hand, or tiles where queries travel and that is faster.
+
+    Looked at only where it may pay for the look: a query row is the dearer beside a key row, the less tiles save. Where
+    the estimate prefers them it is checked by simulation, as it knows little of who waits for whom.
+    """
+    costs, total, cp_size = asked.costs, keys.draft.q_placement.total_seqlen, keys.draft.q_placement.cp_size
+    may_save = _TILES_SHARE * costs.kv / costs.q * asked.gain_ms(keys)
+    if cp_size <= 2 or may_save < _TILES_MS * math.log2(cp_size):
+        return keys
+    tiles = asked.staged(_tiles(slices, total, cp_size, costs))
+    if tiles.seconds >= _NEAR * keys.seconds:
+        return keys
+    if not asked.worth_checking([tiles, keys], expected=1 - tiles.seconds / keys.seconds):
+        return tiles if tiles.seconds < TILES_SECONDS * keys.seconds else keys
+    return min((keys, tiles), key=asked.simulated)
+
+
+def _or_stages(best: _Staged, asked: _Asked) -> _Staged:
+    """The draft at hand, with one stage more or less where simulation prefers that, and is worth its time."""
+    count = len(best.staging.weights)
+    if asked.num_stages is not None or not count or not asked.worth_checking([best] * 3):
+        return best
+    counts = [other for other in (count - 1, count + 1) if 1 <= other <= MAX_STAGES]
+    others = [asked._replace(num_stages=other).staged(best.draft) for other in counts]
+    return min([best, *(one for one in others if one.seconds < _NEAR * best.seconds)], key=asked.simulated)
 
 
 def row_ms(costs: RowCosts, hardware: Hardware, ranks_per_node: int | None) -> float:

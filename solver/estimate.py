@@ -16,7 +16,7 @@ import numpy as np
 from .clock import LATE_SHARE, Clock
 from .cost import FloatArray, Hardware, Heads
 from .placement import Placement
-from .routes import Intervals, LinkRows, link_rows, rows_missing, rows_owned
+from .routes import Intervals, LinkRows, link_rows, merge_intervals, rows_missing, rows_owned, runs_needed
 from .slices import IntArray, SliceTable
 
 # Factors by which the first and the last stage may be smaller than the others.
@@ -30,14 +30,19 @@ _PATIENCE = 2
 class Load:
     """What a schedule asks of every rank, each [cp_size].
 
-    areas, num_slices: visible pairs and slices. own_share: of its pairs, those on keys that it owns.
-    guest_share: those of queries that it receives. merged: rows of queries that see keys which it does not own,
+    areas: visible pairs. own_slices, far_slices: slices with keys that it owns, and with others; gaps, cuts: so many
+    more there are of the latter in one stage, as what is fetched has gaps, and in each of several stages, whose edges
+    cut slices apart. own_share: of its pairs, those on keys that it
+    owns. guest_share: those of queries that it receives. merged: rows of queries that see keys which it does not own,
     fetched: rows of those keys. keys, queries: rows on its links; two_level: these go between nodes and then inside
     them, else at once.
     """
 
     areas: IntArray
-    num_slices: IntArray
+    own_slices: IntArray
+    far_slices: IntArray
+    gaps: FloatArray
+    cuts: FloatArray
     own_share: FloatArray
     guest_share: FloatArray
     merged: FloatArray
@@ -66,13 +71,23 @@ class Load:
         size = q_placement.cp_size
         q_needed = np.bincount(queries.ranks, queries.ends - queries.starts, size)
         owned = k_placement.num_tokens
-        far = tasks.k1 - tasks.k0 - rows_owned(Intervals(task_ranks, tasks.k0, tasks.k1), k_placement)
+        owned_by_task = rows_owned(Intervals(task_ranks, tasks.k0, tasks.k1), k_placement)
+        far = tasks.k1 - tasks.k0 - owned_by_task
         # As many rows as see the first so many keys.
-        merged = np.clip(tasks.k0 + far - tasks.lo - tasks.q0, 0, tasks.q1 - tasks.q0) * (far > 0)
+        last = np.clip(tasks.k0 + far - tasks.lo, tasks.q0, tasks.q1)
+        merged = merge_intervals(task_ranks, tasks.q0, np.where(far > 0, last, tasks.q0))
+        # Each sender's rows are divided between stages: two edges, at which as many slices are cut as see one row.
+        senders = np.minimum(np.bincount(keys.ranks, runs_needed(keys, k_placement)[1], size), size - 1)
+        fetched = np.bincount(keys.ranks[rows_owned(keys, k_placement) < keys.ends - keys.starts], minlength=size)
+        gaps = np.clip(fetched + np.bincount(k_placement.owners, minlength=size) - 2, 0, senders)
+        seen_by = np.bincount(task_ranks, far, size) / np.maximum(k_missing, 1)
         return cls(
             areas=np.bincount(task_ranks, tasks.areas(), size).astype(np.int64),
-            num_slices=np.bincount(task_ranks, minlength=size),
-            merged=np.bincount(task_ranks, merged, size).astype(np.float64),
+            own_slices=np.bincount(task_ranks, owned_by_task > 0, size).astype(np.int64),
+            far_slices=np.bincount(task_ranks, far > 0, size).astype(np.int64),
+            gaps=gaps * seen_by,
+            cuts=senders * seen_by,
+            merged=np.bincount(merged.ranks, merged.ends - merged.starts, size).astype(np.float64),
             fetched=k_missing.astype(np.float64),
             own_share=owned / np.maximum(owned + k_missing, 1),
             guest_share=q_missing / np.maximum(q_needed, 1),
@@ -129,21 +144,23 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
     own = np.broadcast_to(load.own_share, shape)
     sides = {"own": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
 
-    def kernel(part: FloatArray, *, backward: bool) -> FloatArray:
+    far_slices = [load.far_slices * share + (load.cuts if len(shares) > 1 else load.gaps) for share in shares]
+
+    def kernel(part: FloatArray, slices: FloatArray, *, backward: bool) -> FloatArray:
         """Seconds on a part of the pairs."""
-        slices = np.where(part > 0, load.num_slices, 0)
+        slices = np.where(part > 0, np.maximum(slices, 1), 0)
         return hardware.kernel_seconds(load.areas * part, slices, heads, backward=backward)
 
     total = np.zeros(shape[0])
     for backward in (False, True):
-        kernels = [{name: kernel(own * side, backward=backward) for name, side in sides.items()}]
+        kernels = [{name: kernel(own * side, load.own_slices, backward=backward) for name, side in sides.items()}]
         if backward and len(shares):
             for name, part in (("own", 1 - LATE_SHARE), ("late", LATE_SHARE)):
-                kernels[0][name] = kernel(own * sides["own"] * part, backward=True)
-        for share in shares:
+                kernels[0][name] = kernel(own * sides["own"] * part, load.own_slices * part, backward=True)
+        for share, slices in zip(shares, far_slices, strict=True):
             merging = hardware.merge_seconds(load.merged, load.fetched * share, heads, backward=backward)
             kernels.append({
-                name: kernel((1 - own) * share * side, backward=backward) + side * merging
+                name: kernel((1 - own) * share * side, slices, backward=backward) + side * merging
                 for name, side in sides.items()
             })
         clock = Clock(shape, 2 if load.two_level else 1, hardware.transfer_load)
