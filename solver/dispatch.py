@@ -36,8 +36,10 @@ _TILES_SHARE, _TILES_MS = 0.5, 1.0
 _CHECK_MS, _CHECK_ROUTE_MS, _CHECK_GAIN = 2.5, 1e-3, 0.05
 # What is estimated to take so many times as long as the best may still be faster.
 _NEAR = 1.03
+# What is so much slower in as many stages as the best has is not faster in another number of them.
+_HOPELESS = 1.15
 # Plain layouts are looked at where there is so much to gain.
-_PLAIN_MS = 1.0
+_PLAIN_MS = 2.5
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
@@ -76,7 +78,7 @@ def make_dispatch_plan(
         num_stages: parts in which remote keys are fetched; None chooses. Their sizes are chosen.
         schedule: "keys": queries are computed where they lie, and only keys and values travel.
             "tiles": each rank computes a tile of queries x keys and queries travel too. "auto":
-            tiles where they move fewer bytes and are estimated to be faster. Tiles bring their own layout,
+            tiles where they are predicted to be faster. Tiles bring their own layout,
             so they go only with layout "balanced" and self-attention.
         costs: what a query row and a key row cost to move.
         ranks_per_node: ranks that share a node, in a two-level network; None: one level.
@@ -148,6 +150,12 @@ class _Asked(NamedTuple):
     def staged(self, draft: Draft) -> _Staged:
         return _Staged(draft.staging(*self), draft)
 
+    def rival(self, draft: Draft, best: _Staged) -> _Staged:
+        """Staged like the best at hand, and as it suits itself only if it comes near that."""
+        count = max(len(best.staging.weights), 1) if self.num_stages is None else self.num_stages
+        alike = self._replace(num_stages=count).staged(draft)
+        return alike if alike.seconds > _HOPELESS * best.seconds else self.staged(draft)
+
     def plan(self, staged: _Staged) -> Plan:
         return staged.draft.plan(staged.staging, self.ranks_per_node)
 
@@ -209,7 +217,7 @@ def _or_plain(best: _Staged, slices: SliceTable, asked: _Asked, equal_shards: bo
         plain = keys_schedule(slices, placement)
         areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1]).astype(np.float64)
         if asked.least(areas) < _PLAIN_SECONDS * best.seconds:
-            found = asked.staged(Draft.of(plain, placement, placement))
+            found = asked.rival(Draft.of(plain, placement, placement), best)
             if found.seconds < _PLAIN_SECONDS * best.seconds:
                 best = found
     return best
@@ -225,7 +233,7 @@ def _or_tiles(keys: _Staged, slices: SliceTable, asked: _Asked) -> _Staged:
     may_save = _TILES_SHARE * costs.kv / costs.q * asked.gain_ms(keys)
     if cp_size <= 2 or may_save < _TILES_MS * math.log2(cp_size):
         return keys
-    tiles = asked.staged(_tiles(slices, total, cp_size, costs))
+    tiles = asked.rival(_tiles(slices, total, cp_size, costs), keys)
     if tiles.seconds >= _NEAR * keys.seconds:
         return keys
     if not asked.worth_checking([tiles, keys], expected=1 - tiles.seconds / keys.seconds):

@@ -374,6 +374,8 @@ def _rank_stage(
 
 def _to_buffers(table: SliceTable, q_runs: Runs, k_runs: Runs) -> SliceTable:
     """Slices cut to the tokens of two buffers and renumbered to buffer rows, in few pieces."""
+    if not len(q_runs.starts) or not len(k_runs.starts):
+        return SliceTable.empty()
     cut, dq = _to_buffer_rows(table, q_runs)
     cut = cut.shift(dq, 0).transpose()
     cut, dk = _to_buffer_rows(cut, k_runs)

@@ -48,10 +48,10 @@ class RouteTable:
         return len(self.dsts)
 
     def of_stage(self, stage: int) -> RouteTable:
-        """The routes of one stage."""
-        mine = self.stages == stage
+        """The routes of one stage, as views."""
+        first, last = np.searchsorted(self.stages, (stage, stage + 1))
         columns = (self.dsts, self.srcs, self.starts, self.ends, self.stages)
-        return RouteTable(*(column[mine] for column in columns))
+        return RouteTable(*(column[first:last] for column in columns))
 
     def num_rows(self) -> int:
         """Rows that travel, over all ranks."""
@@ -132,6 +132,11 @@ def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, o
             then fans out inside.
     """
     size = placement.cp_size
+    missing = rows_missing(needed, placement)
+    if not missing.any():
+        return LinkRows(np.zeros_like(missing), np.zeros_like(missing))
+    if size <= ranks_per_node:
+        return LinkRows(np.maximum(missing, rows_sent(needed, placement, placement)), np.zeros_like(missing))
     nodes = Placement.from_runs(
         placement.ends, placement.owners // ranks_per_node, cp_size=-(-size // ranks_per_node)
     )
@@ -142,7 +147,7 @@ def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, o
     far_in = np.bincount(needed.ranks, far, size).astype(np.int64)
     far_out = rows_sent(of_node, nodes, placement)
     near_out = rows_sent(needed, placement, placement) - far_out
-    near_in = rows_missing(needed, placement) - far_in
+    near_in = missing - far_in
     return LinkRows(np.maximum(near_in, near_out), np.maximum(far_in, far_out))
 
 

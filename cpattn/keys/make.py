@@ -65,7 +65,7 @@ def make_key(
         chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
         layout: "balanced" (even work and tokens, least traffic), "contiguous" or "zigzag".
         schedule: "keys": only keys and values travel. "tiles": each rank computes a tile of queries
-            x keys, and queries travel too. "auto": tiles where they move clearly fewer bytes.
+            x keys, and queries travel too. "auto": tiles where they are predicted to be faster.
         backend: local kernel by name; "auto": by a table of preferences; "fastest": what accepts is run on this key's
             slices and checked, and the fastest that is right on all ranks is taken, at the first call or in
             `key.prepare` (docs/backends.md).
