@@ -1,6 +1,7 @@
 """Does "auto" choose what is fastest? Seeded masks of twenty kinds, planned in every layout, schedule and stage count.
 
     python -m cpattn.launch.benchmarks.choices [--masks 300] [--limit 900] [--out launch/benchmarks/results]
+    python -m cpattn.launch.benchmarks.choices --planning     # what planning costs instead
 
 Each mask is planned by default and in each way that can be asked for; the time of both passes is the simulator's. A way
 that is predicted to take less than 0.97 of the default's time is one that "auto" should have chosen.
@@ -9,6 +10,7 @@ that is predicted to take less than 0.97 of the default's time is one that "auto
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -20,7 +22,17 @@ import numpy as np
 from cpattn.launch.benchmarks.solver_board import other_lengths, random_slices
 from cpattn.launch.benchmarks.workloads import document_lengths, prefix_tree
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.solver import HARDWARE, Heads, SliceTable, make_dispatch_plan, simulate
+from cpattn.solver import (
+    HARDWARE,
+    Heads,
+    Placement,
+    Plan,
+    SliceTable,
+    assemble_plan,
+    keys_schedule,
+    make_dispatch_plan,
+    simulate,
+)
 
 MACHINES = ("h100", "h200", "b200")
 HEADS = (Heads(32, 8), Heads(64, 8), Heads(16, 16), Heads(32, 4, 64, 64))
@@ -147,12 +159,85 @@ def table_of(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+# Tokens and ranks of new packed masks.
+PLANNED = ((8192, 2), (65536, 8), (131072, 16))
+
+
+def planning_times(num_masks: int = 12) -> list[str]:
+    """CPU milliseconds of new packed masks, medians: lowered, planned, one rank's share taken; then of `with_mask`."""
+    lines = ["| tokens | ranks | lower | plan | one rank | rows |", "|" + 6 * "---|"]
+    for total, ranks in PLANNED:
+        found = []
+        for seed in range(-3, num_masks):  # the first three warm up
+            spec = AttnMaskSpec.varlen(document_lengths(total, seed=seed % 1000))
+            with _Laps() as laps:
+                table = laps.lap(lower_mask, spec)
+                plan = laps.lap(make_dispatch_plan, table, total_seqlen=total, cp_size=ranks, schedule="auto")
+                laps.lap(plan.for_rank, 0)
+            found.append([*laps.ms, plan.kv_routes.num_rows()])
+        times = " | ".join(f"{ms:.1f}" for ms in np.median([row[:3] for row in found[3:]], axis=0))
+        lines.append(f"| {total} | {ranks} | {times} | {sum(row[3] for row in found[3:]):.0f} |")
+    return [*lines, "", *_placed_times(1 << 20, 64)]
+
+
+def _placed_times(total: int, ranks: int) -> list[str]:
+    """Masks over a placement at hand, one by one."""
+    lines = [f"| {total} tokens placed on {ranks} ranks | lower | plan | one rank |", "|" + 4 * "---|"]
+    packed = document_lengths(total)
+    placement = make_dispatch_plan(lower_mask(AttnMaskSpec.varlen(packed)), total_seqlen=total, cp_size=ranks)
+    masks = {
+        "documents": lambda: AttnMaskSpec.varlen(packed),
+        "window of 1024 in documents": lambda: AttnMaskSpec.sliding_window(packed, 1024),
+        "window of 4096": lambda: AttnMaskSpec.sliding_window(total, 4096),
+        "causal": lambda: AttnMaskSpec.causal(total),
+    }
+    for name, make in masks.items():
+        found = []
+        for _ in range(5):
+            spec = make()
+            with _Laps() as laps:
+                table = laps.lap(lower_mask, spec)
+                plan = laps.lap(_planned_over, table, placement.q_placement)
+                laps.lap(plan.for_rank, 0)
+            found.append(laps.ms)
+        lines.append(f"| {name} | {' | '.join(f'{ms:.1f}' for ms in np.median(found, axis=0))} |")
+    return lines
+
+
+def _planned_over(table: SliceTable, placement: Placement) -> Plan:
+    return assemble_plan(*keys_schedule(table, placement), placement, placement)
+
+
+class _Laps:
+    """CPU milliseconds of calls, one after the other, none of them with rubbish collected."""
+
+    def __init__(self) -> None:
+        self.ms: list[float] = []
+
+    def __enter__(self) -> _Laps:
+        gc.disable()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gc.enable()
+
+    def lap(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        result = call(*args, **kwargs)
+        self.ms.append(1e3 * (time.process_time() - started))
+        return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--masks", type=int, default=300)
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no further mask is begun")
     parser.add_argument("--out", type=Path, help="folder in which to store the table and its JSON")
+    parser.add_argument("--planning", action="store_true", help="print what planning costs on the CPU instead")
     options = parser.parse_args()
+    if options.planning:
+        print("\n".join(planning_times()))
+        return
     started, results = time.monotonic(), []
     for seed in range(options.masks):
         if time.monotonic() - started > options.limit:
