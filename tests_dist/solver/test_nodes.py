@@ -109,10 +109,11 @@ def test_the_fastest_placement_is_taken(name: str, simulated: bool, monkeypatch:
     candidates = list(place_on_nodes(table, total_seqlen=TOTAL, **options, row_ms=row_ms))
     if name == "window":  # one component: the placement for one level takes part
         candidates.append(flat.q_placement)
-    seconds = []
+    seconds = {}
     for placement in candidates:
         draft = Draft.of(keys_schedule(table, placement), placement, placement)
         staging = draft.staging(DEFAULT_COSTS, DEFAULT_HARDWARE, PER_NODE, None)
         plan = draft.plan(staging, PER_NODE)
-        seconds.append((simulate(plan).seconds if simulated else staging.seconds, plan.fingerprint))
-    assert two.fingerprint == min(seconds)[1]
+        seconds[plan.fingerprint] = simulate(plan).seconds if simulated else staging.seconds
+    # Several may be as fast.
+    assert seconds[two.fingerprint] == min(seconds.values())
