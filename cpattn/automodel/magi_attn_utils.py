@@ -39,6 +39,7 @@ from cpattn.masks.spec import AttnMaskSpec
 from cpattn.ops.attention import attention
 from cpattn.ops.layout import dispatch, position_ids
 
+from .kept_masks import keep_masks
 from .local_masks import NO_WINDOW, document_segments, normal_window, spec_of_segments
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def magi_prepare_batch(
 
     Args:
         model: the causal language model, possibly wrapped.
-        batch: input_ids [B, S] (or [T] with cu_seqlens); where there are, attention_mask, position_ids,
+        batch: input_ids [B, S] (or [T] with cu_seqlens); where there are, attention_mask or padding_mask, position_ids,
             labels (shifted already), and documents as cu_seqlens, seq_lens or restarting positions. The
             active mask (`set_active_attn_spec`), if it is set, takes the place of the causal one.
         cp_group: the ranks that share the batch.
@@ -317,6 +318,7 @@ def magi_prepare_batch(
     """
     shard = _shard_text(model, batch, cp_group, chunk_size)
     new_batch = {**_other_entries(batch, shard), **shard.inputs}
+    new_batch.pop("padding_mask", None)  # said by attention_mask; transformers' layers know no such argument
     shard.inputs = {}  # the shard lives on with the graph, the batch need not
     if shard.targets is not None:
         new_batch["labels"] = shard.targets
@@ -415,16 +417,15 @@ def _packed_cp_doc_seqlens(batch: dict, total_len: int) -> list:
     return lengths
 
 
-def _parallel(model: nn.Module, cp_group: Any, chunk_size: int) -> ContextParallel:
-    from cpattn.integrations.hf_model import unwrapped
+def _parallel(model: nn.Module, cp_group: Any, chunk_size: int, check: bool = True) -> ContextParallel:
     from cpattn.integrations.transformers import ContextParallel
 
+    keep_masks(model)
     # The probe is for transformers' models; of a custom one the next step says if no layer used the mask.
-    probed = hasattr(getattr(unwrapped(model), "config", None), "to_dict")
-    return ContextParallel(model, cp_group, max_chunk_size=chunk_size, check=probed)
+    return ContextParallel(model, cp_group, max_chunk_size=chunk_size, check=check)
 
 
-def _shard_text(model: nn.Module, batch: dict, cp_group: Any, chunk_size: int) -> Shard:
+def _shard_text(model: nn.Module, batch: dict, cp_group: Any, chunk_size: int, check: bool = True) -> Shard:
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         raise ValueError("the batch needs input_ids [B, S]; with local_batch_size=1 that is [1, S]")
@@ -432,6 +433,7 @@ def _shard_text(model: nn.Module, batch: dict, cp_group: Any, chunk_size: int) -
     if ids.ndim == 1:
         rows = {name: value if value is None else value.reshape(1, -1) for name, value in rows.items()}
     core = {name: value for name, value in rows.items() if value is not None}
+    _mark_padding(core, batch.get("padding_mask"))
     core["shift_labels"] = core.pop("labels", None)
     spec = get_active_attn_spec()
     if spec is not None:
@@ -440,9 +442,18 @@ def _shard_text(model: nn.Module, batch: dict, cp_group: Any, chunk_size: int) -
             raise ValueError("the active mask is the whole mask and attention_mask has padding: pass one of them")
     else:
         _mark_documents(core, batch)
-    parallel = _parallel(model, cp_group, chunk_size)
+    parallel = _parallel(model, cp_group, chunk_size, check)
     parallel.has_other_modalities = False
     return parallel.shard(core, spec=spec)
+
+
+def _mark_padding(core: dict, padding: Tensor | None) -> None:
+    """What a padding_mask (True at padding: Automodel's collaters give it beside the attention_mask) masks."""
+    if padding is not None:
+        real = ~padding.reshape(core["input_ids"].shape).bool()
+        given = core.get("attention_mask")
+        if given is None or given.ndim == 2:
+            core["attention_mask"] = real if given is None else real & given.bool()
 
 
 def _mark_documents(core: dict, batch: dict) -> None:
@@ -588,7 +599,7 @@ def _require_used(model: nn.Module | None) -> None:
 
 def _prepare_rows_cp(model: nn.Module, batch: dict, cp_group: Any) -> dict:
     """Rows [B, S] of a custom model: its tokens, sharded, as one row [1, L]."""
-    shard = _shard_text(model, batch, cp_group, DEFAULT_CHUNK_SIZE)
+    shard = _shard_text(model, batch, cp_group, DEFAULT_CHUNK_SIZE, check=False)
     local = {name: shard.inputs[name] for name in ("input_ids", "position_ids")}
     if shard.targets is not None:
         local["labels"] = shard.targets
