@@ -143,10 +143,8 @@ def _batches(
             rows = int((table.q1 - table.q0).sum())
     ends.append(len(tables))
     spans = list(itertools.pairwise(ends))
-    q_rows, k_rows = (
-        rows_of_batches(size, [[_index(*side(t)) for t in tables[a:b]] for a, b in spans], device)
-        for size, side in zip(sizes, (lambda t: (t.q0, t.q1), lambda t: (t.k0, t.k1)), strict=True)
-    )
+    q_rows = rows_of_batches(sizes[0], [[_index(t.q0, t.q1) for t in tables[a:b]] for a, b in spans], device)
+    k_rows = rows_of_batches(sizes[1], [[_index(t.k0, t.k1) for t in tables[a:b]] for a, b in spans], device)
     return tuple(VarlenBatch(calls[a:b], q, k) for (a, b), q, k in zip(spans, q_rows, k_rows, strict=True))
 
 
@@ -252,8 +250,8 @@ def _merge_batches(
         if so_far is None and _is_whole(batch, num_rows) and parts[0][0].is_contiguous():
             so_far = Attending(q, parts[0][0], parts[0][1].T)
             continue
-        final = last is True and number == len(batches) - 1
-        out, before = _target(so_far and so_far.out, (*q.shape[:2], head_dim_v), q, final, in_place=last is None)
+        final, so_far_out = last is True and number == len(batches) - 1, None if so_far is None else so_far.out
+        out, before = _target(so_far_out, (*q.shape[:2], head_dim_v), q, final, in_place=last is None)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32) if so_far is None else so_far.lse
         merge_calls(out, lse, parts, batch.q_rows, fresh=fresh, before=before)
         so_far = Attending(q, out, lse)

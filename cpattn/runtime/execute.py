@@ -45,9 +45,10 @@ class Gradients(NamedTuple):
 
 
 Queries = TypeVar("Queries", Attending, Returning)
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-def _on_its_device(run: Callable[..., Any]) -> Any:
+def _on_its_device(run: Run) -> Run:
     """A pass with the device of its rows, the second argument, as the current one: some kernels launch there."""
 
     @wraps(run)
@@ -55,7 +56,7 @@ def _on_its_device(run: Callable[..., Any]) -> Any:
         with current_device(rows.device):
             return run(plan, rows, *rest)
 
-    return run_there
+    return cast(Run, run_there)
 
 
 @_on_its_device
