@@ -15,6 +15,7 @@ from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.interpreter import needs_interpreter, quicken
 from tests_dist.support.masks import MASKS
 from tests_dist.support.oracle import Results, make_inputs, oracle
+from tests_dist.support.profiles import each_once
 from tests_dist.support.rank_cases import run_attention
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -52,8 +53,7 @@ def test_a_sum_that_travels_is_rounded_once(backend: str) -> None:
                 torch.testing.assert_close(came, sums, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mask", ["causal", "varlen", "holes"])
+@each_once(way=WAYS, mask=["varlen", "holes", "causal"])
 def test_error_of_keys_gradients(mask: str, way: str) -> None:
     """fp32 inputs: out, lse and dq are the same bits; dk and dv are off by no more than bf16's rounding at each hop."""
     spec = MASKS[mask]

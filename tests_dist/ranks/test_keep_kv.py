@@ -16,6 +16,7 @@ from cpattn import AttnMaskSpec
 from tests_dist.support.compile_cases import CountingCompiler
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.oracle import make_inputs
+from tests_dist.support.profiles import grid
 
 HEADS, DIM = (4, 2), 16
 
@@ -52,9 +53,7 @@ def keep_on_rank(spec: AttnMaskSpec, options: dict[str, Any], dtype: torch.dtype
     return counts
 
 
-@pytest.mark.parametrize("wire", [None, "e4m3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_stages", [1, 3])
+@grid(num_stages=[1, 3], dtype=[torch.float32, torch.bfloat16], wire=[None, "e4m3"])
 def test_backward_fetches_no_keys_again(num_stages, dtype, wire):
     """Backward without keeping: keys and their gradients; with it the gradients alone."""
     options = {"num_stages": num_stages, "schedule": "keys", "wire": wire}

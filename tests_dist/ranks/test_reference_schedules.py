@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from cpattn.launch.benchmarks import schedules, step
 from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.profiles import each_once
 
 CASES = ["causal:515", "packed:700", "window:2311"]
 
@@ -26,8 +27,7 @@ def errors_on_rank(name: str) -> dict[str, float]:
     return {s.name: step.relative_error(s.run(*(t[torch.from_numpy(s.rows)] for t in whole)), truth, s) for s in mine}
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("cp_size", [2, 4])
+@each_once(name=CASES, cp_size=[4, 2])
 def test_references_are_exact(name, cp_size):
     for errors in run_on_ranks(cp_size, errors_on_rank, name):
         assert max(errors.values()) < 2e-6, errors

@@ -132,15 +132,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @each_once(
     ranks=[
-        (3, "keys"),
-        (3, "tiles"),
         (8, "two levels"),
-        (4, "heads"),
-        (4, "wire"),
-        (8, "keys"),
         (4, "tiles on two levels"),
-        (4, "two levels"),
+        (4, "wire"),
+        (3, "keys"),
         (2, "keys"),
+        (8, "keys"),
+        (4, "heads"),
+        (3, "tiles"),
+        (4, "two levels"),
     ],
     mask=["causal", "varlen", "prefix_tree", "one_token", "all_blind", "cross"],
 )
