@@ -75,6 +75,9 @@ def plan_command(
     num_stages: StagesOption = None,
     head_degree: DegreeOption = 1,
     search_effort: Annotated[int, typer.Option(help="Search, in units of 100 ms; 0: as long as it pays.")] = 0,
+    relays: Annotated[
+        bool | None, typer.Option(help="Ranks pass on rows that others need as well; default: where it is faster.")
+    ] = None,
     hardware: Annotated[str, typer.Option(help=f"{', '.join(HARDWARE)}, or a file of cpattn calibrate.")] = "h100",
     limit: Annotated[float, typer.Option(min=0, help="Seconds after which to give up; 0: never.")] = LIMIT_S,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this folder, as PNG and PDF.")] = None,
@@ -99,6 +102,7 @@ def plan_command(
             _nodes(ranks_per_node, ranks, machine),
             search_effort,
             machine,
+            relays=relays,
         )
         asked = f"{mask.words()}; {heads.words()}"
         layers = mixers.read()
@@ -233,13 +237,14 @@ def _nodes(asked: int | None, ranks: int, hardware: Hardware) -> int | None:
 def _table(answer: Answer) -> Grid:
     report, plan, degree = answer.report, answer.plan, answer.step.head_degree
     kind = "queries and keys travel" if report.moves_queries else "keys travel"
+    travel = ", rows travel on" if plan.relays else ""
     levels = f"{report.ranks_per_node} ranks to a node" if 1 < report.ranks_per_node < report.cp_size else "one level"
     on = f"{report.cp_size:,} ranks ({levels})"
     if degree > 1:
         on = f"{report.cp_size:,} x {degree} ranks ({levels}), rows below are those of {degree} ranks that share heads"
     table = Grid(
         ("", "mean", "max", "max / mean", "bound on max", "max / bound"),
-        title=f"{report.seqlen_q:,} x {report.seqlen_k:,} tokens on {on}: {kind}",
+        title=f"{report.seqlen_q:,} x {report.seqlen_k:,} tokens on {on}: {kind}{travel}",
         caption=f"{answer.asked}; {answer.hardware.name}; bytes and time: forward + backward; planned in "
         f"{answer.cpu_seconds:.2f} CPU s",
     )

@@ -30,6 +30,7 @@ from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_t
 from .place.equal import require_divisible
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import (
+    Draft,
     Exchange,
     Plan,
     RankPlan,
@@ -79,6 +80,7 @@ __all__ = [
     "BytesBound",
     "Convolution",
     "Cropped",
+    "Draft",
     "Exchange",
     "FragmentTable",
     "Hardware",

@@ -88,7 +88,7 @@ class Arrival(NamedTuple):
 class Clock:
     """Time on every rank while a pass is replayed.
 
-    shape: [..., cp_size]; several passes may be replayed at once. num_hops: of an exchange, 1 or 2; so many
+    shape: [..., cp_size]; several passes may be replayed at once. num_hops: of an exchange; so many
     exchanges of one kind are under way at once. transfer_load: as in `Hardware`; a rank owes that share of its
     transfers' time, and pays with the next compute or by waiting.
     """
@@ -125,13 +125,14 @@ class Clock:
             return self._send(f"keys {number}", stages[number - 1], kv_bytes) if number <= len(stages) else None
 
         guests = self._send("queries", queries, out_bytes)
-        fetches = deque(fetch(number) for number in (1, 2))
+        ahead = max(2, self.depth)
+        fetches = deque(fetch(number) for number in range(1, ahead + 1))
         homeward: deque[Arrival | None] = deque()
         for number, sides in enumerate(kernels):
             if number:
                 self._take(fetches.popleft())
-                # On one level the second is under way already.
-                if number + self.depth > 2:
+                # With one hop the second is under way already.
+                if number + self.depth > ahead:
                     fetches.append(fetch(number + self.depth))
             # Guests come last in the first stage, when they are on their way, and first in the others.
             for side in sorted(sides.keys() - {"late"}, reverse=number == 0):

@@ -65,6 +65,7 @@ def make_dispatch_plan(
     search_effort: int = 0,
     hardware: Hardware = DEFAULT_HARDWARE,
     equal_shards: bool = False,
+    relays: bool | None = None,
 ) -> Plan:
     """Plan attention under a mask for every rank of a group.
 
@@ -86,6 +87,9 @@ def make_dispatch_plan(
             100 ms each, the same result on every rank). 0: as long as a step may gain by it, one unit at most.
         hardware: speeds by which that, placement on two levels, schedule and stages are chosen.
         equal_shards: every rank owns as many tokens.
+        relays: whether ranks pass on rows that others need as well (`solver.relays`); over nodes where there are any,
+            and those of `hardware` if ranks_per_node is None. None: where owners would send more than any rank
+            receives, and it is estimated to be faster.
 
     Raises:
         ValueError: a size is out of range, the layout is unknown, or the tokens cannot be shared equally.
@@ -100,7 +104,7 @@ def make_dispatch_plan(
             f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
             f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
         )
-    asked = _Asked(costs, hardware, ranks_per_node, num_stages)
+    asked = _Asked(costs, hardware, ranks_per_node, num_stages, relays)
     if schedule == "tiles":
         return asked.plan(asked.staged(_tiles(slices, total_seqlen, cp_size, costs)))
     if layout == "balanced" and total_seqlen_k is None:
@@ -123,6 +127,7 @@ def make_dispatch_plan(
             placed = share_equally(placed[0]), share_equally(placed[1])
         drafts = [Draft.of(keys_schedule(slices, placed[0]), *placed)]
     best = _fastest([asked.staged(draft) for draft in drafts], asked)
+    best = _or_renumbered(best, asked) if can_tile else best
     if schedule == "auto" and can_tile:
         best = _or_tiles(_or_plain(best, slices, asked, equal_shards), slices, asked)
     return asked.plan(_or_stages(best, asked))
@@ -146,6 +151,7 @@ class _Asked(NamedTuple):
     hardware: Hardware
     ranks_per_node: int | None
     num_stages: int | None
+    relays: bool | None
 
     def staged(self, draft: Draft) -> _Staged:
         return _Staged(draft.staging(*self), draft)
@@ -196,6 +202,14 @@ def _fastest(staged: list[_Staged], asked: _Asked) -> _Staged:
         return staged[0]
     small = all(_routes(one) <= _MOST_SIMULATED for one in staged)
     return min(staged, key=asked.simulated if small else lambda one: one.seconds)
+
+
+def _or_renumbered(best: _Staged, asked: _Asked) -> _Staged:
+    """Where rows travel on over nodes that the placement did not know, ranks that need the same keys share a node."""
+    if best.staging.relays < 2 or asked.ranks_per_node is not None:
+        return best
+    near = asked.staged(best.draft.renumbered())
+    return near if near.seconds < best.seconds else best
 
 
 def _routes(staged: _Staged) -> int:

@@ -35,7 +35,7 @@ class Load:
     cut slices apart. own_share: of its pairs, those on keys that it
     owns. guest_share: those of queries that it receives. merged: rows of queries that see keys which it does not own,
     fetched: rows of those keys. keys, queries: rows on its links; two_level: these go between nodes and then inside
-    them, else at once.
+    them, else at once. relays: they travel on.
     """
 
     areas: IntArray
@@ -50,6 +50,11 @@ class Load:
     keys: LinkRows
     queries: LinkRows
     two_level: bool
+    relays: bool = False
+
+    @property
+    def num_hops(self) -> int:
+        return 1 + self.two_level + self.relays
 
     @classmethod
     def of(
@@ -98,10 +103,14 @@ class Load:
 
 
 class Staging(NamedTuple):
-    """Weights of the stages in which remote keys travel, and the time of both passes."""
+    """Weights of the stages in which remote keys travel, and the time of both passes.
+
+    relays: 0: owners send rows to all who need them. Else rows travel on, over nodes of so many ranks (1: no nodes).
+    """
 
     weights: tuple[int, ...]
     seconds: float
+    relays: int = 0
 
 
 def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable[int]) -> Staging:
@@ -163,7 +172,7 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
                 name: kernel((1 - own) * share * side, slices, backward=backward) + side * merging
                 for name, side in sides.items()
             })
-        clock = Clock(shape, 2 if load.two_level else 1, hardware.transfer_load)
+        clock = Clock(shape, load.num_hops, hardware.transfer_load)
         clock.run(
             kernels,
             queries,
@@ -192,7 +201,11 @@ class _EstimatedWire(NamedTuple):
     def seconds(self, row_bytes: int) -> FloatArray:
         near = self.hardware.within.seconds(self.rows.within * self.share * row_bytes)
         far = self.hardware.across.seconds(self.rows.across * self.share * row_bytes)
-        return near + far if self.two_level else np.maximum(near, far)
+        seconds = near + far if self.two_level else np.maximum(near, far)
+        if self.rows.before is not None:
+            link = self.hardware.across if self.rows.across.any() else self.hardware.within
+            seconds += link.seconds(self.rows.before * self.share * row_bytes)
+        return seconds
 
     def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
         rows = self.rows.within if self.two_level else self.rows.within + self.rows.across

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .place.queues import place_by_density
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import DEFAULT_COSTS, Plan, assemble_plan
+from .plan import DEFAULT_COSTS, Draft, Plan
 from .routes import runs_needed, tokens_needed
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .simulate import simulate
@@ -69,6 +68,7 @@ def make_joint_plans(
     costs: RowCosts = DEFAULT_COSTS,
     hardware: Hardware = DEFAULT_HARDWARE,
     equal_shards: bool = False,
+    relays: bool | None = None,
 ) -> JointPlans:
     """Plans for several masks of self-attention over the same tokens, with one placement for all.
 
@@ -83,7 +83,7 @@ def make_joint_plans(
         layout: "balanced" for all masks together, or "contiguous" or "zigzag" by name.
         schedule: "keys": queries are computed where they lie. "auto": those of one mask may move.
         total_seqlen, cp_size, chunk_size, num_stages, ranks_per_node, search_effort, costs, hardware,
-            equal_shards: as in `make_dispatch_plan`.
+            equal_shards, relays: as in `make_dispatch_plan`.
 
     Raises:
         ValueError: no masks, weights that are not one finite number above 0 for each, a size out of
@@ -114,13 +114,15 @@ def make_joint_plans(
         by_name = {"contiguous": place_contiguous, "zigzag": place_zigzag}
         placement = by_name[layout](total_seqlen, cp_size)
         candidates = [_Candidate.of(masks, share_equally(placement) if equal_shards else placement)]
-    assemble = partial(
-        assemble_plan, num_stages=num_stages, ranks_per_node=ranks_per_node, costs=costs, hardware=hardware
-    )
+
+    def assemble(schedule: Schedule, placement: Placement) -> Plan:
+        draft = Draft.of(schedule, placement, placement)
+        return draft.plan(draft.staging(costs, hardware, ranks_per_node, num_stages, relays), ranks_per_node)
+
     best: tuple[float, JointPlans] | None = None
     for candidate in _in_balance(candidates, weights, chunk_size):
         placement = candidate.placement
-        plans = tuple(assemble(*each, placement, placement) for each in candidate.schedules)
+        plans = tuple(assemble(each, placement) for each in candidate.schedules)
         timelines = (simulate(plan, hardware, costs.heads) for plan in plans)
         seconds = sum(weight * timeline.seconds for weight, timeline in zip(weights, timelines, strict=True))
         if best is None or seconds < best[0]:

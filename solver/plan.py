@@ -7,7 +7,6 @@ A `Plan` is pure data, equal on every rank and independent of process groups and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,15 +15,16 @@ import numpy as np
 from .cost import DEFAULT_HARDWARE, Hardware, RowCosts, row_costs
 from .estimate import Load, Staging, choose_stages
 from .placement import Placement
+from .relays import hop_tables, numbers_by_need, relayed_link_rows
 from .routes import (
     Intervals,
     RouteTable,
     make_routes,
     most_shared_stages,
     rows_missing,
+    rows_sent,
     runs_needed,
     tokens_needed,
-    two_level_routes,
 )
 from .schedule import Schedule
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
@@ -34,6 +34,8 @@ DEFAULT_COSTS = row_costs(32, 8, 128, 128)
 # More stages than this split the remote keys into tiles too small to be worth it.
 MAX_STAGES = 8
 _FEW_STAGES = 3
+# Rows travel on where owners would send so much more than any rank receives, and that is estimated to be faster.
+SENDS_MUCH, RELAYS_SECONDS = 1.2, 0.99
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +84,7 @@ class RankPlan:
 
     q_runs, k_runs: its tokens as global [start, end) runs, [n, 2]; its rows are these, in order.
     queries: the hops of the exchange that brings the queries of other ranks; partial results go back
-        along it. One hop, or two on a two-level network; a hop sends rows of
+        along it. One hop, and one more each on a two-level network and where rows travel on; a hop sends rows of
         [local rows, rows received in the hop before], and the last one delivers.
     stages: that of own keys, then the remote ones in order.
     """
@@ -97,6 +99,13 @@ class RankPlan:
     stages: tuple[RankStage, ...]
 
 
+class RowsMoved(NamedTuple):
+    """Rows that each rank receives from others and sends to others, [cp_size]."""
+
+    received: IntArray
+    sent: IntArray
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Distributed attention under one mask, for every rank.
@@ -108,6 +117,7 @@ class Plan:
     ranks_per_node: ranks r with equal r // ranks_per_node share a node: rows go between nodes once
         per node and then fan out. As many as there are ranks (or 1) is a network of one level.
     fingerprint: hex digest of all of it; ranks with equal fingerprints execute matching collectives.
+    relays: whether ranks pass on rows that they need, so that their owners need not send them to all (`relays`).
     """
 
     q_placement: Placement
@@ -119,6 +129,7 @@ class Plan:
     num_stages: int
     ranks_per_node: int
     fingerprint: str
+    relays: bool = False
 
     @property
     def cp_size(self) -> int:
@@ -131,7 +142,8 @@ class Plan:
             ValueError: it is not.
         """
         placements, routes = (self.q_placement, self.k_placement), (self.q_routes, self.kv_routes)
-        found = _fingerprint(self.tasks, self.task_ranks, *placements, *routes, self.num_stages, self.ranks_per_node)
+        by = _ways(self.num_stages, self.ranks_per_node, self.relays)
+        found = _fingerprint(self.tasks, self.task_ranks, *placements, *routes, *by)
         if found != self.fingerprint:
             raise ValueError(
                 f"the plan's contents have the fingerprint {found} and it says {self.fingerprint}: it was damaged or "
@@ -170,13 +182,27 @@ class Plan:
         self, routes: RouteTable, stage: int, placement: Placement, rank: int
     ) -> tuple[tuple[Exchange, ...], Runs]:
         """The exchange of one stage for one rank, hop by hop, and what it delivers."""
-        routes = routes.of_stage(stage)
-        if not 1 < self.ranks_per_node < self.cp_size:
-            return (exchange_of(routes, placement, rank),), received_runs(routes, rank)
-        across, within = two_level_routes(routes, self.ranks_per_node)
-        landed = received_runs(across, rank)
-        first = exchange_of(across, placement, rank)
-        return (first, exchange_of(within, placement, rank, landed)), received_runs(within, rank)
+        tables = self.hops(routes.of_stage(stage))
+        runs = [received_runs(table, rank) for table in tables]
+        landed = (None, *runs[:-1])
+        return tuple(exchange_of(t, placement, rank, held) for t, held in zip(tables, landed, strict=True)), runs[-1]
+
+    def key_rows_moved(self) -> RowsMoved:
+        """Key rows that each rank moves: to and from each rank that needs them, or where they travel on, hop by hop."""
+        routes = (self.kv_routes.of_stage(stage) for stage in range(self.num_stages))
+        tables = [table for each in routes for table in self.hops(each)] if self.relays else [self.kv_routes]
+        away = [(t, (t.ends - t.starts) * (t.srcs != t.dsts)) for t in tables]
+        received, sent = (
+            sum((np.bincount(getattr(t, side), rows, self.cp_size) for t, rows in away), np.zeros(self.cp_size))
+            for side in ("dsts", "srcs")
+        )
+        return RowsMoved(received.astype(np.int64), sent.astype(np.int64))
+
+    def hops(self, routes: RouteTable) -> tuple[RouteTable, ...]:
+        """The hops in which rows travel these routes of the plan: `hop_tables`."""
+        return hop_tables(
+            routes, cp_size=self.cp_size, ranks_per_node=self.ranks_per_node, relays=self.relays
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,32 +225,62 @@ class Draft:
         """The draft of a schedule over rows placed as given."""
         return cls(*schedule, q_placement, k_placement, *tokens_needed(*schedule))
 
+    def renumbered(self) -> Draft:
+        """The same with ranks that need the same keys next to each other; queries and keys must be placed alike."""
+        placement = self.k_placement
+        number = numbers_by_need(self.keys, placement.cp_size)
+        placement = Placement.from_runs(placement.ends, number[placement.owners], cp_size=placement.cp_size)
+        return Draft.of(Schedule(self.tasks, number[self.task_ranks]), placement, placement)
+
     def bytes_moved(self, costs: RowCosts) -> int:
         """Bytes that travel in both passes, over all ranks."""
         q_rows, kv_rows = rows_missing(self.queries, self.q_placement), rows_missing(self.keys, self.k_placement)
         return int(q_rows.sum()) * costs.q + int(kv_rows.sum()) * costs.kv
 
     def staging(
-        self, costs: RowCosts, hardware: Hardware, ranks_per_node: int | None, num_stages: int | None
+        self,
+        costs: RowCosts,
+        hardware: Hardware,
+        ranks_per_node: int | None,
+        num_stages: int | None,
+        relays: bool | None = False,
     ) -> Staging:
         """How remote keys travel best, in any number of stages or the given one, and the estimated time.
+
+        relays: whether rows travel on; None: where that is estimated to be faster, and owners would send too much.
 
         Raises:
             ValueError: cp_size is no multiple of ranks_per_node.
         """
         load = self._load(hardware, ranks_per_node)
         if not load.keys.within.any() and not load.keys.across.any():
-            counts: Iterable[int] = (0,)
-        else:
-            counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
-        return choose_stages(load, costs.heads, hardware, counts)
+            return choose_stages(load, costs.heads, hardware, (0,))
+        counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
+        at_once = None if relays else choose_stages(load, costs.heads, hardware, counts)
+        if at_once is not None and (relays is False or not self._sends_much()):
+            return at_once
+        nodes = self._relay_nodes(hardware, ranks_per_node)
+        load = self._load(hardware, None if nodes == 1 else nodes, relays=True)
+        found = choose_stages(load, costs.heads, hardware, counts)._replace(relays=nodes)
+        return found if at_once is None or found.seconds < RELAYS_SECONDS * at_once.seconds else at_once
 
-    def _load(self, hardware: Hardware, ranks_per_node: int | None) -> Load:
+    def _sends_much(self) -> bool:
+        """Whether a rank sends clearly more rows than any receives."""
+        sent = rows_sent(self.keys, self.k_placement, self.k_placement).max()
+        return bool(sent > SENDS_MUCH * rows_missing(self.keys, self.k_placement).max())
+
+    def _relay_nodes(self, hardware: Hardware, ranks_per_node: int | None) -> int:
+        """Ranks of the nodes over which rows travel on: the plan's, else the hardware's; 1 where there are none."""
+        size = self.k_placement.cp_size
+        nodes = hardware.ranks_per_node if ranks_per_node is None else _ranks_per_node(ranks_per_node, size)
+        return nodes if nodes < size and size % nodes == 0 else 1
+
+    def _load(self, hardware: Hardware, ranks_per_node: int | None, *, relays: bool = False) -> Load:
         """What each rank computes and moves."""
         cp_size = self.q_placement.cp_size
         per_node = _ranks_per_node(ranks_per_node, cp_size)
         two_level = 1 < per_node < cp_size
-        return Load.of(
+        load = Load.of(
             self.tasks,
             self.task_ranks,
             self.queries,
@@ -235,6 +291,12 @@ class Draft:
             ranks_per_node=per_node if two_level else hardware.ranks_per_node,
             two_level=two_level,
         )
+        if not relays:
+            return load
+        sides = ((self.queries, self.q_placement), (self.keys, self.k_placement))
+        nodes = per_node if two_level else hardware.ranks_per_node
+        queries, keys = (relayed_link_rows(*side, nodes, once_per_node=two_level) for side in sides)
+        return replace(load, queries=queries, keys=keys, relays=True)
 
     def num_runs(self) -> int:
         """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""
@@ -247,8 +309,8 @@ class Draft:
 
     def plan(self, staging: Staging, ranks_per_node: int | None) -> Plan:
         """The plan whose remote keys travel so; raises as `staging`."""
-        cp_size = self.q_placement.cp_size
-        ranks_per_node = _ranks_per_node(ranks_per_node, cp_size)
+        cp_size, relays = self.q_placement.cp_size, staging.relays > 0
+        ranks_per_node = _ranks_per_node(staging.relays if staging.relays > 1 else ranks_per_node, cp_size)
         num_stages = len(staging.weights)
         same_node = ranks_per_node if 1 < ranks_per_node < cp_size else 1
         q_routes = make_routes(self.queries, self.q_placement)
@@ -264,7 +326,10 @@ class Draft:
             kv_routes=kv_routes,
             num_stages=num_stages,
             ranks_per_node=ranks_per_node,
-            fingerprint=_fingerprint(*tasks, *placements, q_routes, kv_routes, num_stages, ranks_per_node),
+            fingerprint=_fingerprint(
+                *tasks, *placements, q_routes, kv_routes, *_ways(num_stages, ranks_per_node, relays)
+            ),
+            relays=relays,
         )
 
 
@@ -345,19 +410,33 @@ def exchange_of(
     landed: rows that an earlier hop brought; they lie behind the local rows and may be sent on.
     """
     sent, received = routes.srcs == rank, routes.dsts == rank
-    starts, lengths = routes.starts[sent], (routes.ends - routes.starts)[sent]
-    run = np.searchsorted(placement.ends, starts, side="right")
-    rows = placement.local_starts[run] + starts - placement.starts[run]
+    starts, ends = routes.starts[sent], routes.ends[sent]
+    held = _own_runs(placement, rank)
     if landed is not None and len(landed.starts):
-        at = np.searchsorted(landed.starts, starts, side="right") - 1
-        forwarded = int(placement.num_tokens[rank]) + landed.offsets[at] + starts - landed.starts[at]
-        rows = np.where(placement.owners[run] == rank, rows, forwarded)
+        held = _joined(held, landed._replace(offsets=landed.offsets + int(placement.num_tokens[rank])))
     return Exchange(
-        send_runs=np.stack([rows, rows + lengths], axis=-1),
-        send_splits=_splits(routes.dsts[sent], lengths, placement.cp_size),
+        send_runs=_rows_held(held, starts, ends),
+        send_splits=_splits(routes.dsts[sent], ends - starts, placement.cp_size),
         recv_splits=_splits(routes.srcs[received], (routes.ends - routes.starts)[received], placement.cp_size),
         active=len(routes) > 0,
     )
+
+
+def _joined(runs: Runs, others: Runs) -> Runs:
+    """Two buffers of different tokens."""
+    columns = [np.concatenate(pair) for pair in zip(runs, others, strict=True)]
+    order = np.argsort(columns[1], kind="stable")
+    return Runs(*(column[order] for column in columns))
+
+
+def _rows_held(held: Runs, starts: IntArray, ends: IntArray) -> IntArray:
+    """Where the tokens of each [start, end) lie, as runs of rows, one after the other; there may be several for one."""
+    first = np.searchsorted(held.ends, starts, side="right")
+    piece, nth = expand_counts(np.searchsorted(held.starts, ends, side="left") - first)
+    at = first[piece] + nth
+    low, high = np.maximum(starts[piece], held.starts[at]), np.minimum(ends[piece], held.ends[at])
+    result: IntArray = np.stack([low, high], axis=-1) + (held.offsets[at] - held.starts[at])[:, None]
+    return result
 
 
 def _splits(ranks: IntArray, lengths: IntArray, cp_size: int) -> tuple[int, ...]:
@@ -394,6 +473,11 @@ def _to_buffer_rows(table: SliceTable, runs: Runs) -> tuple[SliceTable, IntArray
     cut, kept = SliceTable(rows).canonical()
     run = run[kept]
     return cut, runs.offsets[run] - runs.starts[run]
+
+
+def _ways(num_stages: int, ranks_per_node: int, relays: bool) -> tuple[int, ...]:
+    """How rows travel, for the fingerprint."""
+    return (num_stages, ranks_per_node, 1) if relays else (num_stages, ranks_per_node)
 
 
 # Odd, about 2**61 over the golden ratio: weights of neighbouring rows differ in all bits (int64 wraps round).

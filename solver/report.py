@@ -44,7 +44,7 @@ class PlanReport:
 
     *_bound: what no plan as balanced as this one falls below (`solver.bounds`); kv_rows_bound is for
     plans that move keys only. kv_rows_sent_worst: the busiest sender, which on one-level networks can
-    be slower than the busiest receiver.
+    be slower than the busiest receiver. relays: whether rows travel on.
     """
 
     cp_size: int
@@ -54,6 +54,7 @@ class PlanReport:
     num_tasks: int
     num_stages: int
     ranks_per_node: int
+    relays: bool
     imbalance: float
     tokens_min: int
     tokens_max: int
@@ -130,7 +131,7 @@ def plan_report(
     table = merge_neighbours(plan.tasks) if mask is None else mask
     size, seqlen_q, seqlen_k = plan.cp_size, plan.q_placement.total_seqlen, plan.k_placement.total_seqlen
     kv, q = plan.kv_routes.rows_received(size), plan.q_routes.rows_received(size)
-    sent = plan.kv_routes.rows_sent(size)
+    sent = plan.key_rows_moved().sent
     moved = received_bytes(q, plan.q_routes.rows_sent(size), kv, sent, heads)
     tokens = plan.q_placement.num_tokens
     self_attention = plan.q_placement is plan.k_placement
@@ -144,6 +145,7 @@ def plan_report(
         num_tasks=len(plan.tasks),
         num_stages=plan.num_stages,
         ranks_per_node=plan.ranks_per_node,
+        relays=plan.relays,
         imbalance=plan.imbalance(),
         tokens_min=int(tokens.min()),
         tokens_max=int(tokens.max()),

@@ -117,10 +117,14 @@ def rows_owned(needed: Intervals, placement: Placement) -> IntArray:
 
 
 class LinkRows(NamedTuple):
-    """Rows that each rank moves in an exchange, in the busier direction, by the kind of link, [cp_size]."""
+    """Rows that each rank moves in an exchange, in the busier direction, by the kind of link, [cp_size].
+
+    before: in a hop that goes before, to those that pass rows on; None: there is none.
+    """
 
     within: IntArray
     across: IntArray
+    before: IntArray | None = None
 
 
 def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, once_per_node: bool) -> LinkRows:

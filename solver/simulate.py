@@ -14,7 +14,7 @@ import numpy as np
 from .clock import LATE_SHARE, Clock, PassTimeline
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
-from .routes import Intervals, RouteTable, merge_intervals, two_level_routes
+from .routes import Intervals, RouteTable, merge_intervals
 from .slices import IntArray, SliceTable, expand_counts
 
 
@@ -175,8 +175,7 @@ class _Wire(NamedTuple):
     @classmethod
     def of(cls, plan: Plan, routes: RouteTable, hardware: Hardware) -> _Wire:
         size = plan.cp_size
-        two_level = 1 < plan.ranks_per_node < size
-        tables = two_level_routes(routes, plan.ranks_per_node) if two_level else (routes,)
+        tables = plan.hops(routes)
         pairs = np.unique(routes.dsts * size + routes.srcs)
         return cls(tuple(_Hop.of(table, size, hardware.ranks_per_node) for table in tables), pairs, hardware)
 

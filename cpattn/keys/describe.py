@@ -10,7 +10,7 @@ import torch
 from cpattn.collectives import Transport
 from cpattn.masks.spec import lower_mask
 from cpattn.runtime.memory import StepMemory
-from cpattn.solver import head_exchange_bytes, plan_report, split_heads
+from cpattn.solver import Plan, head_exchange_bytes, plan_report, split_heads
 
 from .options import PlannedKey
 
@@ -34,7 +34,7 @@ def describe_plan(planned: PlannedKey, dtype: torch.dtype, *, transport: Transpo
         *_describe_layers(planned),
         f"keys and values received, forward: {received.sum() * row:,} bytes over all ranks "
         f"({share}), {received.max(initial=0) * row:,} on the busiest",
-        f"stages: {plan.num_stages} remote, by {transport}",
+        f"stages: {plan.num_stages} remote, by {transport}{_describe_relays(plan)}",
         backend,
     ]
 
@@ -76,6 +76,15 @@ def describe_sharding(planned: PlannedKey, dtype: torch.dtype) -> str:
         f"each; {moved:,} bytes each way and pass on the busiest\nbetween the {planned.plan.cp_size} context ranks, "
         f"with this rank's heads:"
     )
+
+
+def _describe_relays(plan: Plan) -> str:
+    if not plan.relays:
+        return ""
+    at_once, sent = plan.kv_routes.rows_sent(plan.cp_size).max(), plan.key_rows_moved().sent.max()
+    nodes = plan.ranks_per_node
+    over = f", over nodes of {nodes} ranks" if 1 < nodes < plan.cp_size else ""
+    return f"; rows travel on{over}: the busiest rank sends {sent:,} rows, {at_once:,} if owners sent them all"
 
 
 def _describe_layers(planned: PlannedKey) -> list[str]:

@@ -29,11 +29,11 @@ from cpattn.runtime.identity import Saying, calls_of
 from cpattn.runtime.memory import StepMemory, memory_with_trades, step_memory
 from cpattn.runtime.trades import HeadTrades
 from cpattn.solver import (
+    Draft,
     HeadPart,
     Mixer,
     Placement,
     RankPlan,
-    assemble_plan,
     keys_schedule,
     split_heads,
     split_rows,
@@ -265,16 +265,11 @@ class AttnKey:
             if layers.is_of(spec, options.window):
                 return of_mask._replace(plan=plan)
         planning = options.planning.for_contexts(options.head_degree)
-        plan = assemble_plan(
-            *keys_schedule(lower_mask(spec, options.window), self.plan.q_placement),
-            self.plan.q_placement,
-            self.plan.k_placement,
-            num_stages=planning.num_stages,
-            hardware=planning.hardware,
-            ranks_per_node=planning.ranks_per_node,
-            costs=most_heads(self.heads, options.head_degree).row_costs(),
-        )
-        return of_mask._replace(plan=plan)
+        placements = self.plan.q_placement, self.plan.k_placement
+        draft = Draft.of(keys_schedule(lower_mask(spec, options.window), placements[0]), *placements)
+        costs, nodes = most_heads(self.heads, options.head_degree).row_costs(), planning.ranks_per_node
+        staging = draft.staging(costs, planning.hardware, nodes, planning.num_stages, planning.relays)
+        return of_mask._replace(plan=draft.plan(staging, nodes))
 
     def describe(
         self, dtype: torch.dtype = torch.bfloat16, device: str | None = None, *, mixers: Sequence[Mixer] = ()

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.planning.head_degree import choose_head_degree, most_heads
-from cpattn.planning.options import LayerKind, PlanOptions, check_spec, read_heads, window_on_mask
+from cpattn.planning.options import LayerKind, PlanOptions, check_spec, read_heads, read_relays, window_on_mask
 from cpattn.planning.ready import PlannedMask, ReadyPlan, plan_layers, with_layers
 from cpattn.solver import Hardware, Heads, Layout, ScheduleKind, require_divisible, split_heads
 
@@ -50,6 +50,7 @@ def make_key(
     plan: ReadyPlan | None = None,
     identify: bool = True,
     equal_shards: bool = False,
+    relays: bool | None = None,
 ) -> AttnKey:
     """Plan attention under a mask for a context-parallel group.
 
@@ -107,13 +108,16 @@ def make_key(
             of `hardware`, all_to_all where it has none.
         plan: what `make_plan` or `plan_ahead` made for this mask, these heads and this number of ranks;
             nothing is planned then, and the plan's own chunk_size, layout, schedule, num_stages, num_layers,
-            ranks_per_node and search_effort hold, whatever is given here. `also` need not be repeated. All
+            ranks_per_node, search_effort and relays hold, whatever is given here. `also` need not be repeated. All
             ranks pass theirs.
         identify: ranks tell each other before each pass of attention what they call, and raise if they are out of
             step; False saves that message, and ranks out of step then compute wrong numbers, hang or die.
         equal_shards: every rank owns as many tokens, under every mask of a length: for pipelines whose stages stack
             microbatches, and for frameworks that take shards to be equal. A length that the ranks do not divide is
             refused; areas stay even and traffic grows a little. A plan given as `plan` must have been made so.
+        relays: True: ranks pass on rows that others need as well, so that no rank sends much more than the busiest one
+            receives; gradients are summed on the way back (docs/decisions/0010-rows-travel-on.md). False: owners
+            send rows to all who need them. None: the first where it is estimated to be faster.
 
     Raises:
         ValueError: a value is out of range, this rank is not in the group, the plan was damaged, the named backend
@@ -127,8 +131,9 @@ def make_key(
     degree = _read_degree(head_degree, plan, ranks.size, heads)
     machine, per_node = read_hardware(hardware, ranks.group), _read_nodes(ranks_per_node, ranks, degree)
     planning = PlanOptions(
-        chunk_size, layout, schedule, num_stages, per_node, search_effort, machine, bool(equal_shards)
-    )
+        chunk_size, layout, schedule, num_stages, per_node, search_effort, machine, bool(equal_shards),
+        read_relays(relays),
+    )  # fmt: skip
     options = KeyOptions(planning, running, window_on_mask(window, spec), degree)
     masks = with_layers(spec, options.window, num_layers, also)
     order = _Order(masks, heads, options, ranks, plan, head_degree == "auto").checked()

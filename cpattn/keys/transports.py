@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cpattn.collectives import Transport, backend_of
 from cpattn.planning.hardware import find_hardware
-from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable, two_level_routes
+from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Hardware, Heads, Plan, RouteTable
 
 TransportChoice = Literal["auto", "all_to_all", "p2p"]
 
@@ -43,7 +43,7 @@ def choose_transport(
     if not hardware.transports:  # nothing was measured: the routes need not be looked at
         return "all_to_all"
     exchanges = [plan.kv_routes.of_stage(stage) for stage in range(plan.num_stages)]
-    exchanges = [_first_hop(plan, routes) for routes in exchanges if len(routes)]
+    exchanges = [_widest_hop(plan, routes) for routes in exchanges if len(routes)]
     if not exchanges or num_ranks < 2:
         return "all_to_all"
     pairs = sum(len(np.unique(routes.dsts * plan.cp_size + routes.srcs)) for routes in exchanges)
@@ -62,8 +62,9 @@ def choose_head_transport(
     return hardware.transport_for((head_degree - 1) / (num_ranks - 1), peer_bytes)
 
 
-def _first_hop(plan: Plan, routes: RouteTable) -> RouteTable:
+def _widest_hop(plan: Plan, routes: RouteTable) -> RouteTable:
+    """The hop that leaves the nodes; the one that delivers where there are none, or nothing leaves them."""
+    hops = plan.hops(routes)
     if not 1 < plan.ranks_per_node < plan.cp_size:
-        return routes
-    across = two_level_routes(routes, plan.ranks_per_node).across
-    return across if len(across) else routes
+        return hops[-1]
+    return hops[-2] if len(hops[-2]) else routes

@@ -23,6 +23,7 @@ class PlanOptions:
     search_effort: placement search in units of about 100 ms; 0: as long as a step may gain by it.
     hardware: speeds that the plan is made for.
     equal_shards: every rank owns as many tokens.
+    relays: whether ranks pass on rows that others need as well; None: where that is estimated to be faster.
 
     Raises:
         ValueError: a number is out of range. The solver knows upper limits and names.
@@ -36,6 +37,7 @@ class PlanOptions:
     search_effort: int = 0
     hardware: Hardware = DEFAULT_HARDWARE
     equal_shards: bool = False
+    relays: bool | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("chunk_size", 1), ("num_stages", 1), ("search_effort", 0)):
@@ -116,6 +118,17 @@ def read_heads(
     if wire is not None:
         raise ValueError(f"latent_dim is {latent_dim} and wire is {wire!r}: latents travel as they are; pass wire=None")
     return replace(heads, latent_dim=read_int("latent_dim", latent_dim))
+
+
+def read_relays(relays: Any) -> bool | None:
+    """The `relays` of `make_key`.
+
+    Raises:
+        ValueError: not True, False or None.
+    """
+    if relays is not None and not isinstance(relays, bool):
+        raise ValueError(f"relays is {relays!r}: True or False, or None to go by the estimated time")
+    return relays
 
 
 def check_spec(name: str, spec: Any) -> None:

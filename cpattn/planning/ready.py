@@ -22,7 +22,7 @@ from cpattn.solver import (
 )
 
 from .hardware import find_hardware
-from .options import LayerKind, PlanOptions, check_spec, read_heads, window_on_mask
+from .options import LayerKind, PlanOptions, check_spec, read_heads, read_relays, window_on_mask
 
 
 class PlannedMask(NamedTuple):
@@ -198,6 +198,7 @@ def make_plan(
     also: Sequence[LayerKind] = (),
     hardware: Hardware | str | Path | None = None,
     equal_shards: bool = False,
+    relays: bool | None = None,
 ) -> ReadyPlan:
     """Plan a mask for a group of `cp_size` ranks; for all of them at once, without torch.
 
@@ -216,7 +217,8 @@ def make_plan(
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
     machine = DEFAULT_HARDWARE if hardware is None else find_hardware(hardware)
     options = PlanOptions(
-        chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine, bool(equal_shards)
-    )
+        chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine, bool(equal_shards),
+        read_relays(relays),
+    )  # fmt: skip
     masks = with_layers(spec, window_on_mask(window, spec), num_layers, also)
     return ReadyPlan(plan_layers(masks, heads, options, cp_size=cp_size), heads, options, wire)

@@ -353,7 +353,7 @@ class _Returns:
         self._pending.append(pending)
 
     def make_room(self) -> None:
-        """At most one stage's results are in flight; those that take two hops get two stages' work to hide behind."""
+        """As many stages' results are in flight as they take hops: each hop has a stage's work to hide behind."""
         while len(self._pending) >= self._num_hops:
             self._pending.popleft().wait()
         self.advance()
@@ -372,9 +372,9 @@ class _Fetches:
     """The keys and values of the remote stages, each fetched while the stage before computes.
 
     The first two are fetched behind the work on own keys, so that ranks with much of that and ranks with little
-    need not meet between them. On a two-level network two stages are always under way: the second hop of one, inside
-    the nodes, and the first hop of the next, between them, travel behind the same work. What a stage fetches is held in
-    full only in its second hop.
+    need not meet between them. Where rows take several hops, as many stages are always under way: the second hop of
+    one and the first hop of the next travel behind the same work. What a stage fetches is held in full only in its
+    last hop.
 
     kept: what they are received into, to be kept; empty: they are let go. filled: forward has fetched into it, if the
     plan keeps anything, so nothing travels.
@@ -387,7 +387,8 @@ class _Fetches:
         self._encoded = plan.exchanges.encode(kv) if plan.remote and not self._at_hand else ()
         self._waiting = deque(zip(plan.remote, self._rooms, strict=True))
         self._pending: deque[PendingRows] = deque()
-        self._start(2)
+        self._ahead = max(2, plan.num_hops)
+        self._start(self._ahead)
         self._taken = 0
 
     def take(self) -> KeyRows:
@@ -396,8 +397,8 @@ class _Fetches:
         for pending in self._pending:
             pending.advance()
         self._taken += 1
-        # At one level, two stages' buffers are full: the one taken and the next.
-        if self._taken + self._plan.num_hops > 2:
+        # With one hop, two stages' buffers are full: the one taken and the next.
+        if self._taken + self._plan.num_hops > self._ahead:
             self._start(1)
         return KeyRows(*rows)
 

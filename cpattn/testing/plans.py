@@ -44,22 +44,22 @@ def hop(exchanges: list[Exchange], rows: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def exchanged(hops: list[tuple[Exchange, ...]], rows: list[np.ndarray], per_node: int) -> list[np.ndarray]:
-    """The same over all hops of each rank; a second hop may pass on what the first one brought."""
+    """The same over all hops of each rank; a later hop may pass on what the one before brought."""
     assert len({len(mine) for mine in hops}) == 1, "ranks have different numbers of hops"
-    *first, last = zip(*hops, strict=True)
+    every = [list(exchanges) for exchanges in zip(*hops, strict=True)]
     sendable = rows
-    for exchanges in first:
-        for rank, exchange in enumerate(exchanges):
-            across = {to // per_node for to, rows_ in enumerate(exchange.send_splits) if rows_}
-            assert rank // per_node not in across, "the first hop is for other nodes"
-        landed = hop(list(exchanges), rows)
+    for exchanges, following in itertools.pairwise(every):
+        for rank, exchange in enumerate(exchanges) if 1 < per_node < len(rows) else ():
+            across = {to // per_node for to, rows_ in enumerate(exchange.send_splits) if rows_ and to != rank}
+            assert rank // per_node not in across, "hops before the last are for other nodes"
+        landed = hop(exchanges, sendable)
         sendable = [np.concatenate(pair) for pair in zip(rows, landed, strict=True)]
-        for mine, came, exchange in zip(rows, landed, last, strict=True):
+        for mine, came, exchange in zip(rows, landed, following, strict=True):
             passed_on = {row for start, end in exchange.send_runs.tolist() for row in range(start, end)}
             assert set(range(len(mine), len(mine) + len(came))) <= passed_on, "a row lands for nothing"
-    if not first:
-        assert not any(exchange.send_splits[rank] for rank, exchange in enumerate(last)), "sent to itself"
-    return hop(list(last), sendable)
+    if len(every) == 1:
+        assert not any(exchange.send_splits[rank] for rank, exchange in enumerate(every[0])), "sent to itself"
+    return hop(every[-1], sendable)
 
 
 def computed(slices: SliceTable, rows: np.ndarray, keys: np.ndarray, count: np.ndarray) -> None:

@@ -141,8 +141,7 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
     seconds = time.process_time() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
     kv, q = plan.kv_routes.rows_received(ranks), plan.q_routes.rows_received(ranks)
-    sent, q_sent = plan.kv_routes.rows_sent(ranks), plan.q_routes.rows_sent(ranks)
-    tokens = plan.q_placement.num_tokens
+    (came, sent), q_sent = plan.key_rows_moved(), plan.q_routes.rows_sent(ranks)
     limits = Limits.of_plan(plan)
     rows_bound = kv_rows_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits)
     any_bound = bytes_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits, costs=costs)
@@ -156,11 +155,12 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
         "search_effort": search_effort,
         "slices": len(table),
         "imbalance": plan.imbalance(),
-        "token_spread": int(np.ptp(tokens)),
+        "token_spread": int(np.ptp(plan.q_placement.num_tokens)),
         "chunk": chunk,
         "kv_rows": int(kv.sum()),
         "kv_rows_worst": int(kv.max()),
         "kv_rows_sent_worst": int(sent.max()),
+        "sent_over_received": int(sent.max()) / max(int(came.max()), 1),
         "q_rows": int(q.sum()),
         "bytes": int(q.sum()) * costs.q + int(kv.sum()) * costs.kv,
         "bytes_worst": int(received.max()),

@@ -52,7 +52,7 @@ def test_areas_are_even(name: str) -> None:
 
 def plans(table: SliceTable) -> tuple[Plan, Plan]:
     """As on one level, whose rows then cross once per node; and as planned for two."""
-    flat = make_dispatch_plan(table, total_seqlen=TOTAL, cp_size=RANKS, schedule="keys")
+    flat = make_dispatch_plan(table, total_seqlen=TOTAL, cp_size=RANKS, schedule="keys", relays=False)
     schedule = keys_schedule(table, flat.q_placement)
     flat = assemble_plan(*schedule, flat.q_placement, flat.k_placement, ranks_per_node=PER_NODE)
     two = make_dispatch_plan(table, total_seqlen=TOTAL, cp_size=RANKS, schedule="keys", ranks_per_node=PER_NODE)
