@@ -200,9 +200,7 @@ class Plan:
 
     def hops(self, routes: RouteTable) -> tuple[RouteTable, ...]:
         """The hops in which rows travel these routes of the plan: `hop_tables`."""
-        return hop_tables(
-            routes, cp_size=self.cp_size, ranks_per_node=self.ranks_per_node, relays=self.relays
-        )
+        return hop_tables(routes, cp_size=self.cp_size, ranks_per_node=self.ranks_per_node, relays=self.relays)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,20 +278,15 @@ class Draft:
         cp_size = self.q_placement.cp_size
         per_node = _ranks_per_node(ranks_per_node, cp_size)
         two_level = 1 < per_node < cp_size
+        sides = ((self.queries, self.q_placement), (self.keys, self.k_placement))
         load = Load.of(
-            self.tasks,
-            self.task_ranks,
-            self.queries,
-            self.keys,
-            self.q_placement,
-            self.k_placement,
+            *(self.tasks, self.task_ranks, self.queries, self.keys, self.q_placement, self.k_placement),
             # Hops go by the plan's nodes; on one level a row takes the link that the hardware has between two ranks.
             ranks_per_node=per_node if two_level else hardware.ranks_per_node,
             two_level=two_level,
         )
         if not relays:
             return load
-        sides = ((self.queries, self.q_placement), (self.keys, self.k_placement))
         nodes = per_node if two_level else hardware.ranks_per_node
         queries, keys = (relayed_link_rows(*side, nodes, once_per_node=two_level) for side in sides)
         return replace(load, queries=queries, keys=keys, relays=True)
@@ -317,6 +310,7 @@ class Draft:
         kv_routes = make_routes(self.keys, self.k_placement, staging.weights or (1,), ranks_per_node=same_node)
         tasks = (self.tasks, self.task_ranks)
         placements = (self.q_placement, self.k_placement)
+        ways = _ways(num_stages, ranks_per_node, relays)
         return Plan(
             q_placement=self.q_placement,
             k_placement=self.k_placement,
@@ -326,9 +320,7 @@ class Draft:
             kv_routes=kv_routes,
             num_stages=num_stages,
             ranks_per_node=ranks_per_node,
-            fingerprint=_fingerprint(
-                *tasks, *placements, q_routes, kv_routes, *_ways(num_stages, ranks_per_node, relays)
-            ),
+            fingerprint=_fingerprint(*tasks, *placements, q_routes, kv_routes, *ways),
             relays=relays,
         )
 
