@@ -152,6 +152,8 @@ class Session:
         check: bool = True,
         _prefill: bool = True,
     ) -> None:
+        if not isinstance(prompts, (Sequence, Tensor)) or isinstance(prompts, str):
+            raise ValueError(f"prompts is {type(prompts).__name__}: give a list of token ids for each sequence")
         ids = [_token_ids(f"prompt {number}", prompt) for number, prompt in enumerate(prompts)]
         if not ids:
             raise ValueError("generate needs prompts of at least one token each: there are none")
@@ -443,7 +445,10 @@ def _integers(name: str, values: Tensor) -> Tensor:
 def _eos_ids(eos_token_id: int | Sequence[int] | Tensor | None) -> Tensor | None:
     if eos_token_id is None:
         return None
-    ids = torch.as_tensor(eos_token_id).flatten()
+    try:
+        ids = torch.as_tensor(eos_token_id).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"eos_token_id is {eos_token_id!r}: give token ids, or None for no end") from None
     if not len(ids):
         raise ValueError("eos_token_id is empty: give ids, or None for no end")
     return _integers("eos_token_id", ids)

@@ -13,7 +13,7 @@ head dims of q/k and of v.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.keys.key import AttnKey
+from cpattn.keys.key import AttnKey, require_key
 from cpattn.masks.reading import read_int
 from cpattn.masks.spec import AttnMaskSpec, Document, lower_mask
 from cpattn.ops.attention import check_numbers
@@ -74,14 +74,17 @@ class PagedKVCache:
         static_shapes: bool = False,
         paths: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        require_key(key, "PagedKVCache")
         documents = _documents_of(key.spec) if paths is None else key.spec.documents or []
         page_size = read_int("page_size", page_size)
         max_new_tokens = read_int("max_new_tokens", max_new_tokens, least=0)
+        if not isinstance(windows, Iterable):
+            raise ValueError(f"windows is {windows!r}: give one entry for each layer, a window or None")
         windows = tuple(windows)  # of numpy too
         if not windows:
             raise ValueError("windows is empty: give one entry for each layer, a window or None")
         windows = tuple(None if window is None else read_int("a layer's window", window) for window in windows)
-        if not dtype.is_floating_point or dtype.itemsize < 2:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype is {dtype}: keys and values are floating-point numbers of at least 16 bits")
         self.key, self.page_size, self.static_shapes = key, page_size, static_shapes
         self.group, self.cp_size, self.cp_rank = key.cp_group, key.cp_size, key.cp_rank

@@ -32,13 +32,20 @@ class Sampling(NamedTuple):
         Raises:
             ValueError: a number is out of range.
         """
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}: it must be a finite number of at least 0")
+        if not (_is_finite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature!r}: it must be a finite number of at least 0")
         if self.top_k is not None:
             read_int("top_k", self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.top_p is not None and not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p is {self.top_p!r}: it must be above 0 and at most 1")
         return self
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except TypeError:
+        return False
 
 
 def choose(logits_BV: Tensor, draws_B: Tensor, how: Sampling) -> Tensor:

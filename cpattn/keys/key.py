@@ -342,6 +342,15 @@ class AttnKey:
         return Problem(device_type, dtype, *self.heads.numbers, softcap)
 
 
+def require_key(key: Any, call: str) -> None:
+    """
+    Raises:
+        ValueError: it is no key.
+    """
+    if not isinstance(key, AttnKey):
+        raise ValueError(f"{call}: key is {key!r}: expected what make_key returned")
+
+
 def key_of_handle(handle: Tensor) -> AttnKey:
     """The live key with this handle; custom ops carry the handle because they take no objects."""
     key = find_by_handle(handle)

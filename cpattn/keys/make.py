@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cpattn.masks.reading import read_int
+from cpattn.masks.reading import read_flag, read_int
 from cpattn.masks.spec import AttnMaskSpec
 from cpattn.planning.head_degree import choose_head_degree, most_heads
 from cpattn.planning.options import LayerKind, PlanOptions, check_spec, read_heads, read_relays, window_on_mask
@@ -126,13 +126,15 @@ def make_key(
     """
     check_spec("spec", spec)
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
-    running = RunOptions(backend, wire, bool(keep_kv), transport, bool(identify), grad_wire)
+    running = RunOptions(
+        backend, wire, read_flag("keep_kv", keep_kv), transport, read_flag("identify", identify), grad_wire
+    )
     ranks = find_ranks(cp_group)
     degree = _read_degree(head_degree, plan, ranks.size, heads)
     machine, per_node = read_hardware(hardware, ranks.group), _read_nodes(ranks_per_node, ranks, degree)
     planning = PlanOptions(
-        chunk_size, layout, schedule, num_stages, per_node, search_effort, machine, bool(equal_shards),
-        read_relays(relays),
+        chunk_size, layout, schedule, num_stages, per_node, search_effort, machine,
+        read_flag("equal_shards", equal_shards), read_relays(relays),
     )  # fmt: skip
     options = KeyOptions(planning, running, window_on_mask(window, spec), degree)
     masks = with_layers(spec, options.window, num_layers, also)

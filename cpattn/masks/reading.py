@@ -37,6 +37,16 @@ def read_int(name: str, value: Any, *, least: int = 1) -> int:
     return number
 
 
+def read_flag(name: str, value: Any) -> bool:
+    """
+    Raises:
+        ValueError: it is not true or false (1 or 0).
+    """
+    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+        raise ValueError(f"{name} is {value!r}: it must be True or False")
+    return bool(value)
+
+
 _FAR = 1 << 62  # a distance that int64 holds, and no two tokens have
 
 

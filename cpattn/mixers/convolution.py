@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpattn.collectives import RowRoutes
-from cpattn.keys.key import AttnKey
-from cpattn.ops.layout import RowSaying, cached_tensor, cast_rows
+from cpattn.keys.key import AttnKey, require_key
+from cpattn.ops.layout import cached_tensor
+from cpattn.ops.travel import RowSaying, cast_rows
 
 from .fragments import fragments_of, index_tensor, locate, routes_of
 from .fused import Kernel, convolve, refuse_convolution, takes_fused
@@ -49,6 +50,7 @@ def causal_conv1d(
     Raises:
         ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
     """
+    require_key(key, "causal_conv1d")
     with key.checking("causal_conv1d"):
         _check(x_TC, weight_CW, bias_C, activation, key)
         width = weight_CW.shape[1]
@@ -103,6 +105,9 @@ def _plan(key: AttnKey, width: int, device: torch.device) -> _ConvPlan:
 def _check(
     x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None, key: AttnKey
 ) -> None:
+    for name, tensor in (("x", x_TC), ("weight", weight_CW)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"causal_conv1d: {name} is no tensor of floating-point numbers")
     if x_TC.dim() != 2 or x_TC.shape[0] != key.num_tokens:
         raise ValueError(
             f"causal_conv1d: x has shape {tuple(x_TC.shape)}: the key expects ({key.num_tokens}, channels), the rows "

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cpattn.collectives import RowRoutes
-from cpattn.keys.key import AttnKey
-from cpattn.ops.layout import RowSaying, TravellingRows, cached_tensor, start_cast_rows
+from cpattn.keys.key import AttnKey, require_key
+from cpattn.ops.layout import cached_tensor
+from cpattn.ops.travel import RowSaying, TravellingRows, start_cast_rows
 from cpattn.solver import expand_counts
 
 from .chunks import AffineMaps, Reading, work_chunks
@@ -72,6 +73,7 @@ def linear_attention(
     Raises:
         ValueError: shapes do not fit the key or each other, the mask has no documents, or `kernel` does not serve.
     """
+    require_key(key, "linear_attention")
     with key.checking("linear_attention"):
         _check(q_TGK, k_TGK, v_THV, decay, beta_TH, key)
     # A rank without rows has nothing for a kernel; maps are the same either way, so ranks may differ in this.
@@ -395,6 +397,9 @@ def _check(
     q_TGK: Tensor, k_TGK: Tensor, v_THV: Tensor, decay: Tensor | None, beta_TH: Tensor | None, key: AttnKey
 ) -> None:
     rows = key.num_tokens
+    for name, given in (("q", q_TGK), ("k", k_TGK), ("v", v_THV), ("decay", decay), ("beta", beta_TH)):
+        if given is not None and not (isinstance(given, Tensor) and given.is_floating_point()):
+            raise ValueError(f"linear_attention: {name} is no tensor of floating-point numbers")
     for name, x in (("q", q_TGK), ("k", k_TGK), ("v", v_THV)):
         if x.dim() != 3 or x.shape[0] != rows:
             raise ValueError(

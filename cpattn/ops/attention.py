@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cpattn.keys.key import AttnKey, key_of_handle
+from cpattn.keys.key import AttnKey, key_of_handle, require_key
 from cpattn.runtime.execute import (
     Attending,
     KeyRows,
@@ -123,8 +123,10 @@ def attention(
         LostRankError: a rank of the group raised, died or did not come, in time or at all.
         NotImplementedError: under torch.func (grad, vjp, jacrev, jvp, vmap) or forward-mode differentiation.
     """
-    if not isinstance(key, AttnKey):
-        raise ValueError(f"key is {key!r}: expected what make_key returned")
+    require_key(key, "attention")
+    for name, x in (("q", q_TND), ("k", k_TGD), ("v", v_TGE), ("sink", sink)):
+        if not isinstance(x, Tensor) and (x is not None or name != "sink"):
+            raise ValueError(f"{name} is {type(x).__name__}: expected a tensor")
     refuse_transforms("attention", q_TND, k_TGD, v_TGE, sink)
     device_type = q_TND.device.type
     if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):

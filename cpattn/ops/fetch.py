@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.keys.key import AttnKey, key_of_handle
+from cpattn.keys.key import AttnKey, key_of_handle, require_key
 from cpattn.runtime.bound import bind_hops
 from cpattn.runtime.exchanges import Exchanges, Trip
 from cpattn.solver import fetched_at_once
@@ -49,6 +49,8 @@ def fetch(rows: Tensor, key: AttnKey) -> Tensor:
     """
     _require_keys_only(key, "fetch")
     refuse_transforms("fetch", rows)
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"fetch: rows is {type(rows).__name__}: expected a tensor")
     if rows.dim() == 0 or rows.shape[0] != key.num_keys:
         raise ValueError(
             f"fetch: rows has shape {tuple(rows.shape)}: the key expects {key.num_keys} rows, one for each key token "
@@ -110,8 +112,7 @@ def _over_fetched(key: AttnKey) -> _FetchedKey:
 
 
 def _require_keys_only(key: Any, call: str) -> None:
-    if not isinstance(key, AttnKey):
-        raise ValueError(f"{call}: key is {key!r}: expected what make_key returned")
+    require_key(key, call)
     if key.sharding is not None:
         raise ValueError(f"{call}: the key shards heads (head_degree {key.options.head_degree}): make it with 1")
     if len(key.plan.q_routes):

@@ -6,6 +6,7 @@ their sum. Every backward gives the exact gradient of that sum with respect to t
 
 from __future__ import annotations
 
+import operator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.types import Number
 
-from cpattn.collectives import PendingRows, RowRoutes, all_gather, group_cast, group_reduce
-from cpattn.keys.key import AttnKey, key_of_handle
+from cpattn.collectives import RowRoutes, all_gather, group_cast
+from cpattn.keys.key import AttnKey, key_of_handle, require_key
 from cpattn.masks.spec import Document
 from cpattn.runtime.bound import bind_exchange, runs_to_index
 from cpattn.solver import (
@@ -33,6 +34,7 @@ from .order import exchanging_op
 from .transforms import refuse_transforms
 
 Side = Literal["q", "k"]
+_FAR = 1 << 62  # no two tokens are so far apart
 
 
 def dispatch(x: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q") -> Tensor:
@@ -54,6 +56,7 @@ def dispatch(x: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q") -> Tens
     Raises:
         ValueError: x does not have the key's number of tokens at `dim`.
     """
+    require_key(key, "dispatch")
     total = _placement(key, side).total_seqlen
     _check_rows(x, dim, total, "dispatch", "tokens of the key's mask")
     return x.index_select(dim, _local_tokens(key, side, x.device))
@@ -76,6 +79,7 @@ def undispatch(x_local: Tensor, key: AttnKey, dim: int = 0, *, side: Side = "q")
     Raises:
         ValueError: x_local does not have this rank's number of rows at `dim`.
     """
+    require_key(key, "undispatch")
     total = _placement(key, side).total_seqlen
     refuse_transforms("undispatch", x_local)
     _check_dim(x_local, dim, "undispatch")
@@ -93,6 +97,7 @@ def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | s
     Raises:
         ValueError: the mask has no documents (it was made from raw rectangles) and stream is False.
     """
+    require_key(key, "position_ids")
     device = torch.device(device or "cpu")
 
     def make() -> Tensor:
@@ -106,7 +111,9 @@ def position_ids(key: AttnKey, *, stream: bool = False, device: torch.device | s
     return cached_tensor(key, ("positions", stream, device), make).clone()  # the caller may write to it
 
 
-def roll(x_local: Tensor, key: AttnKey, shift: int = -1, dim: int = 0, *, fill_value: float | None = None) -> Tensor:
+def roll(
+    x_local: Tensor, key: AttnKey, shift: int = -1, dim: int = 0, *, fill_value: complex | None = None
+) -> Tensor:
     """Rows moved by `shift` tokens within each document, across the ranks' shards.
 
     With shift -1 each token gets the row of the next token of its document: next-token labels.
@@ -125,16 +132,38 @@ def roll(x_local: Tensor, key: AttnKey, shift: int = -1, dim: int = 0, *, fill_v
     Raises:
         ValueError: wrong number of rows, or the mask has no documents.
     """
-    refuse_transforms("roll", x_local)
+    require_key(key, "roll")
     _check_dim(x_local, dim, "roll")
-    if fill_value is None:
-        is_label = not (x_local.dtype.is_floating_point or x_local.dtype.is_complex or x_local.dtype == torch.bool)
-        fill_value = -100 if is_label else 0
-    if x_local.dtype == torch.uint8 and not 0 <= fill_value < 256:
-        raise ValueError(f"roll: fill_value is {fill_value}, which {x_local.dtype} cannot hold: pass another")
-    return torch.ops.cpattn.roll_rows(  # type: ignore[no-any-return]
-        x_local, key.handle, dim, int(shift), fill_value, "roll"
-    )
+    refuse_transforms("roll", x_local)
+    fill = _read_fill(fill_value, x_local.dtype)
+    return torch.ops.cpattn.roll_rows(x_local, key.handle, dim, _read_shift(shift), fill, "roll")  # type: ignore[no-any-return]
+
+
+def _read_shift(shift: Any) -> int:
+    if not isinstance(shift, int):
+        try:
+            shift = operator.index(shift)
+        except TypeError:
+            raise ValueError(f"roll: shift is {shift!r}: it must be an int") from None
+    if not -_FAR <= shift <= _FAR:
+        raise ValueError(f"roll: shift is {shift}: it must lie within 62 bits")
+    return int(shift)
+
+
+def _read_fill(fill: Any, dtype: torch.dtype) -> Number:
+    """A number that the dtype holds."""
+    is_int = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if fill is None:
+        fill = -100 if is_int else 0
+    elif hasattr(fill, "item"):
+        fill = fill.item()
+    fits = isinstance(fill, (int, float)) or (isinstance(fill, complex) and dtype.is_complex)
+    if fits and is_int:
+        limits = torch.iinfo(dtype)
+        fits = limits.min <= fill <= limits.max and int(fill) == fill
+    if not fits:
+        raise ValueError(f"roll: fill_value is {fill}, which {dtype} cannot hold: pass another")
+    return fill  # type: ignore[no-any-return]
 
 
 class _RollPlan(NamedTuple):
@@ -186,112 +215,6 @@ def _roll_source(key: AttnKey, sources: Intervals, received: Any, shift: int, de
             row[~local] = key.num_tokens + received.offsets[run] + tokens[~local] - received.starts[run]
         source[np.searchsorted(own, tokens + shift)] = row
     return torch.from_numpy(source).to(device)
-
-
-def cast_rows(x: Tensor, routes: RowRoutes, saying: RowSaying) -> Tensor:
-    """Rows that routes bring here from other ranks, [num_received, ...]; their gradients go home and are summed."""
-    return start_cast_rows(x, routes, saying).wait()
-
-
-def start_cast_rows(x: Tensor, routes: RowRoutes, saying: RowSaying) -> TravellingRows:
-    """Start `cast_rows`. What runs before `wait` hides the exchange, and its backward hides that of the gradients:
-    autograd runs the nodes made last first, so those made in between run between the two ends of the way home.
-    """
-    flight = _Flight(routes, saying)
-    return TravellingRows(_StartCast.apply(x, flight), flight)
-
-
-class RowSaying(NamedTuple):
-    """What the ranks of a key's group tell each other of rows that travel. fields: further ones that must be equal."""
-
-    key: AttnKey
-    what: str
-    fields: dict[str, Any]
-
-    def calling(self, rows: Tensor) -> AbstractContextManager[int]:
-        """Around what starts the exchange; gives the number of the call."""
-        return self.key.calling(self.what, rows.device, **self._told(rows))
-
-    def arriving(self, rows: Tensor, number: int) -> AbstractContextManager[None]:
-        """Around what waits for it; number: of the call."""
-        return self.key.arriving(self.what, number, **self._told(rows))
-
-    def backward_of(self, number: int) -> RowSaying:
-        """Of the gradients' way home."""
-        return RowSaying(self.key, f"{self.what} backward", {"of call": number, **self.fields})
-
-    def _told(self, rows: Tensor) -> dict[str, Any]:
-        return {"row": tuple(rows.shape[1:]), "dtype": rows.dtype, **self.fields}
-
-
-class TravellingRows(NamedTuple):
-    """Rows on their way, see `start_cast_rows`."""
-
-    link: Tensor
-    flight: _Flight
-
-    def wait(self) -> Tensor:
-        """The rows, [num_received, ...]. Call it once."""
-        return _FinishCast.apply(self.link, self.flight)  # type: ignore[no-any-return]
-
-
-class _Flight:
-    """What the two ends of an exchange share."""
-
-    def __init__(self, routes: RowRoutes, saying: RowSaying) -> None:
-        self.routes, self.saying, self.group = routes, saying, saying.key.cp_group
-        self.num_rows = self.call = 0
-        self.forward: PendingRows | None = None
-        self.backward: _Homeward | None = None
-
-
-class _Homeward(NamedTuple):
-    """Gradients on their way home, to be added up in `total`."""
-
-    saying: RowSaying
-    call: int
-    pending: PendingRows
-    total: Tensor
-
-
-class _StartCast(torch.autograd.Function):
-    """Starts a GroupCast of rows; backward waits for the GroupReduce along the same routes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight, flight.num_rows = flight, x.shape[0]
-        with flight.saying.calling(x) as flight.call:
-            flight.forward = group_cast((x,), flight.routes, flight.group)
-        return x.new_empty(()).expand(flight.routes.num_received, *x.shape[1:])  # a link of the graph, no memory
-
-    @staticmethod
-    def backward(ctx: Any, link: Tensor) -> tuple[Tensor, None]:
-        home, ctx.flight.backward = ctx.flight.backward, None
-        assert home is not None
-        with home.saying.arriving(home.total, home.call):
-            home.pending.wait()
-        return home.total, None
-
-
-class _FinishCast(torch.autograd.Function):
-    """Waits for the GroupCast; backward starts the GroupReduce."""
-
-    @staticmethod
-    def forward(ctx: Any, link: Tensor, flight: _Flight) -> Tensor:
-        assert flight.forward is not None, "rows are waited for once"
-        ctx.flight, pending, flight.forward = flight, flight.forward, None
-        with flight.saying.arriving(link, flight.call):
-            (received,) = pending.wait()
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flight, saying = ctx.flight, ctx.flight.saying.backward_of(ctx.flight.call)
-        total = grad.new_zeros((flight.num_rows, *grad.shape[1:]))
-        with saying.calling(grad) as number:
-            pending = group_reduce((grad,), (total,), flight.routes, flight.group, async_op=True)
-        flight.backward = _Homeward(saying, number, pending, total)
-        return grad, None
 
 
 def _run_undispatch(x: Tensor, key_handle: Tensor, dim: int, side: str, num_tokens: int) -> Tensor:
@@ -415,8 +338,10 @@ def _placement(key: AttnKey, side: str) -> Placement:
 
 
 def _check_dim(x: Tensor, dim: int, call: str) -> None:
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"{call}: dim is {dim}, the tensor has shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{call}: expected a tensor, and this is {type(x).__name__}")
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"{call}: dim is {dim!r}, the tensor has shape {tuple(x.shape)}")
 
 
 def _check_rows(x: Tensor, dim: int, rows: int, call: str, what: str) -> None:

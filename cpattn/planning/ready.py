@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpattn.masks.reading import Window, read_int
+from cpattn.masks.reading import Window, read_flag, read_int
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import (
     DEFAULT_HARDWARE,
@@ -123,14 +123,21 @@ def with_layers(
     Raises:
         ValueError: a mask is over another sequence or cross-attention, or a number is not a finite one above 0.
     """
+    num_layers = _read_layers(num_layers)
     if not also:
         return ((PlannedMask(spec.fingerprint(), window, 1.0), spec),)
-    own = (PlannedMask(spec.fingerprint(), window, float(num_layers)), spec)
-    masks = (own, *(_other_mask(kind, spec) for kind in also))
-    for layers, _ in masks:
-        if not math.isfinite(layers.num_layers) or layers.num_layers <= 0:
-            raise ValueError(f"num_layers is {layers.num_layers}: it must be a finite number above 0")
-    return masks
+    own = (PlannedMask(spec.fingerprint(), window, num_layers), spec)
+    return (own, *(_other_mask(kind, spec) for kind in also))
+
+
+def _read_layers(num_layers: Any) -> float:
+    try:
+        number = float(num_layers)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"num_layers is {num_layers!r}: it must be a finite number above 0")
+    return number
 
 
 def _other_mask(kind: LayerKind, spec: AttnMaskSpec) -> tuple[PlannedMask, AttnMaskSpec]:
@@ -145,7 +152,7 @@ def _other_mask(kind: LayerKind, spec: AttnMaskSpec) -> tuple[PlannedMask, AttnM
             f"{spec.total_seqlen} x {spec.seqlen_k}: masks that are planned together are of self-attention over "
             f"the same sequence"
         )
-    return PlannedMask(other.fingerprint(), window_on_mask(kind.window, other), float(kind.num_layers)), other
+    return PlannedMask(other.fingerprint(), window_on_mask(kind.window, other), _read_layers(kind.num_layers)), other
 
 
 def plan_layers(
@@ -217,8 +224,8 @@ def make_plan(
     heads = read_heads(num_heads_q, num_heads_kv, head_dim, head_dim_v, wire, latent_dim)
     machine = DEFAULT_HARDWARE if hardware is None else find_hardware(hardware)
     options = PlanOptions(
-        chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine, bool(equal_shards),
-        read_relays(relays),
+        chunk_size, layout, schedule, num_stages, ranks_per_node, search_effort, machine,
+        read_flag("equal_shards", equal_shards), read_relays(relays),
     )  # fmt: skip
     masks = with_layers(spec, window_on_mask(window, spec), num_layers, also)
     return ReadyPlan(plan_layers(masks, heads, options, cp_size=cp_size), heads, options, wire)

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import cpattn
 from cpattn import AttnMaskSpec
 from cpattn.backends import FlexBackend
+from cpattn.mixers import causal_conv1d, linear_attention
 from cpattn.solver import assemble_plan
 from tests_dist.support.harness import fresh_group, run_on_ranks
 
@@ -430,3 +431,44 @@ def test_a_group_that_is_none() -> None:
 
     with refused("the group is 'cp', which this rank is not in: pass a ProcessGroup"):
         process_group("cp")
+
+
+def odd_kinds() -> dict[str, Callable[[], object]]:
+    """What no type says: taken for something else, or an error of Python's, where nobody looks."""
+    key = cpattn.make_key(AttnMaskSpec.varlen([6, 4]), num_heads_q=2, num_heads_kv=1, head_dim=8)
+    x, q, k = torch.ones(10, 3), torch.ones(10, 2, 8), torch.ones(10, 1, 8)
+    heads = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 8}
+
+    def make(**options):
+        return cpattn.make_key(AttnMaskSpec.causal(8), **heads, **options)
+
+    return {
+        "roll: shift is 1.5: it must be an int": lambda: cpattn.roll(x, key, 1.5),
+        "roll: shift is 1180591620717411303424: it must lie": lambda: cpattn.roll(x, key, 2**70),
+        "roll: fill_value is 0.5, which torch.int64 cannot hold": lambda: cpattn.roll(x.long(), key, fill_value=0.5),
+        "roll: fill_value is 300, which torch.int8 cannot": lambda: cpattn.roll(x.to(torch.int8), key, fill_value=300),
+        "roll: fill_value is 1j, which torch.float32 cannot hold": lambda: cpattn.roll(x, key, fill_value=1j),
+        "roll: dim is 'a', the tensor has shape (10, 3)": lambda: cpattn.roll(x, key, dim="a"),
+        "roll: key is None: expected what make_key returned": lambda: cpattn.roll(x, None),
+        "undispatch: key is 'k': expected what make_key": lambda: cpattn.undispatch(x, "k"),
+        "undispatch: expected a tensor, and this is list": lambda: cpattn.undispatch([1] * 10, key),
+        "dispatch: expected a tensor, and this is NoneType": lambda: cpattn.dispatch(None, key),
+        "v is NoneType: expected a tensor": lambda: cpattn.attention(q, k, None, key),
+        "sink is list: expected a tensor": lambda: cpattn.attention(q, k, k, key, sink=[1.0, 2.0]),
+        "causal_conv1d: key is None": lambda: causal_conv1d(x, torch.ones(3, 2), None),
+        "linear_attention: v is no tensor of floating-point": lambda: linear_attention(q, q, q.long(), key),
+        "linear_attention: decay is no tensor of": lambda: linear_attention(q, q, q, key, decay=3),
+        "num_layers is nan: it must be a finite number above 0": lambda: make(num_layers=float("nan")),
+        "identify is 'no': it must be True or False": lambda: make(identify="no"),
+        "equal_shards is 'no': it must be True or False": lambda: make(equal_shards="no"),
+        "windows is None: give one entry": lambda: cpattn.PagedKVCache(key, windows=None, max_new_tokens=1),
+        "prompts is int: give a list": lambda: cpattn.generate(None, 3, max_new_tokens=1),
+        "temperature is 'a': it must": lambda: cpattn.generate(None, [[1]], max_new_tokens=1, temperature="a"),
+        "eos_token_id is 'a': give": lambda: cpattn.generate(None, [[1]], max_new_tokens=1, eos_token_id="a"),
+    }
+
+
+def test_odd_kinds_of_input_are_named():
+    for message, call in odd_kinds().items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
