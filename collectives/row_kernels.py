@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -242,7 +242,8 @@ def _word_sizes(t: Tensor) -> list[int]:
     """Bytes that a word must divide to read or write a tensor's rows."""
     if t.ndim > 1 and t.stride(-1) != 1:  # column by column
         return [t.itemsize]
-    return [n * t.itemsize for n in (t.shape[-1], *t.stride()[:-1], t.storage_offset())]
+    counts: tuple[Any, ...] = (t.shape[-1], *t.stride()[:-1], t.storage_offset())
+    return [n * t.itemsize for n in counts]
 
 
 def _in_words(t: Tensor, size: int) -> Tensor:

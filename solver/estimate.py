@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -155,7 +155,7 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
 
     far_slices = [load.far_slices * share + (load.cuts if len(shares) > 1 else load.gaps) for share in shares]
 
-    def kernel(part: FloatArray, slices: FloatArray, *, backward: bool) -> FloatArray:
+    def kernel(part: FloatArray, slices: np.ndarray[Any, Any], *, backward: bool) -> FloatArray:
         """Seconds on a part of the pairs."""
         slices = np.where(part > 0, np.maximum(slices, 1), 0)
         return hardware.kernel_seconds(load.areas * part, slices, heads, backward=backward)

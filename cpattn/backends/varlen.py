@@ -218,8 +218,8 @@ def run_varlen_forward(
     q, k, v = (aligned(pad_head_dim(t, head_dim)) for t in (queries.q, *keys))
 
     def run(call: VarlenCall) -> tuple[Tensor, Tensor]:
-        rows = take_rows(q, call.q_rows), *take_together((k, v), call.k_rows)
-        out, lse = kernel.forward(*rows, call, scoring)
+        keys_there, values_there = take_together((k, v), call.k_rows)
+        out, lse = kernel.forward(take_rows(q, call.q_rows), keys_there, values_there, call, scoring)
         return out[..., :head_dim_v], lse
 
     if work.merged and row_kernels.serves(q.device) and (last is not None or row_kernels.fused(*queries[1:])):

@@ -128,7 +128,7 @@ def _fill(groups: list[Group], lengths: list[int]) -> list[Group]:
     heap = [(group.work, at) for at, group in enumerate(groups)]
     heapq.heapify(heap)
     for n in sorted(lengths, reverse=True):
-        passed = []
+        passed: list[tuple[float, int]] = []
         while heap and groups[heap[0][1]].room[0] < n and len(passed) < 64:
             passed.append(heapq.heappop(heap))
         if heap and groups[heap[0][1]].room[0] >= n:

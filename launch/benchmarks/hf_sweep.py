@@ -244,7 +244,7 @@ class _Wide(TorchFunctionMode):
         return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
-def _double_error(model_type: str, model: nn.Module, parallel: Any, batch: dict[str, Tensor]) -> tuple[float, str]:
+def _double_error(model_type: str, model: Any, parallel: Any, batch: dict[str, Tensor]) -> tuple[float, str]:
     """A batch again, both sides in fp64 from the same weights; on all ranks, and what rank 0 found on each."""
     eager = _make(model_type, "eager") if dist.get_rank() == 0 else None
     experts = getattr(model.config, "_experts_implementation", None)

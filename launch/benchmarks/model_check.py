@@ -200,7 +200,7 @@ def _ours(mask: str, spec: AttnMaskSpec, device: Hardware) -> dict[str, Run]:
     """Every way to plan that there is for this group, with the model's seconds."""
     size, runs = dist.get_world_size(), {}
     two_nodes = device.ranks_per_node < size
-    shape = {"num_heads_q": HEADS.num_q, "num_heads_kv": HEADS.num_kv, "head_dim": HEADS.head_dim}
+    shape: dict[str, Any] = {"num_heads_q": HEADS.num_q, "num_heads_kv": HEADS.num_kv, "head_dim": HEADS.head_dim}
     for way, options in WAYS.items():
         if (way == "tiles" and size == 2) or (way == "one level" and not two_nodes):
             continue

@@ -150,7 +150,7 @@ def _markdown(measured: dict[str, dict[str, float]], predicted: list[dict[str, A
         for name, ratios in measured.items():
             lines.append(f"| {name} | " + " | ".join(f"{ratios[str(p)]:.3f}" for p in SIZES) + " |")
     if predicted:
-        names = list(max((row["shares"] for row in predicted), key=len))
+        names = max((list(row["shares"]) for row in predicted), key=len)
         lines += ["", f"Predicted: compute over step time on {preset}, 8K tokens for each rank, heads 64:8 of 128."]
         lines += ["One level: planned without nodes, run on nodes of 8.", ""]
         lines += ["| mask | ranks | compute, ms | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]

@@ -1,0 +1,42 @@
+"""Benchmarks that reckon: what they share out is all there, and what they run is what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cpattn.launch.benchmarks.groups import corpus, fixed_groups, measure, power_groups
+from cpattn.launch.benchmarks.hosts import require_namespaces
+
+
+@pytest.mark.parametrize("share", [fixed_groups, power_groups])
+@pytest.mark.parametrize("name", ["lognormal", "pareto", "two sizes"])
+def test_groups_have_all_tokens_and_room_for_them(name, share):
+    lengths, ranks, tokens = corpus(name, 60 * 8192, seed=0), 64, 8192
+    groups = share(lengths, ranks, tokens)
+    assert sum(group.ranks for group in groups) == ranks
+    assert sum(sum(group.lengths) for group in groups) == sum(lengths)
+    assert all(sum(group.lengths) + group.room[0] == group.ranks * tokens for group in groups)
+    assert all(group.room[0] >= 0 for group in groups)
+
+
+def test_no_way_to_group_is_faster_than_the_ideal():
+    for one in measure("two sizes", 16, 8192, seed=0):
+        assert 0 < one.of_ideal <= 1
+        assert one.imbalance >= 1
+
+
+@pytest.mark.nightly
+def test_the_cost_model_is_held_against_real_exchanges(tmp_path):
+    try:
+        require_namespaces()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "cpattn.launch.benchmarks.model_check", "--ranks", "2", "--masks", "window"]
+    subprocess.run([*command, "--repeats", "1", "--out", tmp_path], check=True, timeout=300)
+    (result,) = tmp_path.glob("*.json")
+    ways = {step["way"] for step in json.loads(result.read_text())["steps"]}
+    assert ways >= {"auto", "keys, 1 stage", "keys, 4 stages", "contiguous", "zigzag", "head_degree 2"}
