@@ -225,8 +225,8 @@ def relayed_link_rows(
     node = np.arange(size) // ranks_per_node
     nodes = Placement.from_runs(placement.ends, placement.owners // ranks_per_node, cp_size=int(node[-1]) + 1)
     by_rank = needed._replace(ranks=node[needed.ranks])
-    far_in = np.bincount(needed.ranks, _rows_from_others(by_rank, nodes), size)
-    near_in = rows_missing(needed, placement) - far_in
+    far_in: FloatArray = np.bincount(needed.ranks, _rows_from_others(by_rank, nodes), size)
+    near_in: FloatArray = rows_missing(needed, placement) - far_in
     far_out = rows_sent(by_rank, nodes, placement)
     near_out = rows_sent(needed, placement, placement) - far_out
     if once_per_node:

@@ -246,7 +246,7 @@ class _Wide(TorchFunctionMode):
 
 def _double_error(model_type: str, model: Any, parallel: Any, batch: dict[str, Tensor]) -> tuple[float, str]:
     """A batch again, both sides in fp64 from the same weights; on all ranks, and what rank 0 found on each."""
-    eager = _make(model_type, "eager") if dist.get_rank() == 0 else None
+    eager: Any = _make(model_type, "eager") if dist.get_rank() == 0 else None
     experts = getattr(model.config, "_experts_implementation", None)
     for each in (model, eager):
         if each is not None and experts is not None:

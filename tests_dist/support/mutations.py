@@ -269,7 +269,7 @@ MUTATIONS: dict[str, Mutation] = {
         "scales of 8-bit rows without a finite, normal inverse", f"{RANKS}fp8_wire.py subnormals",
     ),
     "n7": Mutation(
-        "collectives/packing.py", "return -(-nbytes // _ALIGN) * _ALIGN", "return nbytes",
+        "collectives/packing.py", "(-_row_bytes(shape, dtype) // multiple) * multiple", "(-_row_bytes(shape, dtype))",
         "packed tensors not aligned", f"{RANKS}collectives.py take_part",
     ),
     "n8": Mutation(
