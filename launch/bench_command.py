@@ -23,7 +23,7 @@ from cpattn.solver import (
     plan_report,
 )
 
-from .calibrate import calibrate
+from .calibrate import calibrate, parts_of_calibration
 from .options import (
     BackendOption,
     Dtypes,
@@ -208,7 +208,7 @@ def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:
     """The hardware of an option; "measure" calibrates this one, which every rank takes part in."""
     if hardware != "measure":
         return find_hardware(hardware)
-    with telling("measuring this machine for the prediction") as tell:
+    with telling("measuring this machine for the prediction", parts_of_calibration(num_ranks(None))) as tell:
         return calibrate(heads, device=device.type, tokens=1 << 15 if device.type == "cuda" else 1 << 11, tell=tell)
 
 

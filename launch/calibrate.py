@@ -22,7 +22,7 @@ from rich.console import Console
 from cpattn.solver import Hardware, Heads, Link, TransportTimes
 
 from .options import JsonOption, RanksOption, heads_of_option, require_file, takes_options
-from .session import Tell, answering, launched_ranks, start_ranks, telling, write_whole, writing
+from .session import Tell, answering, launched_ranks, num_ranks, start_ranks, telling, write_whole, writing
 from .tables import Grid, show
 from .torchrun import num_cores
 
@@ -59,7 +59,8 @@ def calibrate_command(
         require_file("--out", out)
         if start_ranks(ranks):
             return
-    with answering(), launched_ranks() as (device, group), telling("calibrating") as tell:
+    parts = parts_of_calibration(num_ranks(ranks))
+    with answering(), launched_ranks() as (device, group), telling("calibrating", parts) as tell:
         cuda = device.type == "cuda"
         shape = replace(shape, itemsize=2 if cuda else 4)
         hardware = calibrate(shape, device=device.type, tokens=tokens or (1 << 15 if cuda else 1 << 11), tell=tell)
@@ -100,19 +101,17 @@ def calibrate(
         heads: of the kernel measured; itemsize 2 is bf16, 4 fp32.
         device: "cpu" or "cuda".
         tokens: of the largest mask measured, at least 256.
-        tell: called with the name of each part before it is measured.
+        tell: called with the name of each part once it is measured, `parts_of_calibration` times.
     """
     import torch
     import torch.distributed as dist
 
     together = dist.is_available() and dist.is_initialized()
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[heads.itemsize]
-    tell("the kernel")
-    kernel = _fit_kernel(heads, torch.device(device), dtype, tokens)
-    tell("links" if together else "copies")
+    kernel = _fit_kernel(heads, torch.device(device), dtype, tokens, tell)
     within, across, per_node = _links(group, torch.device(device)) if together else (_NO_LINK, _NO_LINK, 1)
-    tell("transports" if together else "copies")
-    transports = measure_transports(group, torch.device(device)) if together else ()
+    tell("links")
+    transports = measure_transports(group, torch.device(device), tell=tell) if together else ()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     hardware = Hardware(
         name=name,
@@ -137,6 +136,11 @@ def calibrate(
     return hardware
 
 
+def parts_of_calibration(num_ranks: int) -> int:
+    """How often `calibrate` tells of a part that it has measured: kernels, links, and pairs of transports."""
+    return len(_kernel_masks(_LEAST_TOKENS)) + 1 + len(_peer_counts(num_ranks)) * len(_PEER_BYTES)
+
+
 class Kernel(NamedTuple):
     """Fitted speeds of the local kernel."""
 
@@ -146,16 +150,21 @@ class Kernel(NamedTuple):
     launch_s: float
 
 
-def _fit_kernel(heads: Heads, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+def _kernel_masks(tokens: int) -> list[list[int]]:
+    """Lengths of documents: one and many, so that calls and slices can be told from work."""
+    return [[tokens], [tokens // 2], [tokens // 4], [tokens // 16] * 16, [tokens // 64] * 16]
+
+
+def _fit_kernel(heads: Heads, device: torch.device, dtype: torch.dtype, tokens: int, tell: Tell) -> Kernel:
     """Fit launch + slices * slice_s + FLOP / rate to masks of one and of many documents."""
-    masks = [[tokens], [tokens // 2], [tokens // 4], [tokens // 16] * 16, [tokens // 64] * 16]
     rows, forward, backward = [], [], []
-    for lengths in masks:
+    for lengths in _kernel_masks(tokens):
         area = sum(n * (n + 1) // 2 for n in lengths)
         f, b = _kernel_seconds(lengths, heads, device, dtype)
         rows.append((1.0, float(len(lengths)), float(area)))
         forward.append(f)
         backward.append(b)
+        tell("the kernel")
     launch, per_slice, pair = _least_squares(np.array(rows), np.array(forward))
     b_launch, b_slice, b_pair = _least_squares(np.array(rows), np.array(backward))
     return Kernel(
@@ -296,7 +305,11 @@ def _transfer_load(group: dist.ProcessGroup | None, repeats: int = 6) -> float:
 
 
 def measure_transports(
-    group: dist.ProcessGroup | None, device: torch.device, sizes: Sequence[int] = _PEER_BYTES, repeats: int = 15
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    sizes: Sequence[int] = _PEER_BYTES,
+    repeats: int = 15,
+    tell: Tell = lambda now: None,
 ) -> tuple[TransportTimes, ...]:
     """Time both transports on exchanges with one, half and all of the peers, in turns; rank 0's times on all ranks.
 
@@ -304,12 +317,21 @@ def measure_transports(
 
     Args:
         sizes: bytes for each peer.
+        tell: called after each exchange.
     """
     import torch.distributed as dist
 
-    size = dist.get_world_size(group)
-    counts = sorted({1, max(size // 2, 1), size - 1} - {0})
-    return tuple(_transport_times(group, device, peers, nbytes, repeats) for peers in counts for nbytes in sizes)
+    times = []
+    for peers in _peer_counts(dist.get_world_size(group)):
+        for nbytes in sizes:
+            times.append(_transport_times(group, device, peers, nbytes, repeats))
+            tell("transports")
+    return tuple(times)
+
+
+def _peer_counts(size: int) -> list[int]:
+    """Of how many peers transports are compared in a group; none in a group of one."""
+    return [] if size < 2 else sorted({1, max(size // 2, 1), size - 1})
 
 
 def _transport_times(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cpattn.planning.hardware import find_hardware
-from cpattn.solver import DEFAULT_HARDWARE, HARDWARE
+from cpattn.solver import DEFAULT_HARDWARE, HARDWARE, Heads
 
 
 def test_presets_files_and_descriptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +43,15 @@ def test_what_is_none_is_refused_with_its_reason(tmp_path: Path) -> None:
     for hardware, message in cases:
         with pytest.raises(ValueError, match=message):
             find_hardware(hardware)
+
+
+def test_a_calibration_tells_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its bar would end early, or never."""
+    pytest.importorskip("typer")
+    from cpattn.launch import calibrate
+
+    monkeypatch.setattr(calibrate, "_kernel_seconds", lambda lengths, *rest: (1e-6 * sum(lengths), 2e-6 * sum(lengths)))
+    told: list[str] = []
+    calibrate.calibrate(Heads(4, 2, 16), device="cpu", tokens=256, tell=told.append)
+    assert len(told) == calibrate.parts_of_calibration(1)
+    assert calibrate.parts_of_calibration(4) == len(told) + 3 * 4, "one, half and all of three peers, four sizes"

@@ -161,7 +161,10 @@ def test_transports_agree_bit_for_bit(ranks, mask):
 
 
 def calibrated(sizes: tuple[int, ...]) -> list[TransportTimes]:
-    return list(measure_transports(None, torch.device("cpu"), sizes, repeats=2))
+    told: list[str] = []
+    times = list(measure_transports(None, torch.device("cpu"), sizes, repeats=2, tell=told.append))
+    assert len(told) == len(times), "told of each"
+    return times
 
 
 @pytest.mark.parametrize(("size", "peers"), [(2, [1.0]), (4, [1 / 3, 2 / 3, 1.0])])
