@@ -35,13 +35,26 @@ def shifted(batch):
     return {**batch, "labels": labels}
 
 
-def recipe_step_on_rank(name, batches, num_targets, vision=False, checkpointing=False):
+def take_masks_away(model):
+    """As Automodel does over several ranks (`attach_context_parallel_hooks`), for its own sharding of SDPA."""
+
+    def without(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": None, "is_causal": True}
+
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_pre_hook(without, with_kwargs=True, prepend=True)
+
+
+def recipe_step_on_rank(name, batches, num_targets, vision=False, checkpointing=False, masks_taken=False):
     """What a recipe does: prepare each micro-batch, run, per-shard loss, gradients summed over the ranks."""
     group = fresh_group()
     magi.register_magi_attention()
     model = make_model(name, "magi")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if masks_taken:
+        take_masks_away(model)
     state = MagiState(True, False, group, dist.get_world_size(group))
     losses, logits = [], []
     for batch in batches:
@@ -85,6 +98,15 @@ def test_4_and_8_windows_softcap_sinks_padding_and_rows(name, layout, rows):
     batch = shifted(text_batch(layout, rows))
     got = run_on_ranks(2, recipe_step_on_rank, name, [batch], targets_of(batch))[0]
     assert_same_step(got, eager_step(name, text_batch(layout, rows)), real_tokens(batch), name)
+
+
+def test_masks_that_are_taken_from_attention_are_given_back_and_padding_masks_count():
+    """What a recipe of Automodel 0.7 does to a transformers model at cp 2, and what its collater gives."""
+    batch = shifted(text_batch("left", 3))
+    batch["padding_mask"] = ~batch.pop("attention_mask").bool()
+    got = run_on_ranks(2, recipe_step_on_rank, "llama", [batch], targets_of(batch), masks_taken=True)[0]
+    want = text_batch("left", 3)
+    assert_same_step(got, eager_step("llama", want), real_tokens(want), "llama")
 
 
 @pytest.mark.parametrize("how", ["seq_lens", "cu_seqlens", "position_ids"])
