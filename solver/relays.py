@@ -225,17 +225,17 @@ def relayed_link_rows(
     node = np.arange(size) // ranks_per_node
     nodes = Placement.from_runs(placement.ends, placement.owners // ranks_per_node, cp_size=int(node[-1]) + 1)
     by_rank = needed._replace(ranks=node[needed.ranks])
-    far_in: FloatArray = np.bincount(needed.ranks, _rows_from_others(by_rank, nodes), size)
-    near_in: FloatArray = rows_missing(needed, placement) - far_in
-    far_out = rows_sent(by_rank, nodes, placement)
-    near_out = rows_sent(needed, placement, placement) - far_out
+    far_in = np.bincount(needed.ranks, _rows_from_others(by_rank, nodes), size).astype(np.float64)
+    near_in = rows_missing(needed, placement) - far_in
+    far_out: FloatArray = rows_sent(by_rank, nodes, placement).astype(np.float64)
+    near_out: FloatArray = rows_sent(needed, placement, placement) - far_out
     if once_per_node:
         # A rank passes on its share of what lands in its node, to all who need it there but itself.
         passed_on = far_in * (ranks_per_node - 1) / ranks_per_node
         near_in, near_out = near_in + passed_on, near_out + _per_rank(passed_on, node)
         of_node = merge_intervals(*by_rank)
         landed = np.bincount(of_node.ranks, _rows_from_others(of_node, nodes), nodes.cp_size)
-        far_in, far_out = landed[node] / ranks_per_node, rows_sent(of_node, nodes, placement)
+        far_in, far_out = landed[node] / ranks_per_node, rows_sent(of_node, nodes, placement).astype(np.float64)
     taken, sent = (far_in, far_out) if once_per_node else (near_in + far_in, near_out + far_out)
     kept = np.minimum(1.0, taken.max() / np.maximum(sent, 1))
     near = np.maximum(near_in, near_out if once_per_node else near_out * kept)

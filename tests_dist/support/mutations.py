@@ -222,7 +222,7 @@ MUTATIONS: dict[str, Mutation] = {
         "rows of another rank counted as owned", f"{SOLVER}routes.py",
     ),
     "n2": Mutation(
-        "solver/plan.py", "kv_routes, num_stages, ranks_per_node)", "kv_routes, num_stages, 1)",
+        "solver/plan.py", "if relays else (num_stages, ranks_per_node)", "if relays else (num_stages, 1)",
         "fingerprints do not tell plans for other nodes apart", f"{SOLVER}plan.py fingerprint",
     ),
     "n3": Mutation(
@@ -270,7 +270,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "n7": Mutation(
         "collectives/packing.py", "(-_row_bytes(shape, dtype) // multiple) * multiple", "(-_row_bytes(shape, dtype))",
-        "packed tensors not aligned", f"{RANKS}collectives.py take_part",
+        "packed tensors not aligned", f"{BACKENDS}row_kernels.py packing_copies",
     ),
     "n8": Mutation(
         "collectives/exchange.py", "_reduce_rows([t[:num_mine] for t in totals], into, relay.distinct, op)", "pass",
