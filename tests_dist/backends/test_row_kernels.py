@@ -95,7 +95,7 @@ def test_packing_copies_bytes() -> None:
             packed = packing.empty_packed(rows, shapes, q.device).zero_()
             views = packing.unpack(packed, shapes)
             places = [v.data_ptr() - packed.data_ptr() for v in views]
-            # Kernels read 16 bytes at once; 8-bit codes are decoded first, and what lies beside them is read by element.
+            # Kernels read 16 bytes at once; codes are decoded first, and what lies beside them is read by element.
             codes = any(t.dtype == torch.uint8 for t in tensors)
             assert all(place % (8 if codes else 16) == 0 for place in places)
             assert row_kernels.can_pack(tensors)
