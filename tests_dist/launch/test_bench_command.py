@@ -51,7 +51,7 @@ def test_table_and_files(tmp_path: Path) -> None:
         (("--seqlen", "64", "--heads", "5:2"), "multiple of key heads"),
         (("--seqlen", "64", "--hardware", "no_such_file.json"), "a file that `cpattn calibrate"),
         (("--seqlen", "64", "--backend", "nothing"), "backend 'nothing' is unknown"),
-        (("--seqlen", "64", "--backend", "te"), "no backend 'te' serves"),
+        (("--seqlen", "64", "--backend", "te"), "backend 'te' cannot run in this process"),
         (("--seqlen", "64", "--trace", f"{__file__}/trace"), "where nothing can be written"),
         (("--seqlen", "64", "--wire", "int8"), "wire is 'int8'"),
         (("--seqlen", "64", "--head-degree", "2"), "head_degree is 2 and the group has 1 ranks"),

@@ -117,20 +117,22 @@ def test_what_is_missing_is_said_before_the_work(
 
 
 def test_heads_split_among_ranks() -> None:
-    """--head-degree plans what the model takes for it, and auto the fastest that it tried."""
+    """--head-degree plans what the model takes for it, and auto the fastest that it tried, 1 where that is near."""
     args = ("plan", "--seqlen", "64K", "--ranks", "8", "--json")
     one, four, auto = (json.loads(run(*args, "--head-degree", degree).stdout) for degree in ("1", "4", "auto"))
     assert (one["cp_size"], four["cp_size"]) == (8, 2)
     seconds = {int(degree): value for degree, value in auto["head_degree_seconds"].items()}
     assert seconds[1] == pytest.approx(one["seconds"])
     assert seconds[4] == pytest.approx(four["seconds"])
-    assert auto["seconds"] == pytest.approx(min(seconds.values()))
+    assert auto["seconds"] == pytest.approx(seconds[auto["head_degree"]])
+    assert auto["head_degree"] == 1 or auto["seconds"] == pytest.approx(min(seconds.values()))
+    assert 0.99 * auto["seconds"] <= min(seconds.values())
     assert [rival["seconds"] for rival in four["rivals"]] == [rival["seconds"] for rival in one["rivals"]]
 
 
 def test_a_faster_rival_is_named() -> None:
     text = run("plan", "--seqlen", "64K", "--ranks", "8").stdout
-    assert "The cost model puts zigzag ring ahead here" in text
+    assert "The cost model puts Ulysses ahead here" in text
     assert "--head-degree auto" in text
     assert "ahead here" not in run("plan", "--lengths", "4K,4K", "--ranks", "2").stdout
 

@@ -388,7 +388,7 @@ BAD_LAYERS: dict[str, dict[str, Any]] = {
     "also has 1024: expected cpattn.LayerKind": {"also": [1024]},
     "also has a mask over 77 x 77 tokens and the key's is over 78 x 78": {"also": [LayerKind(AttnMaskSpec.causal(77))]},
     "planned together are of self-attention": {"spec": AttnMaskSpec.cross([78], [9]), "also": [LayerKind()]},
-    "num_layers is 0.0: it must be a finite number above 0": {"also": [LayerKind(num_layers=0)]},
+    "num_layers is 0: it must be a finite number above 0": {"also": [LayerKind(num_layers=0)]},
     "num_layers is nan": {"num_layers": float("nan"), "also": [LayerKind()]},
     "window is 0: give an int of at least 1": {"also": [LayerKind(window=0)]},
     "schedule 'tiles' with several masks": {"schedule": "tiles", "also": [LayerKind(window=9)]},
