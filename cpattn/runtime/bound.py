@@ -25,7 +25,8 @@ class BoundStage(NamedTuple):
     kv: the trip that brings them; of no hops where they are this rank's own.
     own_work, guest_work: for this rank's queries and for those that it works on for others.
     in_backward: own_work in the parts in which backward does it. Where keys travel, own keys have several: the first
-        hides the first keys on their way here, the others, one for each hop, the last gradients on their way home.
+        hides the first keys on their way here, the others, one for each hop, the last gradients on their way home. None
+        is a part without work: hops begin in the same order on all ranks.
     """
 
     kv: Trip
@@ -113,17 +114,24 @@ def _bind(
             prepare(slices, rows, stage.num_keys)
             for slices, rows in ((stage.own, rank_plan.num_queries), (stage.guest, num_guests))
         )
-        parts = (own,)
-        if number == 0 and len(rank_plan.stages) > 1 and len(stage.own):
-            num_hops = len(rank_plan.queries)
-            late = (LATE_SHARE / num_hops,) * num_hops
-            first, *rest = stage.own.in_row_parts((1 - LATE_SHARE, *late), _LATE_GRAIN)
-            tables = (first, *(table for table in rest if len(table)))
-            parts = tuple(prepare(table, rank_plan.num_queries, stage.num_keys) for table in tables)
+        parts: tuple[Any, ...] = (own,)
+        if number == 0 and len(rank_plan.stages) > 1:
+            parts = (own, *(None,) * len(rank_plan.queries))
+            if len(stage.own):
+                tables = _in_backward(stage.own, num_hops=len(parts) - 1)
+                parts = tuple(
+                    prepare(table, rank_plan.num_queries, stage.num_keys) if nth == 0 or len(table) else None
+                    for nth, table in enumerate(tables)
+                )
         trip = Trip(f"keys {number}", f"gradients {number}", number, hops)
         stages.append(BoundStage(trip, own, guest, parts))
     rows = (rank_plan.num_queries, rank_plan.num_keys)
     return BoundPlan(backend, exchanges, queries, queries.active, tuple(stages), keep_kv, *rows)
+
+
+def _in_backward(own: SliceTable, *, num_hops: int) -> list[SliceTable]:
+    """The work on own keys in parts: what comes first, and for each hop what is left till last."""
+    return own.in_row_parts((1 - LATE_SHARE, *(LATE_SHARE / num_hops,) * num_hops), _LATE_GRAIN)
 
 
 def bind_hops(

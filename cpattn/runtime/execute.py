@@ -112,7 +112,8 @@ def run_backward(
         packed, dkeys = _narrowed(plan, packed, dkeys)
         returns.add(plan.exchanges.reduce(stage.kv, dkeys, dkv, packed=packed))
     for number, part in enumerate(late, len(plan.stages)):
-        own = _differentiate(plan, scoring, own, (kv, part, dkv), fresh=(False, False), last=lasts[number])
+        if part is not None:
+            own = _differentiate(plan, scoring, own, (kv, part, dkv), fresh=(False, False), last=lasts[number])
         returns.advance()
     returns.wait()
     return Gradients(own.dq.to(own.q.dtype), dkv.k.to(kv.k.dtype), dkv.v.to(kv.v.dtype))

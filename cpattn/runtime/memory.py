@@ -145,7 +145,7 @@ def _light(plan: BoundPlan, dtype: torch.dtype) -> BoundPlan:
             still(stage.kv),
             heaviest(stage.own_work, dtype),
             heaviest(stage.guest_work, dtype),
-            tuple(heaviest(part, dtype) for part in stage.in_backward),
+            tuple(None if part is None else heaviest(part, dtype) for part in stage.in_backward),
         )
         for stage in plan.stages
     )

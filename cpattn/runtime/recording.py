@@ -262,7 +262,7 @@ def _watched_plan(plan: BoundPlan, call: _OpenCall) -> BoundPlan:
         stage._replace(
             own_work=_Label(stage.own_work, number, "own"),
             guest_work=_Label(stage.guest_work, number, "guest"),
-            in_backward=tuple(_Label(part, number, "own") for part in stage.in_backward),
+            in_backward=tuple(None if part is None else _Label(part, number, "own") for part in stage.in_backward),
         )
         for number, stage in enumerate(plan.stages)
     )
