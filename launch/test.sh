@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 CPATTN_EXTRAS=dev
 source launch/venv.sh || exit 1
 export PYTHON
+# Hundreds of processes are started, and each would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
 
 failed=()
 step() { # name, command...: run it, go on to the next whatever it says

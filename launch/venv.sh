@@ -68,8 +68,7 @@ _cpattn_setup() {
     rm -f "$stamp"
     _cpattn_say "installing cpattn${wanted:+ with the extras $(paste -sd, <<<"$wanted")} into .venv" \
         "(the first time this takes a few minutes: torch is large)"
-    # Python compiles a module when it is first imported; to compile all of torch and transformers takes longer than that.
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$PYTHON" -m pip install --no-compile \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$PYTHON" -m pip install \
         -c "$root/constraints.txt" -e "$root${wanted:+[$(paste -sd, <<<"$wanted")]}" >&2 || {
         _cpattn_say "the installation failed; the lines above say why"
         return 1
