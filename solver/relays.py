@@ -20,9 +20,10 @@ from .routes import (
     Intervals,
     LinkRows,
     RouteTable,
+    by_node,
     merge_intervals,
-    rows_missing,
-    rows_owned,
+    rows_at_once,
+    rows_from_others,
     rows_sent,
     two_level_routes,
 )
@@ -221,20 +222,16 @@ def relayed_link_rows(
     needed: Intervals, placement: Placement, ranks_per_node: int, *, once_per_node: bool
 ) -> LinkRows:
     """About what hops in which rows travel on take of each rank's links; as `link_rows`, before there are routes."""
-    size = placement.cp_size
-    node = np.arange(size) // ranks_per_node
-    nodes = Placement.from_runs(placement.ends, placement.owners // ranks_per_node, cp_size=int(node[-1]) + 1)
-    by_rank = needed._replace(ranks=node[needed.ranks])
-    far_in = np.bincount(needed.ranks, _rows_from_others(by_rank, nodes), size).astype(np.float64)
-    near_in = rows_missing(needed, placement) - far_in
-    far_out: FloatArray = rows_sent(by_rank, nodes, placement).astype(np.float64)
-    near_out: FloatArray = rows_sent(needed, placement, placement) - far_out
+    moved = rows_at_once(needed, placement, ranks_per_node)
+    near_in, near_out, far_in, far_out = (column.astype(np.float64) for column in moved)
     if once_per_node:
+        node = np.arange(placement.cp_size) // ranks_per_node
         # A rank passes on its share of what lands in its node, to all who need it there but itself.
         passed_on = far_in * (ranks_per_node - 1) / ranks_per_node
         near_in, near_out = near_in + passed_on, near_out + _per_rank(passed_on, node)
-        of_node = merge_intervals(*by_rank)
-        landed = np.bincount(of_node.ranks, _rows_from_others(of_node, nodes), nodes.cp_size)
+        of_ranks, nodes = by_node(needed, placement, ranks_per_node)
+        of_node = merge_intervals(*of_ranks)
+        landed = np.bincount(of_node.ranks, rows_from_others(of_node, nodes), nodes.cp_size)
         far_in, far_out = landed[node] / ranks_per_node, rows_sent(of_node, nodes, placement).astype(np.float64)
     taken, sent = (far_in, far_out) if once_per_node else (near_in + far_in, near_out + far_out)
     kept = np.minimum(1.0, taken.max() / np.maximum(sent, 1))
@@ -253,12 +250,6 @@ def numbers_by_need(needed: Intervals, cp_size: int) -> IntArray:
     start[ranks], length[ranks] = needed.starts[order[first]], lengths[order[first]]
     number: IntArray = np.argsort(np.lexsort((length, start)))
     return number
-
-
-def _rows_from_others(intervals: Intervals, placement: Placement) -> IntArray:
-    """Rows of each interval that its rank, or node, does not own."""
-    rows: IntArray = intervals.ends - intervals.starts - rows_owned(intervals, placement)
-    return rows
 
 
 def _per_rank(rows: FloatArray, node: IntArray) -> FloatArray:

@@ -93,8 +93,13 @@ def tokens_needed(tasks: SliceTable, task_ranks: IntArray) -> tuple[Intervals, I
 
 def rows_missing(needed: Intervals, placement: Placement) -> IntArray:
     """Rows that each rank needs and does not own, [cp_size]: what routes would bring it."""
-    missing = needed.ends - needed.starts - rows_owned(needed, placement)
-    return np.bincount(needed.ranks, missing, placement.cp_size).astype(np.int64)
+    return np.bincount(needed.ranks, rows_from_others(needed, placement), placement.cp_size).astype(np.int64)
+
+
+def rows_from_others(needed: Intervals, placement: Placement) -> IntArray:
+    """Rows of each interval that its rank, or node, does not own."""
+    rows: IntArray = needed.ends - needed.starts - rows_owned(needed, placement)
+    return rows
 
 
 def rows_owned(needed: Intervals, placement: Placement) -> IntArray:
@@ -141,18 +146,37 @@ def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, o
         return LinkRows(np.zeros_like(missing), np.zeros_like(missing))
     if size <= ranks_per_node:
         return LinkRows(np.maximum(missing, rows_sent(needed, placement, placement)), np.zeros_like(missing))
-    nodes = Placement.from_runs(
-        placement.ends, placement.owners // ranks_per_node, cp_size=-(-size // ranks_per_node)
-    )
-    of_node = needed._replace(ranks=needed.ranks // ranks_per_node)
+    of_node, nodes = by_node(needed, placement, ranks_per_node)
     if once_per_node:
         return _two_level_link_rows(needed, merge_intervals(*of_node), placement, nodes, ranks_per_node)
-    far = of_node.ends - of_node.starts - rows_owned(of_node, nodes)
-    far_in = np.bincount(needed.ranks, far, size).astype(np.int64)
+    moved = rows_at_once(needed, placement, ranks_per_node)
+    return LinkRows(np.maximum(moved.near_in, moved.near_out), np.maximum(moved.far_in, moved.far_out))
+
+
+def by_node(needed: Intervals, placement: Placement, ranks_per_node: int) -> tuple[Intervals, Placement]:
+    """The intervals with nodes in the place of ranks, which may overlap, and the placement of nodes."""
+    nodes = Placement.from_runs(
+        placement.ends, placement.owners // ranks_per_node, cp_size=-(-placement.cp_size // ranks_per_node)
+    )
+    return needed._replace(ranks=needed.ranks // ranks_per_node), nodes
+
+
+class RowsAtOnce(NamedTuple):
+    """Rows that each rank receives and sends inside its node and beyond it, [cp_size]."""
+
+    near_in: IntArray
+    near_out: IntArray
+    far_in: IntArray
+    far_out: IntArray
+
+
+def rows_at_once(needed: Intervals, placement: Placement, ranks_per_node: int) -> RowsAtOnce:
+    """What each rank moves if owners send all that is needed themselves, to each rank."""
+    of_node, nodes = by_node(needed, placement, ranks_per_node)
+    far_in = np.bincount(needed.ranks, rows_from_others(of_node, nodes), placement.cp_size).astype(np.int64)
     far_out = rows_sent(of_node, nodes, placement)
     near_out = rows_sent(needed, placement, placement) - far_out
-    near_in = missing - far_in
-    return LinkRows(np.maximum(near_in, near_out), np.maximum(far_in, far_out))
+    return RowsAtOnce(rows_missing(needed, placement) - far_in, near_out, far_in, far_out)
 
 
 def _two_level_link_rows(
