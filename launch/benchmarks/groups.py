@@ -33,7 +33,7 @@ import numpy as np
 from cpattn.launch.benchmarks.solver_board import other_lengths
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.solver import HARDWARE, Heads, make_dispatch_plan, simulate
+from cpattn.solver import HARDWARE, Heads, make_dispatch_plan, simulate, step_time_bound
 from cpattn.solver.cost import FloatArray
 from cpattn.solver.simulate import traffic_matrix
 
@@ -166,7 +166,10 @@ def measure(name: str, ranks: int, tokens: int, seed: int) -> list[Outcome]:
         "one group": [Group(ranks, [0], lengths)],
     }
     area = sum(n * (n + 1) / 2 for n in lengths) / ranks
-    ideal = sum(_kernel_ms(area, 0, backward) for backward in (False, True))
+    ideal = 1e3 * sum(
+        step_time_bound(area=area, cp_size=1, worst_bytes=0.0, heads=HEADS, hardware=MACHINE, backward=backward)
+        for backward in (False, True)
+    )
     outcomes = []
     for way, groups in ways.items():
         shared = [group for group in groups if group.ranks > 1 and group.lengths]
@@ -230,15 +233,10 @@ def _slowest(groups: list[Group]) -> list[Group]:
 
 
 def _alone_ms(group: Group) -> float:
-    return sum(_kernel_ms(group.work, len(group.lengths), backward) for backward in (False, True))
-
-
-def _kernel_ms(area: float, slices: int, backward: bool) -> float:
-    """On one rank; without slices: the bare rate."""
-    if not slices:
-        rate = MACHINE.backward_flops if backward else MACHINE.forward_flops
-        return 1e3 * area * (HEADS.backward_flop if backward else HEADS.forward_flop) / rate
-    return 1e3 * float(MACHINE.kernel_seconds(np.array([area]), np.array([slices]), HEADS, backward=backward)[0])
+    """On one rank."""
+    work, slices = np.array([group.work]), np.array([len(group.lengths)])
+    passes = (MACHINE.kernel_seconds(work, slices, HEADS, backward=backward) for backward in (False, True))
+    return 1e3 * float(sum(seconds[0] for seconds in passes))
 
 
 def _whole(lengths: list[int], groups: list[Group]) -> list[int]:

@@ -40,24 +40,24 @@ def require_namespaces() -> None:
 @contextlib.contextmanager
 def two_hosts(mbit: float | None) -> Iterator[None]:
     """Two namespaces and the link between them; mbit: its rate in Mbit/s each way, None for as fast as it goes."""
-    _remove()
+    remove_namespaces(_NAMES)
     try:
         for name in _NAMES:
-            _call("ip", "netns", "add", name)
-        _call("ip", "link", "add", _DEVICES[0], "type", "veth", "peer", "name", _DEVICES[1])
+            call("ip", "netns", "add", name)
+        call("ip", "link", "add", _DEVICES[0], "type", "veth", "peer", "name", _DEVICES[1])
         for name, device, address in zip(_NAMES, _DEVICES, _ADDRESSES, strict=True):
-            _call("ip", "link", "set", device, "netns", name)
-            _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
+            call("ip", "link", "set", device, "netns", name)
+            call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
             for up in (device, "lo"):
-                _call("ip", "-n", name, "link", "set", up, "up")
+                call("ip", "-n", name, "link", "set", up, "up")
             if mbit is not None:
                 burst = max(64_000, int(mbit * 1e6 / 8 * _BURST_S))
                 limit = burst + max(256_000, int(mbit * 1e6 / 8 * _QUEUE_S))
                 rate = ("rate", f"{mbit:.3f}mbit", "burst", str(burst), "limit", str(limit))
-                _call("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *rate)
+                call("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *rate)
         yield
     finally:
-        _remove()
+        remove_namespaces(_NAMES)
 
 
 def run_on_hosts(module: str, args: Sequence[str], *, num_ranks: int) -> None:
@@ -68,38 +68,51 @@ def run_on_hosts(module: str, args: Sequence[str], *, num_ranks: int) -> None:
     """
     threads = str(max(1, num_cores() // num_ranks))
     hosts = []
+    for rank, (name, device) in enumerate(zip(_NAMES, _DEVICES, strict=True)):
+        env = {
+            "OMP_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GLOO_SOCKET_IFNAME": device,
+            "TP_SOCKET_IFNAME": device,
+        }
+        torchrun = [
+            "--nnodes=2",
+            f"--node-rank={rank}",
+            f"--nproc-per-node={num_ranks // 2}",
+            f"--master-addr={_ADDRESSES[0]}",
+            f"--master-port={_PORT}",
+            *rank_command(module),
+            *args,
+        ]
+        hosts.append((name, ["-m", "cpattn.launch.torchrun", *torchrun], env))
+    run_in_namespaces(hosts, module)
+
+
+def run_in_namespaces(commands: Sequence[tuple[str, Sequence[str], dict[str, str]]], module: str) -> None:
+    """Python with arguments in namespaces, all at once, with variables added to the environment; waits for all.
+
+    Raises:
+        subprocess.CalledProcessError: one failed; it names the module.
+    """
+    processes = []
     try:
-        for rank, (name, device) in enumerate(zip(_NAMES, _DEVICES, strict=True)):
-            env = {
-                **os.environ,
-                "OMP_NUM_THREADS": threads,
-                "OMP_WAIT_POLICY": "PASSIVE",
-                "GLOO_SOCKET_IFNAME": device,
-                "TP_SOCKET_IFNAME": device,
-            }
-            torchrun = [
-                "--nnodes=2",
-                f"--node-rank={rank}",
-                f"--nproc-per-node={num_ranks // 2}",
-                f"--master-addr={_ADDRESSES[0]}",
-                f"--master-port={_PORT}",
-                *rank_command(module),
-                *args,
-            ]
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "cpattn.launch.torchrun", *torchrun]
-            hosts.append(subprocess.Popen(command, env=env))
-        codes = [host.wait() for host in hosts]
+        for name, args, env in commands:
+            command = ["ip", "netns", "exec", name, sys.executable, *args]
+            processes.append(subprocess.Popen(command, env={**os.environ, **env}))
+        codes = [process.wait() for process in processes]
     finally:
-        for host in hosts:
-            host.terminate()
+        for process in processes:
+            process.terminate()
     if any(codes):
         raise subprocess.CalledProcessError(max(codes, key=abs), module)
 
 
-def _remove() -> None:
-    for name in _NAMES:
+def remove_namespaces(names: Sequence[str]) -> None:
+    """Where there are any of these names; links into them go too."""
+    for name in names:
         subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
 
 
-def _call(*command: str) -> None:
+def call(*command: str) -> None:
+    """Run a command that must not fail."""
     subprocess.run(command, check=True)

@@ -34,6 +34,8 @@ from torch import Tensor
 import cpattn
 from cpattn.backends import register_backend
 from cpattn.backends.base import Attending, KeyRows, Problem, Returning, Scoring
+from cpattn.collectives import RowRoutes
+from cpattn.collectives.exchange import exchange_rows
 from cpattn.launch.benchmarks import schedules as sched
 from cpattn.launch.benchmarks.hosts import require_namespaces
 from cpattn.launch.benchmarks.switch import cluster, run_on_cluster
@@ -61,6 +63,8 @@ DEVICE = Hardware(
     ranks_per_node=1,
 )
 NEAR = 0.15
+# As the ranks of a plan exchange rows.
+_P2P = RowRoutes(torch.zeros(0, dtype=torch.int64), (), (), True, "p2p")
 # Ranks, and ranks of a node.
 CLUSTERS = ((2, 2), (4, 4), (8, 8), (4, 2), (8, 4))
 
@@ -176,21 +180,7 @@ def _measured_link(ranks: list[int]) -> Link:
 
 def _exchange(received: Tensor, send: Tensor, receives: list[int], sends: list[int]) -> Any:
     """Rows with uneven splits from rank to rank, receives first: else gloo often sends one way at a time."""
-    rank = dist.get_rank()
-    into, out = received.split(receives), send.split(sends)
-    into[rank].copy_(out[rank])
-    peers = [peer for peer in range(dist.get_world_size()) if peer != rank]
-    works = [dist.irecv(into[peer], peer) for peer in peers if len(into[peer])]
-    works += [dist.isend(out[peer], peer) for peer in peers if len(out[peer])]
-    return _All(works)
-
-
-class _All(NamedTuple):
-    works: list[Any]
-
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+    return exchange_rows(received, send, receives, sends, _P2P, dist.group.WORLD)
 
 
 Run = tuple[Callable[[], Any], float]
