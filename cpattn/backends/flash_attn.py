@@ -26,8 +26,15 @@ from cpattn.solver import SliceTable
 
 from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, refuse_dtype
 from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
-from .varlen import VarlenCall, VarlenKernel, VarlenWork, plan_varlen, run_varlen_backward, run_varlen_forward
-from .varlen import places as varlen_places
+from .varlen import (
+    PlacingVarlen,
+    VarlenCall,
+    VarlenKernel,
+    VarlenWork,
+    plan_varlen,
+    run_varlen_backward,
+    run_varlen_forward,
+)
 from .varlen import writes_once as varlen_writes_once
 
 
@@ -270,7 +277,7 @@ _GENERATIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class FlashAttnBackend:
+class FlashAttnBackend(PlacingVarlen):
     """One generation of flash-attn: 2, 3 or 4."""
 
     generation: int
@@ -317,7 +324,7 @@ class FlashAttnBackend:
     def forward(
         self, queries: Attending, keys: KeyRows, work: VarlenWork, scoring: Scoring, *, fresh: bool = False
     ) -> None:
-        run_varlen_forward(self._kernel(), queries, keys, work, scoring, fresh=fresh)
+        run_varlen_forward(self.packed_kernel(), queries, keys, work, scoring, fresh=fresh)
 
     def backward(
         self,
@@ -330,29 +337,11 @@ class FlashAttnBackend:
         fresh_dq: bool = False,
         fresh_dkv: bool = False,
     ) -> None:
-        run_varlen_backward(self._kernel(), queries, keys, work, scoring, dkeys, fresh=(fresh_dq, fresh_dkv))
+        run_varlen_backward(self.packed_kernel(), queries, keys, work, scoring, dkeys, fresh=(fresh_dq, fresh_dkv))
 
-    def places(self, queries: Tensor, work: VarlenWork) -> bool:
-        return varlen_places(queries, work)
+    def packed_work(self, work: VarlenWork) -> VarlenWork:
+        return work
 
-    def attend(
-        self, queries: Attending, keys: KeyRows, work: VarlenWork, scoring: Scoring, *, fresh: bool, last: bool
-    ) -> Attending:
-        return run_varlen_forward(self._kernel(), queries, keys, work, scoring, fresh=fresh, last=last)
-
-    def differentiate(
-        self,
-        queries: Returning,
-        keys: KeyRows,
-        work: VarlenWork,
-        scoring: Scoring,
-        dkeys: KeyRows,
-        *,
-        fresh: tuple[bool, bool],
-        last: bool,
-    ) -> Tensor:
-        return run_varlen_backward(self._kernel(), queries, keys, work, scoring, dkeys, fresh=fresh, last=last)
-
-    def _kernel(self) -> VarlenKernel:
+    def packed_kernel(self) -> VarlenKernel:
         what = _GENERATIONS[self.generation]
         return what.kernel(importlib.import_module(what.module))

@@ -35,8 +35,16 @@ from .base import (
     refuse_dtype,
 )
 from .rows import add_rows, first_writers, merge_rows
-from .varlen import VarlenCall, VarlenWork, clear, plan_varlen, run_varlen_backward, run_varlen_forward, writes_once
-from .varlen import places as varlen_places
+from .varlen import (
+    PlacingVarlen,
+    VarlenCall,
+    VarlenWork,
+    clear,
+    plan_varlen,
+    run_varlen_backward,
+    run_varlen_forward,
+    writes_once,
+)
 
 # custom_mask_type of the efficient kernels.
 _NO_MASK, _CAUSAL_BOTTOM_RIGHT = 0, 2
@@ -123,7 +131,7 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True)
-class CudaSdpaBackend:
+class CudaSdpaBackend(PlacingVarlen):
     """torch's own fused kernels on CUDA: FlashAttention 2 for fp16 and bf16, CUTLASS for fp32."""
 
     device_type: str = "cuda"
@@ -155,7 +163,7 @@ class CudaSdpaBackend:
     ) -> None:
         (q_QND, out_QNE, lse_QN), (k_KGD, v_KGE), scale = queries, keys, scoring.scale
         if q_QND.dtype in HALF_DTYPES:
-            run_varlen_forward(AtenFlashKernel(self.ops), queries, keys, work.flash, scoring, fresh=fresh)
+            run_varlen_forward(self.packed_kernel(), queries, keys, work.flash, scoring, fresh=fresh)
             return
         if fresh:
             clear(queries)
@@ -186,7 +194,7 @@ class CudaSdpaBackend:
     ) -> None:
         (dout_QNE, q_QND, out_QNE, lse_QN, dq_QND), (k_KGD, v_KGE), (dk_KGD, dv_KGE) = queries, keys, dkeys
         if q_QND.dtype in HALF_DTYPES:
-            kernel, fresh = AtenFlashKernel(self.ops), (fresh_dq, fresh_dkv)
+            kernel, fresh = self.packed_kernel(), (fresh_dq, fresh_dkv)
             run_varlen_backward(kernel, queries, keys, work.flash, scoring, dkeys, fresh=fresh)
             return
         for total, first in ((dq_QND, fresh_dq), (dk_KGD, fresh_dkv), (dv_KGE, fresh_dkv)):
@@ -202,28 +210,11 @@ class CudaSdpaBackend:
             add_rows(dk_KGD, piece.keys, dk[0].unflatten(1, (-1, groups)).sum(2)[..., :d])
             add_rows(dv_KGE, piece.keys, dv[0].unflatten(1, (-1, groups)).sum(2)[..., :e])
 
-    def places(self, queries: Tensor, work: _Work) -> bool:
-        return varlen_places(queries, work.flash)
+    def packed_work(self, work: _Work) -> VarlenWork:
+        return work.flash
 
-    def attend(
-        self, queries: Attending, keys: KeyRows, work: _Work, scoring: Scoring, *, fresh: bool, last: bool
-    ) -> Attending:
-        kernel = AtenFlashKernel(self.ops)
-        return run_varlen_forward(kernel, queries, keys, work.flash, scoring, fresh=fresh, last=last)
-
-    def differentiate(
-        self,
-        queries: Returning,
-        keys: KeyRows,
-        work: _Work,
-        scoring: Scoring,
-        dkeys: KeyRows,
-        *,
-        fresh: tuple[bool, bool],
-        last: bool,
-    ) -> Tensor:
-        kernel = AtenFlashKernel(self.ops)
-        return run_varlen_backward(kernel, queries, keys, work.flash, scoring, dkeys, fresh=fresh, last=last)
+    def packed_kernel(self) -> AtenFlashKernel:
+        return AtenFlashKernel(self.ops)
 
 
 def _piece_backward(

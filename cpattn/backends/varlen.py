@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -367,9 +367,42 @@ def _wide(target: Tensor, num_sums: int) -> Tensor:
     return torch.empty(target.shape, dtype=torch.float32, device=target.device) if half else target
 
 
-def places(queries: Tensor, work: VarlenWork) -> bool:
-    """`PlacingBackend.places`: where row kernels serve."""
-    return queries.dtype in HALF_DTYPES and bool(work.merged) and row_kernels.serves(queries.device)
+class PlacingVarlen:
+    """`PlacingBackend` for a backend with a packed kernel."""
+
+    __slots__ = ()
+
+    def packed_kernel(self) -> VarlenKernel:
+        raise NotImplementedError
+
+    def packed_work(self, work: Any) -> VarlenWork:
+        """What `prepare` gave, for the packed kernel."""
+        raise NotImplementedError
+
+    def places(self, queries: Tensor, work: Any) -> bool:
+        """Where row kernels serve."""
+        packed = self.packed_work(work)
+        return queries.dtype in HALF_DTYPES and bool(packed.merged) and row_kernels.serves(queries.device)
+
+    def attend(
+        self, queries: Attending, keys: KeyRows, work: Any, scoring: Scoring, *, fresh: bool, last: bool
+    ) -> Attending:
+        packed = self.packed_work(work)
+        return run_varlen_forward(self.packed_kernel(), queries, keys, packed, scoring, fresh=fresh, last=last)
+
+    def differentiate(
+        self,
+        queries: Returning,
+        keys: KeyRows,
+        work: Any,
+        scoring: Scoring,
+        dkeys: KeyRows,
+        *,
+        fresh: tuple[bool, bool],
+        last: bool,
+    ) -> Tensor:
+        kernel, packed = self.packed_kernel(), self.packed_work(work)
+        return run_varlen_backward(kernel, queries, keys, packed, scoring, dkeys, fresh=fresh, last=last)
 
 
 def writes_once(work: VarlenWork) -> bool:
