@@ -36,8 +36,10 @@ ROWS = {
     # The others have their key at hand.
     "another length": (rf"ValueError: ranks are out of step: ranks \[{FAULTY}\] .* in attention .* in make_key", True),
     "planning takes too long": (rf"{WAITS}.*Timed out", False),
+    "killed while it passes rows on": (MIDDLE, True),
+    "killed while it adds rows up": (MIDDLE, True),
 }
-QUICK = ("killed in forward", "input refused", "stopped")
+QUICK = ("killed while it passes rows on", "killed in forward", "input refused", "stopped")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -29,11 +29,15 @@ import torch.distributed as dist
 
 import cpattn
 from cpattn.backends.sdpa_cpu import CpuSdpaBackend
+from cpattn.collectives import exchange
+from cpattn.solver import relays
 
 RANKS, FAULTY = 3, 1
 # Of the group that trains, once it is there; to meet, ranks on a busy machine need longer.
 TIMEOUT_S, MEETING_S = 6.0, 120.0
 HEADS = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 16}
+# What all see is rank 0's, and goes on to others by those that have it.
+SHARED = cpattn.AttnMaskSpec.prefix_tree([48, 20, 30, 25, 23], [[0, 1], [0, 2], [0, 3], [0, 4]])[0]
 
 
 def join(store: Path, rank: int, size: int) -> dist.ProcessGroup:
@@ -45,9 +49,14 @@ def join(store: Path, rank: int, size: int) -> dist.ProcessGroup:
     return group
 
 
-def step(group: dist.ProcessGroup, length: int = 96, rows: int | None = None) -> None:
-    """Forward and backward of a key made for it; rows: other than the key's."""
-    key = cpattn.make_key(cpattn.AttnMaskSpec.causal(length), **HEADS, cp_group=group)
+def step(group: dist.ProcessGroup, length: int = 96, rows: int | None = None, passed_on: bool = False) -> None:
+    """Forward and backward of a key made for it; rows: other than the key's; passed_on: rows travel on by rank 1."""
+    spec, how = cpattn.AttnMaskSpec.causal(length), dict[str, Any]()
+    if passed_on:
+        spec, how = SHARED, {"layout": "contiguous", "chunk_size": 8, "relays": True}
+    with mock.patch.object(relays, "_LEAST_PART", 1):  # rows are few
+        key = cpattn.make_key(spec, **HEADS, cp_group=group, **how)
+    assert not passed_on or key.plan.relays
     count = key.num_tokens if rows is None else rows
     q, k, v = (torch.randn(count, heads, 16, requires_grad=True) for heads in (2, 1, 1))
     cpattn.attention(q, k, v, key).sum().backward()
@@ -65,6 +74,12 @@ def in_kernel(group: dist.ProcessGroup, direction: str, act: Callable[[], None])
 
     with mock.patch.object(CpuSdpaBackend, direction, kernel):
         step(group)
+
+
+def on_the_way(group: dist.ProcessGroup, function: str) -> None:
+    """A step in which rank 1 dies where it passes rows on, or adds up those that come back by it."""
+    with mock.patch.object(exchange, function, side_effect=lambda *args: die()):
+        step(group, passed_on=True)
 
 
 def out_of_memory() -> None:
@@ -93,7 +108,10 @@ FAULTS: dict[str, Callable[[dist.ProcessGroup], None]] = {
     "stopped in forward": lambda group: in_kernel(group, "forward", stop),
     "another length": lambda group: step(group, 100),
     "planning takes too long": lambda group: time.sleep(TIMEOUT_S + 8),
+    "killed while it passes rows on": lambda group: on_the_way(group, "_gather_relayed"),
+    "killed while it adds rows up": lambda group: on_the_way(group, "_neutral_rows"),
 }
+PASSED_ON = ("killed while it passes rows on", "killed while it adds rows up")
 
 
 def survive(rank: int, fault: str, folder: Path) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def survive(rank: int, fault: str, folder: Path) -> dict[str, Any]:
         if rank == FAULTY:
             FAULTS[fault](group)
         else:
-            step(group)
+            step(group, passed_on=fault in PASSED_ON)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
         if rank == FAULTY and not isinstance(caught, ValueError):

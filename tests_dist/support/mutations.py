@@ -280,6 +280,18 @@ MUTATIONS: dict[str, Mutation] = {
         "collectives/exchange.py", "incoming[rank].copy_(outgoing[rank])", "pass",
         "rows that a rank sends itself lost point to point", f"{RANKS}transports.py",
     ),
+    "r1": Mutation(
+        "collectives/exchange.py", "view.index_copy_(0, relay.landed_at, came.index_select(0, relay.landed))", "pass",
+        "rows that are passed on are not those that came", f"{RANKS}relays.py",
+    ),
+    "r2": Mutation(
+        "solver/relays.py", "rest = (self.starts + passed)", "rest = self.starts + 0 * passed",
+        "rows that travel on go to all at once as well", f"{SOLVER}relays.py",
+    ),
+    "r3": Mutation(
+        "solver/relays.py", "busy = (load > room)", "busy = (load > 2 * room)",
+        "who sends less than twice what the busiest takes is not relieved", f"{SOLVER}relays.py",
+    ),
     # ---- runtime, ops
     "e1": Mutation(
         "cpattn/runtime", "lse.masked_fill(lse == -torch.inf, torch.inf)", "lse.clone()",
