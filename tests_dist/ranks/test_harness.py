@@ -218,7 +218,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 
 
 @needs_proc
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sig", [signal.SIGKILL, *(pytest.param(sig, marks=pytest.mark.nightly) for sig in (signal.SIGINT, signal.SIGTERM))]
+)
 def test_no_orphans_when_the_parent_is_killed_in_a_case(tmp_path: Path, sig: signal.Signals) -> None:
     code = (
         "from tests_dist.support.harness import run_on_ranks\n"

@@ -312,6 +312,7 @@ def compilations_on_rank(compiler: str) -> int:
     return compile_many_masks(Block(), local_rows, 5, compiler)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_fullgraph_compile_serves_many_masks(compiler: str) -> None:
     """No graph break (fullgraph raises on one), and a new mask is not a new compilation."""

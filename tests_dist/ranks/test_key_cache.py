@@ -120,4 +120,4 @@ class Keys(RuleBasedStateMachine):
 
 
 TestKeys = Keys.TestCase
-TestKeys.settings = a_part(0.05)  # each example is up to fifteen steps
+TestKeys.settings = a_part(0.025)  # each example is up to fifteen steps
