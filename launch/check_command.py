@@ -49,7 +49,7 @@ def check_command(
         layer.require(shape, num_ranks(ranks))
         if start_ranks(ranks):
             return
-    with answering(), launched_ranks() as (device, group), telling("checking"):
+    with answering(), launched_ranks() as (device, group), telling("checking", quiet=as_json):
         key = layer.key(spec, shape, group)
         named = None if backend == "auto" else "all" if backend == "all" else backend.split(",")
         report = _check(key, heads.dtype, device, named, samples, seed)

@@ -87,7 +87,7 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Plan a mask for a group of ranks: balance, tokens and bytes, against bounds and alternatives."""
-    with answering(limit), telling("planning"):
+    with answering(limit), telling("planning", quiet=as_json):
         spec = mask.spec()
         require_folder("--plot", plot)
         if plot is not None:

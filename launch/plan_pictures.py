@@ -169,7 +169,7 @@ def _draw_bytes(axes: Axes, plan: Plan, heads: Heads) -> None:
     size = plan.cp_size
     forward, both = bytes_received(plan, heads)
     ranks = np.arange(size)
-    for values, colour, line, name in ((both, COMPUTE, "-", "both passes"), (forward, KEYS, "--", "forward alone")):
+    for values, colour, line, name in ((both, COMPUTE, "-", "both"), (forward, KEYS, "--", "forward")):
         label = f"{name}: max {_bytes(values.max())}, mean {_bytes(values.mean())}"
         _steps(axes, ranks, values, colour, line, label)
     top = max(float(both.max()), 1.0)
@@ -232,7 +232,7 @@ def _draw_timeline(axes: Axes, plan: Plan, heads: Heads, hardware: Hardware) -> 
     axes.set_xlabel(f"{unit}; computing {busy / step.seconds:.0%} of the time")
     handles = [
         Patch(color=COMPUTE, label="kernel"),
-        Patch(color=COMPUTE_NEXT, label="its odd stages"),
+        Patch(color=COMPUTE_NEXT, label="kernel, odd stages"),
         Patch(color=KEYS, label="keys arrive"),
         Patch(color=HOME, label="gradients, results"),
     ]

@@ -167,13 +167,13 @@ def launched_ranks() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
 
 
 @contextmanager
-def telling(what: str, total: int | None = None) -> Iterator[Tell]:
+def telling(what: str, total: int | None = None, *, quiet: bool = False) -> Iterator[Tell]:
     """Show on a terminal that work goes on, and how far; a bar where the steps are counted. Nothing in a pipe.
 
-    total: how often the result will be called. Only rank 0 shows anything.
+    total: how often the result will be called. quiet: show nothing there either. Only rank 0 shows anything.
     """
     console = Console(stderr=True)
-    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    shown = console.is_terminal and not quiet and os.environ.get("RANK", "0") == "0"
     counted = (BarColumn(), MofNCompleteColumn()) if total is not None else ()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:

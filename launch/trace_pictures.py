@@ -20,7 +20,8 @@ from cpattn.solver import PassTimeline
 from .plan_pictures import COMPUTE, HOME, KEYS, QUERIES, STYLE, draw_bar, lanes_of, stage_colour, transfer_colour
 from .predict import Prediction
 
-WAIT, COPIES, HEAD_EXCHANGES = "#D55E00", "#A6A6A6", "#F0E442"
+# What a thread does differs in lightness, too: copies are darkest, waiting is lightest.
+WAIT, COPIES, HEAD_EXCHANGES = "#FFD3BF", "#404040", "#F0E442"
 # Top and height of the bar of compute and of that of the link, within a rank's lane.
 _THREAD, _LINK = (-0.34, 0.42), (0.12, 0.2)
 

@@ -1,6 +1,7 @@
 """One group of all ranks, fixed groups, or groups of another size for each batch? Predicted for packed documents.
 
     python -m cpattn.launch.benchmarks.groups [--ranks 64 256 1024 4096] [--out launch/benchmarks/results]
+    python -m cpattn.launch.benchmarks.groups --stored RESULTS.json --plot docs/images/groups.png
 
 Every rank has room for so many tokens, and a step's documents fill 95 % of it. They are shared between the ranks in
 three ways, attention inside a group being planned by cpattn in all of them:
@@ -262,32 +263,89 @@ def table_of(outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
+def draw(outcomes: list[Outcome], path: Path) -> None:
+    """A panel for each corpus: how near the ideal each way is, by ranks; dashed: the fewest tokens a rank."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    from cpattn.launch.plan_pictures import COMPUTE, HOME, KEYS, STYLE
+
+    corpora = list(dict.fromkeys(one.corpus for one in outcomes))
+    fewest = min(one.tokens_per_rank for one in outcomes)
+    ways = dict(zip(WAYS, ((KEYS, "s"), (COMPUTE, "^"), (HOME, "o")), strict=True))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+        panels = figure.subplots(-(-len(corpora) // 2), 2, sharex=True, sharey=True).flat
+        for axes, name in zip(panels, corpora, strict=False):
+            for (way, tokens), line in _lines([one for one in outcomes if one.corpus == name]).items():
+                colour, mark = ways[way]
+                style, label = ("--" if tokens == fewest else "-"), f"{way}, {tokens // 1024}K a rank"
+                axes.plot(*line, mark + style, color=colour, label=label, markersize=4, linewidth=1.2)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({one.ranks for one in outcomes}), sorted({one.ranks for one in outcomes}))
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_title(name)
+            axes.set_xlabel("ranks")
+            axes.label_outer()
+        figure.supylabel("of the ideal, predicted", fontsize=8)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.savefig(path)
+
+
+def _lines(outcomes: list[Outcome]) -> dict[tuple[str, int], tuple[list[int], list[float]]]:
+    """By way and tokens a rank: ranks, and the share of the ideal on so many."""
+    lines: dict[tuple[str, int], tuple[list[int], list[float]]] = {}
+    for one in sorted(outcomes, key=lambda one: (-one.tokens_per_rank, WAYS.index(one.way), one.ranks)):
+        ranks, shares = lines.setdefault((one.way, one.tokens_per_rank), ([], []))
+        ranks.append(one.ranks)
+        shares.append(one.of_ideal)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8 << 10, 64 << 10], help="room of a rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder in which to store the table and its JSON")
+    parser.add_argument("--stored", type=Path, help="JSON of a run, instead of running")
+    parser.add_argument("--plot", type=Path, help="the picture, a file")
     options = parser.parse_args()
-    outcomes = []
-    for name in CORPORA:
-        for ranks in options.ranks:
-            for tokens in options.tokens:
-                outcomes += measure(name, ranks, tokens, options.seed)
-                print(*table_of(outcomes[-len(WAYS) :])[2:], sep="\n", flush=True)
     if options.out:
-        today = time.strftime("%Y-%m-%d")
-        heading = [
-            f"# Which group? {today}",
-            "",
-            f"`python -m cpattn.launch.benchmarks.groups`, seed {options.seed}, {platform.machine()}; predicted on"
-            " h100, 64:8 heads of 128, nodes of 8.",
-            "",
-        ]
-        (options.out / f"groups_{today}.md").write_text("\n".join(heading + table_of(outcomes)) + "\n")
-        (options.out / f"groups_{today}.json").write_text(
-            json.dumps([asdict(one) for one in outcomes], indent=1) + "\n"
-        )
+        options.out.mkdir(parents=True, exist_ok=True)
+    if options.stored:
+        outcomes = [Outcome(**row) for row in json.loads(options.stored.read_text())]
+    else:
+        outcomes = _run(options.ranks, options.tokens, options.seed)
+    if options.plot:
+        draw(outcomes, options.plot)
+    if options.out:
+        _store(outcomes, options.out, options.seed)
+
+
+def _run(all_ranks: list[int], all_tokens: list[int], seed: int) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for name in CORPORA:
+        for ranks in all_ranks:
+            for tokens in all_tokens:
+                outcomes += measure(name, ranks, tokens, seed)
+                print(*table_of(outcomes[-len(WAYS) :])[2:], sep="\n", flush=True)
+    return outcomes
+
+
+def _store(outcomes: list[Outcome], folder: Path, seed: int) -> None:
+    today = time.strftime("%Y-%m-%d")
+    heading = [
+        f"# Which group? {today}",
+        "",
+        f"`python -m cpattn.launch.benchmarks.groups`, seed {seed}, {platform.machine()}; predicted on"
+        " h100, 64:8 heads of 128, nodes of 8.",
+        "",
+    ]
+    (folder / f"groups_{today}.md").write_text("\n".join(heading + table_of(outcomes)) + "\n")
+    (folder / f"groups_{today}.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from cpattn.solver import Placement, Plan
+
+from ..plan_pictures import COMPUTE, FEW, rank_colours
 
 FloatArray = NDArray[np.float64]
 
@@ -31,21 +32,21 @@ STYLE = {
     "savefig.bbox": "tight",
 }
 
-# Okabe and Ito's palette: told apart by colour-blind readers too. More ranks repeat it.
-RANK_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
-
+LIMIT = "#D55E00"
 # Pixels of the mask along each side.
 RESOLUTION = 1024
-# How far the colour of pairs with a remote key is drawn towards white.
-REMOTE_TINT = 0.55
+# Pairs with a remote key are striped: of every so many pixels so many are drawn towards white, so far. A lighter shade
+# would not do, as colours of ranks differ in lightness.
+STRIPES, WIDTH, TINT = 16, 6, 0.8
+# Ranks in the legend of many.
+NAMED = 5
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
     """Draw a plan's mask, each visible pair in the colour of the rank that computes it.
 
-    Pairs whose key lies on that rank are in full colour, those whose key has to be sent in a lighter
-    one. Strips along the axes show who owns the queries and the keys; bars show each rank's work,
-    tokens and received key rows. Masks larger than RESOLUTION are sampled on an even grid.
+    Pairs whose key has to be sent are striped. Strips along the axes show who owns the queries and the keys; bars show
+    each rank's work, tokens and received key rows. Masks larger than RESOLUTION are sampled on an even grid.
     """
     with mpl.rc_context(STYLE):
         figure = _new_figure(8.6, 4.9)
@@ -68,8 +69,8 @@ def mask_image(plan: Plan, resolution: int = RESOLUTION) -> FloatArray:
     """The mask as RGB, [rows, columns, 3]: one pixel for the middle of each cell of an even grid."""
     i = _samples(plan.q_placement.total_seqlen, resolution)
     j = _samples(plan.k_placement.total_seqlen, resolution)
-    colours = _rank_colours(plan.cp_size)
-    light = 1 - (1 - REMOTE_TINT) * (1 - colours)
+    colours = rank_colours(plan.cp_size)
+    light = 1 - (1 - TINT) * (1 - colours)
     image = np.ones((len(i), len(j), 3))
     key_owner = plan.k_placement.owner_of(j)
     tasks = zip(plan.tasks.data.tolist(), plan.task_ranks.tolist(), strict=True)
@@ -78,8 +79,9 @@ def mask_image(plan: Plan, resolution: int = RESOLUTION) -> FloatArray:
         columns = slice(*np.searchsorted(j, [k0, k1]))
         distance = j[None, columns] - i[rows, None]
         visible = (distance >= lo) & (distance <= hi)
-        colour = np.where((key_owner[columns] == rank)[:, None], colours[rank], light[rank])
-        image[rows, columns] = np.where(visible[..., None], colour[None], image[rows, columns])
+        at = np.add.outer(np.arange(len(i))[rows], np.arange(len(j))[columns])
+        striped = (key_owner[columns] != rank) & (at % STRIPES < WIDTH)
+        image[rows, columns][visible] = np.where(striped[..., None], light[rank], colours[rank])[visible]
     return image
 
 
@@ -103,16 +105,17 @@ def _draw_mask(axes: Axes, plan: Plan) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", pad=10)
-    shown = _rank_colours(plan.cp_size)[: len(RANK_COLOURS)]
-    handles = [Patch(color=colour, label=f"rank {rank}") for rank, colour in enumerate(shown)]
-    handles.append(Patch(color="0.62", label="lighter: key is sent"))
+    colours = rank_colours(plan.cp_size)
+    named = range(plan.cp_size) if plan.cp_size <= len(FEW) else np.linspace(0, plan.cp_size - 1, NAMED).astype(int)
+    handles = [Patch(color=colours[rank], label=f"rank {rank}") for rank in named]
+    handles.append(Patch(facecolor="0.4", edgecolor="white", hatch="/////", label="striped: key is sent"))
     axes.legend(handles=handles, loc="upper right", title="computed by", borderaxespad=0.2)
     axes.set_title(f"{seqlen_q:,} tokens on {plan.cp_size} ranks", pad=14)
 
 
 def _draw_owner_strip(axes: Axes, placement: Placement, side: str) -> None:
     """A strip outside the axes, in the colour of each token's owner."""
-    colours = _rank_colours(placement.cp_size)
+    colours = rank_colours(placement.cp_size)
     strip = colours[placement.owner_of(_samples(placement.total_seqlen, RESOLUTION))]
     if side == "left":
         inset, image = axes.inset_axes((-0.035, 0, 0.022, 1)), strip[:, None]
@@ -124,7 +127,7 @@ def _draw_owner_strip(axes: Axes, placement: Placement, side: str) -> None:
 
 def _draw_bars(axes: Axes, title: str, values: NDArray[np.int64], *, show_mean: bool) -> None:
     ranks = np.arange(len(values))
-    axes.bar(ranks, values, color=_rank_colours(len(values)), width=0.7)
+    axes.bar(ranks, values, color=rank_colours(len(values)), width=0.7)
     if show_mean:
         mean = float(np.mean(values))
         axes.axhline(mean, color="0.25", linewidth=0.8, linestyle="--")
@@ -155,15 +158,15 @@ def draw_losses(
         figure = _new_figure(6.0, 4.4)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
         top.plot(steps, single, color="0.2", linewidth=1.2, label="one rank, plain torch attention")
-        marks = {"color": RANK_COLOURS[0], "markersize": 4, "fillstyle": "none"}
+        marks = {"color": COMPUTE, "markersize": 4, "fillstyle": "none"}
         top.plot(steps, spread, "o", label=f"{cp_size} ranks, cpattn", **marks)
         top.set_ylabel("loss (nats per byte)")
         top.legend()
-        bottom.semilogy(steps, np.maximum(difference, floor), ".-", color=RANK_COLOURS[0], linewidth=0.8)
-        bottom.axhline(tolerance, color=RANK_COLOURS[5], linewidth=1, linestyle="--")
+        bottom.semilogy(steps, np.maximum(difference, floor), ".-", color=COMPUTE, linewidth=0.8)
+        bottom.axhline(tolerance, color=LIMIT, linewidth=1, linestyle="--")
         bottom.annotate(
             f"limit {tolerance:g}", (steps[-1], tolerance), xytext=(0, -10), textcoords="offset points",
-            ha="right", color=RANK_COLOURS[5], fontsize=8,
+            ha="right", color=LIMIT, fontsize=8,
         )  # fmt: skip
         bottom.set_ylim(floor / 2, tolerance * 3)
         bottom.set_ylabel("relative\ndifference")
@@ -178,10 +181,6 @@ def _samples(total: int, resolution: int) -> NDArray[np.int64]:
     """Up to `resolution` token indices: the middles of equal cells."""
     count = max(1, min(total, resolution))
     return ((np.arange(count) + 0.5) * total / count).astype(np.int64)
-
-
-def _rank_colours(cp_size: int) -> FloatArray:
-    return np.array([to_rgb(RANK_COLOURS[rank % len(RANK_COLOURS)]) for rank in range(cp_size)])
 
 
 def _thousands(value: float, _: object = None) -> str:

@@ -11,4 +11,5 @@ export NODES=$SLURM_JOB_NUM_NODES JOB=$SLURM_JOB_ID
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HOST
 # sbatch runs a copy of this file, so the other script is looked for where the job was submitted.
-exec srun bash "${CPATTN_SCRIPTS:-$SLURM_SUBMIT_DIR}/several_nodes.sh" "$@"
+# srun does not take over --cpus-per-task from sbatch (Slurm 22.05 and newer), so it is told.
+exec srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "${CPATTN_SCRIPTS:-$SLURM_SUBMIT_DIR}/several_nodes.sh" "$@"

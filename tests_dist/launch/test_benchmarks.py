@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cpattn.launch.benchmarks.groups import corpus, fixed_groups, measure, power_groups
+from cpattn.launch.benchmarks.groups import corpus, draw, fixed_groups, measure, power_groups
 from cpattn.launch.benchmarks.hosts import require_namespaces
 
 
@@ -23,10 +23,14 @@ def test_groups_have_all_tokens_and_room_for_them(name, share):
     assert all(group.room[0] >= 0 for group in groups)
 
 
-def test_no_way_to_group_is_faster_than_the_ideal():
-    for one in measure("two sizes", 16, 8192, seed=0):
+def test_no_way_to_group_is_faster_than_the_ideal(tmp_path):
+    outcomes = measure("two sizes", 16, 8192, seed=0)
+    for one in outcomes:
         assert 0 < one.of_ideal <= 1
         assert one.imbalance >= 1
+    pytest.importorskip("matplotlib")
+    draw(outcomes, tmp_path / "groups.png")
+    assert (tmp_path / "groups.png").stat().st_size > 10_000
 
 
 @pytest.mark.nightly

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 from collections import defaultdict
@@ -72,6 +74,20 @@ def test_tables_keep_their_digits(columns: int) -> None:
         assert f"{shown:,}" in table
     assert "…" not in table
     assert "\u2026" not in run("doctor", "--device", "cpu", columns=columns).stdout
+
+
+@pytest.mark.parametrize(("args", "shown"), [(["plan"], True), (["plan", "--json"], False)])
+def test_a_terminal_sees_that_work_goes_on(args: list[str], shown: bool) -> None:
+    """On a terminal only, and not where a program reads the answer."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "cpattn.launch.cli", *args, "--seqlen", "64K", "--ranks", "16"]
+    env = {**os.environ, "TERM": "xterm"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True, env=env)
+    written = os.read(ours, 1 << 16) if select.select([ours], [], [], 0)[0] else b""
+    os.close(theirs)
+    os.close(ours)
+    assert (b"planning" in written) == shown
+    assert b"\x1b" not in done.stdout
 
 
 def test_words_wrap_and_numbers_do_not() -> None:

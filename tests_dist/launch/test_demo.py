@@ -21,8 +21,9 @@ from cpattn.solver import make_dispatch_plan
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from cpattn.launch.demo.pictures import RANK_COLOURS, draw_plan, mask_image
+from cpattn.launch.demo.pictures import STRIPES, WIDTH, draw_plan, mask_image
 from cpattn.launch.demo.report import failures, least_kv_rows
+from cpattn.launch.plan_pictures import rank_colours
 
 
 def write_files(folder: Path, texts: dict[str, bytes]) -> Path:
@@ -92,15 +93,16 @@ def test_picture_shows_the_mask_and_only_the_mask(spec):
 
 
 def test_picture_colours_pairs_by_rank():
-    """Full colour where the key lies on the computing rank, lighter where it is sent."""
+    """Full colour where the key lies on the computing rank, striped where it is sent."""
     plan = plan_of(AttnMaskSpec.causal(64), 2)
     image = mask_image(plan, resolution=64)
     owners = plan.q_placement.owner_of(np.arange(64))
-    host = np.tril(owners[:, None] == owners[None, :])
-    for rank in range(2):
-        colour = np.array([int(RANK_COLOURS[rank][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    stripes = np.add.outer(np.arange(64), np.arange(64)) % STRIPES < WIDTH
+    light = stripes & (owners[:, None] != owners[None, :])
+    assert np.tril(light).any()
+    for rank, colour in enumerate(rank_colours(2)):
         full = np.isclose(image, colour).all(-1)
-        assert (full == (host & (owners[:, None] == rank))).all()
+        assert (full == np.tril(~light & (owners[:, None] == rank))).all()
 
 
 def test_picture_of_a_large_plan(tmp_path):

@@ -53,10 +53,10 @@ def test_what_travels_differs_in_grey() -> None:
     from matplotlib.colors import to_rgb
 
     from cpattn.launch.plan_pictures import COMPUTE, COMPUTE_NEXT, HOME, KEYS, QUERIES
+    from cpattn.launch.trace_pictures import COPIES, HEAD_EXCHANGES, WAIT
 
-    for pair in ((COMPUTE, COMPUTE_NEXT), (KEYS, QUERIES), (QUERIES, HOME), (KEYS, HOME)):
-        dark, light = sorted(lightness(to_rgb(colour)) for colour in pair)
-        assert light - dark > 10, pair
+    for lane in ((COMPUTE, COMPUTE_NEXT, COPIES, WAIT), (KEYS, QUERIES, HOME, HEAD_EXCHANGES)):
+        assert np.diff(sorted(lightness(to_rgb(colour)) for colour in lane)).min() > 10, lane
 
 
 def test_the_figure_can_be_read_650_pixels_wide(tmp_path: Path) -> None:

@@ -58,13 +58,10 @@ def test_one_node(program: Path) -> None:
 @pytest.mark.nightly
 def test_two_nodes_meet(program: Path) -> None:
     """Two agents with two ranks each; each host knows nothing but the address of one of them."""
-    from cpattn.launch.benchmarks.hosts import _ADDRESSES, _DEVICES, _NAMES, require_namespaces, two_hosts
+    from cpattn.launch.benchmarks.hosts import _ADDRESSES, _DEVICES, _NAMES, two_hosts
 
-    try:
-        require_namespaces()
-    except RuntimeError as error:
-        pytest.skip(str(error))
     script = str(SCRIPTS / "several_nodes.sh")
+    require_hosts()
     with two_hosts(None):
         agents = [
             subprocess.Popen(
@@ -84,3 +81,52 @@ def test_two_nodes_meet(program: Path) -> None:
                 agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0]
     assert "ranks 4 in a node 2" in "".join(printed)
+
+
+# What the script asks of Slurm: names of the job's nodes, and its own command once on each of them.
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames node[1-2]" ] || { echo "scontrol: $*" >&2; exit 1; }
+printf '%s\\n' ADDRESSES
+"""
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --cpus-per-task=3 ] || { echo "srun: $*" >&2; exit 1; }
+shift
+started=
+while read -r name device address; do
+    ip netns exec "$name" env ADDRESS=$address GLOO_SOCKET_IFNAME=$device TP_SOCKET_IFNAME=$device "$@" &
+    started="$started $!"
+done <<< "NODES"
+for one in $started; do wait "$one" || exit; done
+"""
+
+
+@pytest.mark.nightly
+def test_slurm(program: Path, tmp_path: Path) -> None:
+    """A copy of the script, as sbatch makes one, with programs in Slurm's place (it has run under Slurm 22.05 too)."""
+    from cpattn.launch.benchmarks.hosts import _ADDRESSES, _DEVICES, _NAMES, two_hosts
+
+    require_hosts()
+    nodes = "\n".join(map(" ".join, zip(_NAMES, _DEVICES, _ADDRESSES, strict=True)))
+    texts = {"scontrol": SCONTROL.replace("ADDRESSES", " ".join(_ADDRESSES)), "srun": SRUN.replace("NODES", nodes)}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SUBMIT_DIR": str(SCRIPTS), "JOB_NUM_NODES": "2", "JOB_ID": "7"}
+    job |= {"JOB_NODELIST": "node[1-2]", "CPUS_PER_TASK": "3"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    env = environment(**{f"SLURM_{name}": value for name, value in job.items()}, PATH=path)
+    (tmp_path / "spooled").write_text((SCRIPTS / "slurm.sh").read_text())
+    with two_hosts(None):
+        command = ["bash", str(tmp_path / "spooled"), str(program)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "ranks 4 in a node 2" in done.stdout
+
+
+def require_hosts() -> None:
+    from cpattn.launch.benchmarks.hosts import require_namespaces
+
+    try:
+        require_namespaces()
+    except RuntimeError as error:
+        pytest.skip(str(error))
