@@ -159,6 +159,13 @@ def leads(page: Path, link: str) -> bool:
     return path.exists() and (not anchor or path.suffix != ".md" or anchor in anchors_of(path))
 
 
+def test_every_extra_is_in_the_table() -> None:
+    package, page = ((ROOT / name).read_text() for name in ("pyproject.toml", "docs/install.md"))
+    extras = package.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    names = "".join(re.findall(r"^\| (`.*?) \|", page.partition("## Extras")[2].partition("\n## ")[0], re.M))
+    assert set(re.findall(r"`([\w-]+)`", names)) == set(re.findall(r"^([\w-]+) = \[", extras, re.M))
+
+
 def test_a_link_to_nowhere_is_seen() -> None:
     page = ROOT / "docs/gradients.md"
     assert leads(page, "masks.md#rectangles")
