@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from cpattn.launch.benchmarks.charts import PUBLISHED, compare_with_charts, draw_pack
 from cpattn.launch.benchmarks.groups import corpus, draw, fixed_groups, measure, power_groups
 from cpattn.launch.benchmarks.hosts import require_namespaces
 
@@ -31,6 +32,24 @@ def test_no_way_to_group_is_faster_than_the_ideal(tmp_path):
     pytest.importorskip("matplotlib")
     draw(outcomes, tmp_path / "groups.png")
     assert (tmp_path / "groups.png").stat().st_size > 10_000
+
+
+def test_packs_are_full_and_no_document_is_longer_than_a_quarter():
+    for seed in range(20):
+        lengths = draw_pack(65536, seed)
+        assert sum(lengths) == 65536
+        assert min(lengths) > 0
+        assert max(lengths) <= 65536 // 4
+
+
+def test_the_cost_model_is_near_published_charts():
+    """Of a mask that is the same for all: within a tenth; of documents drawn as theirs were: within a factor of two."""
+    rows = compare_with_charts(packs=1)
+    assert len(rows) == len(PUBLISHED) + 4
+    for row in rows:
+        for model, chart in zip(row["model"], row["published"] or row["model"], strict=True):
+            limit = 1.1 if row["mask"] == "causal" else 2
+            assert 1 / limit < model / chart < limit, row
 
 
 @pytest.mark.nightly
