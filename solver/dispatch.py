@@ -32,14 +32,16 @@ TILES_SECONDS = 0.9
 # Tiles are looked at where this share of what is left to gain, times a key row's cost over a query row's, pays for so
 # many milliseconds for each level of their bisection.
 _TILES_SHARE, _TILES_MS = 0.5, 1.0
-# To simulate a plan takes about so many milliseconds, and so many for each route; it may gain such a share of a step.
-_CHECK_MS, _CHECK_ROUTE_MS, _CHECK_GAIN = 2.5, 1e-3, 0.05
-# What is estimated to take so many times as long as the best may still be faster.
-_NEAR = 1.03
+# To simulate a plan takes about so many milliseconds, and so many for each stage and for each route.
+_CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.3, 0.3, 1e-3
+# It may gain such a share of a step, of which a model has as many as layers.
+_CHECK_GAIN, _LAYERS = 0.08, 32
+# What is estimated to take so many times as long as the best may still be faster; and where rows travel on.
+_NEAR, _NEAR_RELAYS = 1.04, 1.08
 # What is so much slower in as many stages as the best has is not faster in another number of them.
-_HOPELESS = 1.15
+_HOPELESS = 1.2
 # Plain layouts are looked at where there is so much to gain.
-_PLAIN_MS = 2.5
+_PLAIN_MS = 1.5
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
@@ -104,7 +106,7 @@ def make_dispatch_plan(
             f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
             f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
         )
-    asked = _Asked(costs, hardware, ranks_per_node, num_stages, relays)
+    asked = Asked(costs, hardware, ranks_per_node, num_stages, relays)
     if schedule == "tiles":
         return asked.plan(asked.staged(_tiles(slices, total_seqlen, cp_size, costs)))
     if layout == "balanced" and total_seqlen_k is None:
@@ -129,11 +131,11 @@ def make_dispatch_plan(
     best = _fastest([asked.staged(draft) for draft in drafts], asked)
     best = _or_renumbered(best, asked) if can_tile else best
     if schedule == "auto" and can_tile:
-        best = _or_tiles(_or_plain(best, slices, asked, equal_shards), slices, asked)
-    return asked.plan(_or_stages(best, asked))
+        best = _fastest_of(best, [*_plain(best, slices, asked, equal_shards), *_tiled(best, slices, asked)], asked)
+    return asked.plan(or_stages(best, asked))
 
 
-class _Staged(NamedTuple):
+class Staged(NamedTuple):
     """A draft with its stages and the estimated time."""
 
     staging: Staging
@@ -143,8 +145,13 @@ class _Staged(NamedTuple):
     def seconds(self) -> float:
         return self.staging.seconds
 
+    @property
+    def near(self) -> float:
+        """So many times as slow as the best it may still be faster: the estimate knows little of who passes on what."""
+        return _NEAR_RELAYS if self.staging.relays else _NEAR
 
-class _Asked(NamedTuple):
+
+class Asked(NamedTuple):
     """What plans are chosen by, and what was asked for."""
 
     costs: RowCosts
@@ -153,19 +160,19 @@ class _Asked(NamedTuple):
     num_stages: int | None
     relays: bool | None
 
-    def staged(self, draft: Draft) -> _Staged:
-        return _Staged(draft.staging(*self), draft)
+    def staged(self, draft: Draft) -> Staged:
+        return Staged(draft.staging(*self), draft)
 
-    def rival(self, draft: Draft, best: _Staged) -> _Staged:
+    def rival(self, draft: Draft, best: Staged) -> Staged:
         """Staged like the best at hand, and as it suits itself only if it comes near that."""
         count = max(len(best.staging.weights), 1) if self.num_stages is None else self.num_stages
         alike = self._replace(num_stages=count).staged(draft)
         return alike if alike.seconds > _HOPELESS * best.seconds else self.staged(draft)
 
-    def plan(self, staged: _Staged) -> Plan:
+    def plan(self, staged: Staged) -> Plan:
         return staged.draft.plan(staged.staging, self.ranks_per_node)
 
-    def simulated(self, staged: _Staged) -> float:
+    def simulated(self, staged: Staged) -> float:
         """Seconds of both passes by simulation."""
         return simulate(self.plan(staged), self.hardware, self.costs.heads).seconds
 
@@ -175,18 +182,24 @@ class _Asked(NamedTuple):
         passes = (self.hardware.kernel_seconds(areas, slices, heads, backward=backward) for backward in (False, True))
         return float(sum(seconds.max() for seconds in passes))
 
-    def gain_ms(self, staged: _Staged) -> float:
+    def gain_ms(self, staged: Staged) -> float:
         """Milliseconds that a better plan may save, until a plan is made anew: of the time in which nobody computes."""
         even = self.least(np.array([staged.draft.tasks.area() / staged.draft.q_placement.cp_size]))
         return 1e3 * _LAYERS_PAID * max(staged.seconds - even, 0.0)
 
-    def worth_checking(self, staged: list[_Staged], expected: float = 0.0) -> bool:
+    def margin(self, rival: Staged, best: Staged) -> float:
+        """How much faster than the best a rival has to be by nothing but the estimate."""
+        if rival is best:
+            return 1.0
+        return _PLAIN_SECONDS if rival.draft.queries_stay() else TILES_SECONDS
+
+    def worth_checking(self, staged: list[Staged], expected: float = 0.0) -> bool:
         """Whether what simulation may show to be faster outweighs the time that it takes.
 
         expected: share of the step that the estimate says is gained.
         """
-        check_ms = sum(_CHECK_MS + _CHECK_ROUTE_MS * _routes(one) for one in staged)
-        return check_ms < max(_CHECK_GAIN, expected) * min(1e3 * _LAYERS_PAID * one.seconds for one in staged)
+        check_ms = sum(map(_check_ms, staged))
+        return check_ms < max(_CHECK_GAIN, expected) * min(1e3 * _LAYERS * one.seconds for one in staged)
 
 
 def _tiles(slices: SliceTable, total_seqlen: int, cp_size: int, costs: RowCosts) -> Draft:
@@ -196,7 +209,7 @@ def _tiles(slices: SliceTable, total_seqlen: int, cp_size: int, costs: RowCosts)
     return Draft.of(tiled, placement, placement)
 
 
-def _fastest(staged: list[_Staged], asked: _Asked) -> _Staged:
+def _fastest(staged: list[Staged], asked: Asked) -> Staged:
     """The first to be done with both passes: by simulation while that is a matter of milliseconds, else by estimate."""
     if len(staged) == 1:
         return staged[0]
@@ -204,7 +217,7 @@ def _fastest(staged: list[_Staged], asked: _Asked) -> _Staged:
     return min(staged, key=asked.simulated if small else lambda one: one.seconds)
 
 
-def _or_renumbered(best: _Staged, asked: _Asked) -> _Staged:
+def _or_renumbered(best: Staged, asked: Asked) -> Staged:
     """Where rows travel on over nodes that the placement did not know, ranks that need the same keys share a node."""
     if best.staging.relays < 2 or asked.ranks_per_node is not None:
         return best
@@ -212,57 +225,79 @@ def _or_renumbered(best: _Staged, asked: _Asked) -> _Staged:
     return near if near.seconds < best.seconds else best
 
 
-def _routes(staged: _Staged) -> int:
+def _routes(staged: Staged) -> int:
     """About as many as a plan of it has."""
     return max(len(staged.staging.weights), 1) * staged.draft.num_runs()
 
 
-def _or_plain(best: _Staged, slices: SliceTable, asked: _Asked, equal_shards: bool) -> _Staged:
-    """The balanced draft, or a plain layout where that is estimated to be clearly faster.
+def _check_ms(staged: Staged) -> float:
+    """Milliseconds that it takes to simulate its plan."""
+    num_exchanges = len(staged.staging.weights) * (2 if staged.staging.relays else 1)
+    return _CHECK_MS + _CHECK_STAGE_MS * num_exchanges + _CHECK_ROUTE_MS * _routes(staged)
+
+
+def _plain(best: Staged, slices: SliceTable, asked: Asked, equal_shards: bool) -> Iterator[Staged]:
+    """Plain layouts that may be faster than the best balanced one.
 
     Where transfers weigh more than the kernels, a less even layout of fewer or better spread rows can be. One whose
-    busiest rank computes too long alone is not looked at.
+    busiest rank computes too long alone, or that neither receives nor sends less, is not looked at.
     """
     if asked.gain_ms(best) < _PLAIN_MS:
-        return best
+        return
     size = best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
+    rows = best.draft.most_rows()
     for place in (place_contiguous, place_zigzag):
         placement = share_equally(place(*size)) if equal_shards else place(*size)
         plain = keys_schedule(slices, placement)
         areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1]).astype(np.float64)
-        if asked.least(areas) < _PLAIN_SECONDS * best.seconds:
-            found = asked.rival(Draft.of(plain, placement, placement), best)
-            if found.seconds < _PLAIN_SECONDS * best.seconds:
-                best = found
-    return best
+        if asked.least(areas) >= _PLAIN_SECONDS * best.seconds:
+            continue
+        draft = Draft.of(plain, placement, placement)
+        if any(less < more for less, more in zip(draft.most_rows(), rows, strict=True)):
+            yield asked.rival(draft, best)
 
 
-def _or_tiles(keys: _Staged, slices: SliceTable, asked: _Asked) -> _Staged:
-    """The draft at hand, or tiles where queries travel and that is faster.
-
-    Looked at only where it may pay for the look: a query row is the dearer beside a key row, the less tiles save. Where
-    the estimate prefers them it is checked by simulation, as it knows little of who waits for whom.
-    """
-    costs, total, cp_size = asked.costs, keys.draft.q_placement.total_seqlen, keys.draft.q_placement.cp_size
-    may_save = _TILES_SHARE * costs.kv / costs.q * asked.gain_ms(keys)
-    if cp_size <= 2 or may_save < _TILES_MS * math.log2(cp_size):
-        return keys
-    tiles = asked.rival(_tiles(slices, total, cp_size, costs), keys)
-    if tiles.seconds >= _NEAR * keys.seconds:
-        return keys
-    if not asked.worth_checking([tiles, keys], expected=1 - tiles.seconds / keys.seconds):
-        return tiles if tiles.seconds < TILES_SECONDS * keys.seconds else keys
-    return min((keys, tiles), key=asked.simulated)
+def _tiled(best: Staged, slices: SliceTable, asked: Asked) -> Iterator[Staged]:
+    """Tiles, where it may pay to look at them: a query row is the dearer beside a key row, the less they save."""
+    costs, total, cp_size = asked.costs, best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
+    may_save = _TILES_SHARE * costs.kv / costs.q * asked.gain_ms(best)
+    if cp_size > 2 and may_save >= _TILES_MS * math.log2(cp_size):
+        yield asked.rival(_tiles(slices, total, cp_size, costs), best)
 
 
-def _or_stages(best: _Staged, asked: _Asked) -> _Staged:
-    """The draft at hand, with one stage more or less where simulation prefers that, and is worth its time."""
-    count = len(best.staging.weights)
-    if asked.num_stages is not None or not count or not asked.worth_checking([best] * 3):
+def _fastest_of(best: Staged, rivals: list[Staged], asked: Asked) -> Staged:
+    """The best balanced plan or a rival: by simulation, where that is worth it, of those near in the estimate."""
+    order = sorted([best, *rivals], key=lambda one: one.seconds)
+    near = [one for one in order if one.seconds < one.near * order[0].seconds]
+    if len(near) == 1 and near[0] is best:
         return best
-    counts = [other for other in (count - 1, count + 1) if 1 <= other <= MAX_STAGES]
-    others = [asked._replace(num_stages=other).staged(best.draft) for other in counts]
-    return min([best, *(one for one in others if one.seconds < _NEAR * best.seconds)], key=asked.simulated)
+    others = [one for one in near if one is not best]
+    expected = 1 - order[0].seconds / max(best.seconds, 1e-12)
+    for count in range(len(others), 0, -1):
+        if asked.worth_checking([best, *others[:count]], expected=expected):
+            return min([best, *others[:count]], key=asked.simulated)
+    return min([best, *rivals], key=lambda one: one.seconds / asked.margin(one, best))
+
+
+def or_stages(best: Staged, asked: Asked) -> Staged:
+    """The draft at hand, in more or fewer stages where simulation prefers that, and is worth its time."""
+    count = len(best.staging.weights)
+    if asked.num_stages is not None or not count or not asked.worth_checking([best] * 2):
+        return best
+    asked, start, seconds = asked._replace(relays=best.staging.relays > 0), best, math.inf
+    for step in (1, -1):
+        while 1 <= (count := len(best.staging.weights) + step) <= MAX_STAGES:
+            other = asked._replace(num_stages=count).staged(best.draft)
+            if other.seconds > other.near * best.seconds or not asked.worth_checking([other]):
+                break
+            seconds = asked.simulated(best) if seconds == math.inf else seconds
+            found = asked.simulated(other)
+            if found >= seconds:
+                break
+            best, seconds = other, found
+        if best is not start:
+            break
+    return best
 
 
 def row_ms(costs: RowCosts, hardware: Hardware, ranks_per_node: int | None) -> float:

@@ -16,14 +16,16 @@ import numpy as np
 from .clock import LATE_SHARE, Clock
 from .cost import FloatArray, Hardware, Heads
 from .placement import Placement
-from .routes import Intervals, LinkRows, link_rows, merge_intervals, rows_missing, rows_owned, runs_needed
+from .routes import Intervals, LinkRows, merge_intervals, rows_missing, rows_owned, runs_needed
 from .slices import IntArray, SliceTable
 
 # Factors by which the first and the last stage may be smaller than the others.
 _EDGES = (1, 2, 4)
-# What one stage more has to save to be worth its latency and its slices, and how many in vain end the search.
-_STAGE_GAIN = 0.005
+# What one stage more has to save to be worth its latency and its slices, and how many in vain end the search; one that
+# is so much slower does at once.
+_STAGE_GAIN = 0.002
 _PATIENCE = 2
+_SLOWER = 1.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +36,8 @@ class Load:
     more there are of the latter in one stage, as what is fetched has gaps, and in each of several stages, whose edges
     cut slices apart. own_share: of its pairs, those on keys that it
     owns. guest_share: those of queries that it receives. merged: rows of queries that see keys which it does not own,
-    fetched: rows of those keys. keys, queries: rows on its links; two_level: these go between nodes and then inside
-    them, else at once. relays: they travel on.
+    fetched: rows of those keys. late: rows of its own queries, and of keys, in work on its own keys. keys, queries:
+    rows on its links; two_level: these go between nodes and then inside them, else at once. relays: they travel on.
     """
 
     areas: IntArray
@@ -47,6 +49,7 @@ class Load:
     guest_share: FloatArray
     merged: FloatArray
     fetched: FloatArray
+    late: tuple[FloatArray, FloatArray]
     keys: LinkRows
     queries: LinkRows
     two_level: bool
@@ -65,22 +68,24 @@ class Load:
         keys: Intervals,
         q_placement: Placement,
         k_placement: Placement,
-        *,
-        ranks_per_node: int,
-        two_level: bool,
+        /,
+        **ways: Any,
     ) -> Load:
-        """That of ranks which compute these tasks and need these rows, nodes being of `ranks_per_node`."""
-        sides = ((queries, q_placement), (keys, k_placement))
-        q_missing, k_missing = (rows_missing(*side) for side in sides)
-        q_rows, k_rows = (link_rows(*side, ranks_per_node, once_per_node=two_level) for side in sides)
+        """That of ranks which compute these tasks and need these rows.
+
+        ways: how these travel: the fields `keys`, `queries`, `two_level` and `relays`.
+        """
+        q_missing, k_missing = rows_missing(queries, q_placement), rows_missing(keys, k_placement)
         size = q_placement.cp_size
-        q_needed = np.bincount(queries.ranks, queries.ends - queries.starts, size)
+        q_needed, k_needed = (np.bincount(need.ranks, need.ends - need.starts, size) for need in (queries, keys))
         owned = k_placement.num_tokens
         owned_by_task = rows_owned(Intervals(task_ranks, tasks.k0, tasks.k1), k_placement)
         far = tasks.k1 - tasks.k0 - owned_by_task
         # As many rows as see the first so many keys.
         last = np.clip(tasks.k0 + far - tasks.lo, tasks.q0, tasks.q1)
         merged = merge_intervals(task_ranks, tasks.q0, np.where(far > 0, last, tasks.q0))
+        seen = merge_intervals(task_ranks[owned_by_task > 0], *(x[owned_by_task > 0] for x in (tasks.q0, tasks.q1)))
+        at_home = np.bincount(seen.ranks, rows_owned(seen, q_placement), size)
         # Each sender's rows are divided between stages: two edges, at which as many slices are cut as see one row.
         senders = np.minimum(np.bincount(keys.ranks, runs_needed(keys, k_placement)[1], size), size - 1)
         fetched = np.bincount(keys.ranks[rows_owned(keys, k_placement) < keys.ends - keys.starts], minlength=size)
@@ -96,9 +101,8 @@ class Load:
             fetched=k_missing.astype(np.float64),
             own_share=owned / np.maximum(owned + k_missing, 1),
             guest_share=q_missing / np.maximum(q_needed, 1),
-            keys=k_rows,
-            queries=q_rows,
-            two_level=two_level,
+            late=(at_home.astype(np.float64), (k_needed - k_missing).astype(np.float64)),
+            **ways,
         )
 
 
@@ -123,7 +127,7 @@ def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable
 
     Args:
         counts: numbers of stages in ascending order; the search ends when two in a row bring less than
-            0.5 %. (0,) where no key travels.
+            0.2 %, or one is far slower. (0,) where no key travels.
     """
     best: Staging | None = None
     in_vain = 0
@@ -138,7 +142,7 @@ def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable
             best, in_vain = found, 0
         else:
             in_vain += 1
-            if in_vain == _PATIENCE:
+            if in_vain == _PATIENCE or found.seconds > _SLOWER * best.seconds:
                 break
     assert best is not None, "counts is empty"
     return best
@@ -153,6 +157,7 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
     own = np.broadcast_to(load.own_share, shape)
     sides = {"own": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
 
+    late = (load.late[0] * LATE_SHARE, load.late[1] * LATE_SHARE)
     far_slices = [load.far_slices * share + (load.cuts if len(shares) > 1 else load.gaps) for share in shares]
 
     def kernel(part: FloatArray, slices: np.ndarray[Any, Any], *, backward: bool) -> FloatArray:
@@ -166,6 +171,8 @@ def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArr
         if backward and len(shares):
             for name, part in (("own", 1 - LATE_SHARE), ("late", LATE_SHARE)):
                 kernels[0][name] = kernel(own * sides["own"] * part, load.own_slices * part, backward=True)
+            # What comes last is added to what came first.
+            kernels[0]["late"] = kernels[0]["late"] + hardware.merge_seconds(*late, heads, backward=True)
         for share, slices in zip(shares, far_slices, strict=True):
             merging = hardware.merge_seconds(load.merged, load.fetched * share, heads, backward=backward)
             kernels.append({

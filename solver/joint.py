@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
-from .dispatch import Layout, check_sizes, keys_schedule, row_ms
+from .dispatch import Asked, Layout, check_sizes, keys_schedule, or_stages, row_ms
 from .place.balance import place_balanced
 from .place.density import DensityProfile
 from .place.equal import chunk_of_equal, require_divisible
@@ -33,6 +34,8 @@ from .slices import IntArray, SliceTable
 
 # The joint imbalance that swaps aim at, and the largest that is accepted for the sake of less traffic.
 JOINT_LIMIT, WORST_JOINT = 1.02, 1.08
+# So many of the fastest are tried with their ranks renumbered, too.
+_MOST_RENUMBERED = 3
 # Candidates of more routes than this are left out, unless there are none of fewer.
 _MOST_ROUTES = 1 << 18
 # A placement this far from balance takes so many swaps that hardly a row is left beside its neighbours.
@@ -115,20 +118,34 @@ def make_joint_plans(
         placement = by_name[layout](total_seqlen, cp_size)
         candidates = [_Candidate.of(masks, share_equally(placement) if equal_shards else placement)]
 
-    def assemble(schedule: Schedule, placement: Placement) -> Plan:
-        draft = Draft.of(schedule, placement, placement)
-        return draft.plan(draft.staging(costs, hardware, ranks_per_node, num_stages, relays), ranks_per_node)
+    asked = Asked(costs, hardware, ranks_per_node, num_stages, relays)
 
-    best: tuple[float, JointPlans] | None = None
-    for candidate in _in_balance(candidates, weights, chunk_size):
-        placement = candidate.placement
-        plans = tuple(assemble(each, placement) for each in candidate.schedules)
+    def timed(candidate: _Candidate) -> tuple[float, JointPlans]:
+        where = candidate.placement
+        plans = tuple(asked.plan(asked.staged(Draft.of(each, where, where))) for each in candidate.schedules)
         timelines = (simulate(plan, hardware, costs.heads) for plan in plans)
         seconds = sum(weight * timeline.seconds for weight, timeline in zip(weights, timelines, strict=True))
-        if best is None or seconds < best[0]:
-            best = seconds, JointPlans(plans, candidate.imbalance(weights))
-    assert best is not None
-    return best[1]
+        return seconds, JointPlans(plans, candidate.imbalance(weights))
+
+    found = sorted(map(timed, _in_balance(candidates, weights, chunk_size)), key=itemgetter(0))
+    unaware = found[:_MOST_RENUMBERED] if layout == "balanced" and ranks_per_node is None else []
+    near = [candidate for _, joint in unaware for candidate in _renumbered(masks, joint.plans)]
+    best = min([*found[:1], *map(timed, near)], key=itemgetter(0))[1]
+    drafts = map(_draft_of, best.plans)
+    return best._replace(plans=tuple(asked.plan(or_stages(asked.staged(draft), asked)) for draft in drafts))
+
+
+def _draft_of(plan: Plan) -> Draft:
+    return Draft.of(Schedule(plan.tasks, plan.task_ranks), plan.q_placement, plan.k_placement)
+
+
+def _renumbered(masks: Sequence[SliceTable], plans: Sequence[Plan]) -> list[_Candidate]:
+    """Where rows travel on over nodes that the placement did not know: with ranks that need the same next to it."""
+    over_nodes = [plan for plan in plans if plan.relays and plan.ranks_per_node < plan.cp_size]
+    if not over_nodes or any(len(plan.q_routes) for plan in plans):
+        return []
+    most = max(over_nodes, key=lambda plan: plan.kv_routes.num_rows())
+    return [_Candidate.of(masks, _draft_of(most).renumbered().k_placement)]
 
 
 def joint_imbalance(masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement) -> float:

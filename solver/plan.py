@@ -19,6 +19,7 @@ from .relays import hop_tables, numbers_by_need, relayed_link_rows
 from .routes import (
     Intervals,
     RouteTable,
+    link_rows,
     make_routes,
     most_shared_stages,
     rows_missing,
@@ -217,6 +218,8 @@ class Draft:
     k_placement: Placement
     queries: Intervals
     keys: Intervals
+    # What `_load` found, by its arguments: it is asked for again with every number of stages.
+    _loads: dict[tuple[int, bool, bool], Load] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, schedule: Schedule, q_placement: Placement, k_placement: Placement) -> Draft:
@@ -254,18 +257,27 @@ class Draft:
         if not load.keys.within.any() and not load.keys.across.any():
             return choose_stages(load, costs.heads, hardware, (0,))
         counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
-        at_once = None if relays else choose_stages(load, costs.heads, hardware, counts)
-        if at_once is not None and (relays is False or not self._sends_much()):
-            return at_once
         nodes = self._relay_nodes(hardware, ranks_per_node)
+        at_once = None if relays else choose_stages(load, costs.heads, hardware, counts)
+        if at_once is not None and (
+            relays is False or not self._may_relay(nodes if ranks_per_node is None else 1)
+        ):
+            return at_once
         load = self._load(hardware, None if nodes == 1 else nodes, relays=True)
         found = choose_stages(load, costs.heads, hardware, counts)._replace(relays=nodes)
         return found if at_once is None or found.seconds < RELAYS_SECONDS * at_once.seconds else at_once
 
-    def _sends_much(self) -> bool:
-        """Whether a rank sends clearly more rows than any receives."""
-        sent = rows_sent(self.keys, self.k_placement, self.k_placement).max()
-        return bool(sent > SENDS_MUCH * rows_missing(self.keys, self.k_placement).max())
+    def _may_relay(self, nodes: int) -> bool:
+        """Whether there are nodes, or a rank sends clearly more rows than any receives and others could do it."""
+        if nodes > 1 or self.k_placement.cp_size <= 2:
+            return nodes > 1
+        received, sent = self.most_rows()
+        return sent > SENDS_MUCH * received
+
+    def most_rows(self) -> tuple[int, int]:
+        """Most key rows that a rank receives, and that one sends, if owners send to all who need them."""
+        received = rows_missing(self.keys, self.k_placement)
+        return int(received.max()), int(rows_sent(self.keys, self.k_placement, self.k_placement).max())
 
     def _relay_nodes(self, hardware: Hardware, ranks_per_node: int | None) -> int:
         """Ranks of the nodes over which rows travel on: the plan's, else the hardware's; 1 where there are none."""
@@ -278,18 +290,28 @@ class Draft:
         cp_size = self.q_placement.cp_size
         per_node = _ranks_per_node(ranks_per_node, cp_size)
         two_level = 1 < per_node < cp_size
-        sides = ((self.queries, self.q_placement), (self.keys, self.k_placement))
-        load = Load.of(
-            *(self.tasks, self.task_ranks, self.queries, self.keys, self.q_placement, self.k_placement),
-            # Hops go by the plan's nodes; on one level a row takes the link that the hardware has between two ranks.
-            ranks_per_node=per_node if two_level else hardware.ranks_per_node,
-            two_level=two_level,
-        )
-        if not relays:
-            return load
+        # Hops go by the plan's nodes; on one level a row takes the link that the hardware has between two ranks.
         nodes = per_node if two_level else hardware.ranks_per_node
-        queries, keys = (relayed_link_rows(*side, nodes, once_per_node=two_level) for side in sides)
-        return replace(load, queries=queries, keys=keys, relays=True)
+        known = self._loads.get((nodes, two_level, relays))
+        return known or self._loads.setdefault((nodes, two_level, relays), self._counted(nodes, two_level, relays))
+
+    def _counted(self, nodes: int, two_level: bool, relays: bool) -> Load:
+        """What each rank computes and moves over such nodes."""
+        sides = ((self.queries, self.q_placement), (self.keys, self.k_placement))
+        if relays:
+            queries, keys = (relayed_link_rows(*side, nodes, once_per_node=two_level) for side in sides)
+        else:
+            queries, keys = (link_rows(*side, nodes, once_per_node=two_level) for side in sides)
+        # Only what links carry depends on how rows travel.
+        ways = {"queries": queries, "keys": keys, "two_level": two_level, "relays": relays}
+        if known := next(iter(self._loads.values()), None):
+            return replace(known, **ways)
+        placements = (self.q_placement, self.k_placement)
+        return Load.of(self.tasks, self.task_ranks, self.queries, self.keys, *placements, **ways)
+
+    def queries_stay(self) -> bool:
+        """Whether each query is computed where it lies."""
+        return not rows_missing(self.queries, self.q_placement).any()
 
     def num_runs(self) -> int:
         """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""

@@ -24,6 +24,7 @@ from .routes import (
     merge_intervals,
     rows_at_once,
     rows_from_others,
+    rows_missing,
     rows_sent,
     two_level_routes,
 )
@@ -162,17 +163,8 @@ class _Blocks(NamedTuple):
         return cls(srcs, starts, ends, np.bincount(block), block[order], dst[order])
 
     def to_relieve(self, excess: FloatArray) -> IntArray:
-        """Rows of each block that travel on, so that each sender sends so many less; those that most need first."""
-        order = np.lexsort((-self.counts, self.srcs))
-        rows, saved = (self.ends - self.starts)[order], np.maximum(self.counts[order] - 1, 0)
-        relief, srcs = rows * saved, self.srcs[order]
-        before = np.cumsum(relief) - relief
-        before -= before[np.searchsorted(srcs, srcs)]
-        passed = np.zeros_like(rows)
-        passed[order] = np.where(
-            saved > 0, np.clip(np.ceil((excess[srcs] - before) / np.maximum(saved, 1)), 0, rows), 0
-        ).astype(np.int64)
-        return passed
+        """Rows of each block that travel on, so that each sender sends so many less."""
+        return _to_relieve(self.srcs, self.ends - self.starts, self.counts, excess)
 
     def hops(self, passed: IntArray, parts: IntArray) -> tuple[_Sends, _Sends]:
         """The first hop, to those that pass rows on, and the second.
@@ -193,6 +185,21 @@ class _Blocks(NamedTuple):
         direct = _Sends(self.dst, self.srcs[self.block], rest, self.ends[self.block])
         direct = direct.take(direct.rows > 0)
         return first, _Sends(*(np.concatenate(pair) for pair in zip(direct, onward, strict=True)))
+
+
+def _to_relieve(srcs: IntArray, rows: IntArray, counts: IntArray, excess: FloatArray) -> IntArray:
+    """How many of the rows of srcs[i] that counts[i] need travel on, so that each sends its excess less: those that
+    most need come first.
+    """
+    order = np.lexsort((-counts, srcs))
+    saved, sender = np.maximum(counts[order] - 1, 0), srcs[order]
+    relief = rows[order] * saved
+    before = np.cumsum(relief) - relief
+    before -= before[np.searchsorted(sender, sender)]
+    share = np.ceil((excess[sender] - before) / np.maximum(saved, 1))
+    passed = np.zeros_like(rows)
+    passed[order] = np.where(saved > 0, np.clip(share, 0, rows[order]), 0).astype(np.int64)
+    return passed
 
 
 def _deal(blocks: _Blocks, passed: IntArray, load: FloatArray, room: FloatArray) -> IntArray:
@@ -222,6 +229,8 @@ def relayed_link_rows(
     needed: Intervals, placement: Placement, ranks_per_node: int, *, once_per_node: bool
 ) -> LinkRows:
     """About what hops in which rows travel on take of each rank's links; as `link_rows`, before there are routes."""
+    if not (missing := rows_missing(needed, placement)).any():
+        return LinkRows(missing, missing)
     moved = rows_at_once(needed, placement, ranks_per_node)
     near_in, near_out, far_in, far_out = (column.astype(np.float64) for column in moved)
     if once_per_node:
@@ -234,11 +243,48 @@ def relayed_link_rows(
         landed = np.bincount(of_node.ranks, rows_from_others(of_node, nodes), nodes.cp_size)
         far_in, far_out = landed[node] / ranks_per_node, rows_sent(of_node, nodes, placement).astype(np.float64)
     taken, sent = (far_in, far_out) if once_per_node else (near_in + far_in, near_out + far_out)
-    kept = np.minimum(1.0, taken.max() / np.maximum(sent, 1))
-    near = np.maximum(near_in, near_out if once_per_node else near_out * kept)
-    before = placement.num_tokens * (1 - kept)
-    columns = (near, np.maximum(far_in, far_out * kept - before), before)
+    groups = (of_node, nodes) if once_per_node else (needed, placement)
+    passed = _rows_passed(*groups, placement, np.maximum(sent - taken.max(), 0))
+    onward = passed.onward[node] / ranks_per_node if once_per_node else passed.onward
+    # What travels on does so over either kind of link as what is sent at once does.
+    if once_per_node:
+        far_out = sent - passed.spared + onward
+    else:
+        far = np.where(sent > 0, far_out / np.maximum(sent, 1), far_in > 0)
+        near_out, far_out = ((sent - passed.spared + onward) * share for share in (1 - far, far))
+    columns = (np.maximum(near_in, near_out), np.maximum(far_in, far_out), passed.before)
     return LinkRows(*(np.ceil(column).astype(np.int64) for column in columns))
+
+
+class _Passed(NamedTuple):
+    """Rows that each rank hands to others to pass on, and sends so many less of to those that need them, [cp_size];
+    what each group sends on then, dealt evenly.
+    """
+
+    before: IntArray
+    spared: FloatArray
+    onward: FloatArray
+
+
+def _rows_passed(needed: Intervals, groups: Placement, placement: Placement, excess: FloatArray) -> _Passed:
+    """What travels on if each rank sends its excess less; the intervals' ranks are groups, as in `rows_sent`."""
+    cuts = np.unique(np.concatenate([needed.starts, needed.ends, placement.starts, placement.ends]))
+    at, rows = cuts[:-1], np.diff(cuts)
+    opened, closed = (np.bincount(np.searchsorted(cuts, edge), minlength=len(cuts)) for edge in needed[1:])
+    group = groups.owners[np.searchsorted(groups.ends, at, side="right")]
+    stride = placement.total_seqlen + 1
+    nth = np.searchsorted(needed.ranks * stride + needed.starts, group * stride + at, side="right") - 1
+    own = (nth >= 0) & (needed.ranks[nth] == group) & (needed.ends[nth] > at)
+    srcs = placement.owners[np.searchsorted(placement.ends, at, side="right")]
+    counts = np.cumsum(opened - closed)[:-1] - own
+    passed = _to_relieve(srcs, rows, counts, excess)
+    each = passed * (1 - 1 / np.maximum(counts, 1))
+    total = np.append(0.0, np.cumsum(each))
+    first, last = (np.searchsorted(cuts, edge) for edge in needed[1:])
+    onward = np.bincount(needed.ranks, total[last] - total[first], groups.cp_size)
+    onward -= np.bincount(group, each * own, groups.cp_size)
+    before, spared = (np.bincount(srcs, rows, placement.cp_size) for rows in (passed, passed * counts))
+    return _Passed(before.astype(np.int64), spared, onward)
 
 
 def numbers_by_need(needed: Intervals, cp_size: int) -> IntArray:

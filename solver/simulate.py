@@ -89,29 +89,35 @@ class StageWork(NamedTuple):
 
 def _stage_works(plan: Plan) -> list[dict[str, StageWork]]:
     """The first stage's work, then each remote stage's: on own queries, and on received ones where any are."""
-    placement = plan.k_placement
-    fetched = [Intervals(placement.owners, placement.starts, placement.ends)]
-    for stage in range(plan.num_stages):
-        routes = plan.kv_routes.of_stage(stage)
-        fetched.append(merge_intervals(routes.dsts, routes.starts, routes.ends))
+    placement, routes, size = plan.k_placement, plan.kv_routes, plan.cp_size
+    # Stages are told apart by their ranks' numbers, and cut together: rank r of stage s is s * cp_size + r.
+    arrive = merge_intervals((routes.stages + 1) * size + routes.dsts, routes.starts, routes.ends)
+    own = Intervals(placement.owners, placement.starts, placement.ends)
+    keys = Intervals(*(np.concatenate(pair) for pair in zip(own, arrive, strict=True)))
     rows = {"own": (plan.tasks.data, plan.task_ranks)}
     if len(plan.q_routes):
         own = Intervals(plan.q_placement.owners, plan.q_placement.starts, plan.q_placement.ends)
         guests = merge_intervals(plan.q_routes.dsts, plan.q_routes.starts, plan.q_routes.ends)
         stride = plan.q_placement.total_seqlen + 1
         rows = {side: _cut(*rows["own"], held, 0, stride) for side, held in (("own", own), ("guest", guests))}
-    return [{side: _work_on(plan, *tasks, keys) for side, tasks in rows.items()} for keys in fetched]
+    works = {side: _work_on(plan, *tasks, keys) for side, tasks in rows.items()}
+    return [
+        {side: StageWork(*(column[stage] for column in work)) for side, work in works.items()}
+        for stage in range(plan.num_stages + 1)
+    ]
 
 
 def _work_on(plan: Plan, tasks: IntArray, ranks: IntArray, keys: Intervals) -> StageWork:
-    """The work of each rank's tasks on its interval of keys."""
-    rows, owners = _cut(tasks, ranks, keys, 2, plan.k_placement.total_seqlen + 1)
+    """The work of each rank's tasks on the keys of each stage, [num_stages + 1, cp_size]."""
+    stages, size = plan.num_stages + 1, plan.cp_size
+    numbers = (np.arange(stages)[:, None] * size + ranks).ravel()
+    rows, owners = _cut(np.tile(tasks, (stages, 1)), numbers, keys, 2, plan.k_placement.total_seqlen + 1)
     table, kept = SliceTable(rows).canonical()
     owner = owners[kept]
     q_rows, k_rows = (merge_intervals(owner, *ends) for ends in ((table.q0, table.q1), (table.k0, table.k1)))
 
-    def per_rank(ranks: IntArray, counts: IntArray) -> FloatArray:
-        return np.bincount(ranks, counts, plan.cp_size).astype(np.float64)
+    def per_rank(numbers: IntArray, counts: IntArray) -> FloatArray:
+        return np.bincount(numbers, counts, stages * size).astype(np.float64).reshape(stages, size)
 
     return StageWork(
         areas=per_rank(owner, table.areas()),
