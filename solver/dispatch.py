@@ -77,7 +77,7 @@ def make_dispatch_plan(
         cp_size: number of ranks.
         chunk_size: tokens by which ranks' token counts may differ, and the grain of placement.
         layout: "balanced" (even area and tokens, least traffic; with schedule "auto" one of the others where that is
-            estimated to be 2 % faster), "contiguous" or "zigzag".
+            predicted to be faster), "contiguous" or "zigzag".
         num_stages: parts in which remote keys are fetched; None chooses. Their sizes are chosen.
         schedule: "keys": queries are computed where they lie, and only keys and values travel.
             "tiles": each rank computes a tile of queries x keys and queries travel too. "auto":
@@ -91,7 +91,7 @@ def make_dispatch_plan(
         equal_shards: every rank owns as many tokens.
         relays: whether ranks pass on rows that others need as well (`solver.relays`); over nodes where there are any,
             and those of `hardware` if ranks_per_node is None. None: where owners would send more than any rank
-            receives, and it is estimated to be faster.
+            receives, or only the hardware has nodes, and it is estimated to be faster.
 
     Raises:
         ValueError: a size is out of range, the layout is unknown, or the tokens cannot be shared equally.
