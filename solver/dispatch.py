@@ -31,7 +31,7 @@ SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 TILES_SECONDS = 0.9
 # Tiles are looked at where this share of what is left to gain, times a key row's cost over a query row's, pays for so
 # many milliseconds for each level of their bisection.
-_TILES_SHARE, _TILES_MS = 0.5, 1.0
+_TILES_SHARE, _TILES_MS = 1.0, 0.75
 # To simulate a plan takes about so many milliseconds, and so many for each stage and for each route.
 _CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.3, 0.3, 1e-3
 # It may gain such a share of a step, of which a model has as many as layers.
@@ -221,7 +221,8 @@ def _or_renumbered(best: Staged, asked: Asked) -> Staged:
     """Where rows travel on over nodes that the placement did not know, ranks that need the same keys share a node."""
     if best.staging.relays < 2 or asked.ranks_per_node is not None:
         return best
-    near = asked.staged(best.draft.renumbered())
+    alike = asked._replace(num_stages=len(best.staging.weights), relays=True)
+    near = alike.staged(best.draft.renumbered())
     return near if near.seconds < best.seconds else best
 
 
@@ -240,21 +241,17 @@ def _plain(best: Staged, slices: SliceTable, asked: Asked, equal_shards: bool) -
     """Plain layouts that may be faster than the best balanced one.
 
     Where transfers weigh more than the kernels, a less even layout of fewer or better spread rows can be. One whose
-    busiest rank computes too long alone, or that neither receives nor sends less, is not looked at.
+    busiest rank computes too long alone is not looked at.
     """
     if asked.gain_ms(best) < _PLAIN_MS:
         return
     size = best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
-    rows = best.draft.most_rows()
     for place in (place_contiguous, place_zigzag):
         placement = share_equally(place(*size)) if equal_shards else place(*size)
         plain = keys_schedule(slices, placement)
         areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1]).astype(np.float64)
-        if asked.least(areas) >= _PLAIN_SECONDS * best.seconds:
-            continue
-        draft = Draft.of(plain, placement, placement)
-        if any(less < more for less, more in zip(draft.most_rows(), rows, strict=True)):
-            yield asked.rival(draft, best)
+        if asked.least(areas) < _PLAIN_SECONDS * best.seconds:
+            yield asked.rival(Draft.of(plain, placement, placement), best)
 
 
 def _tiled(best: Staged, slices: SliceTable, asked: Asked) -> Iterator[Staged]:

@@ -7,6 +7,7 @@ A `Plan` is pure data, equal on every rank and independent of process groups and
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ DEFAULT_COSTS = row_costs(32, 8, 128, 128)
 # More stages than this split the remote keys into tiles too small to be worth it.
 MAX_STAGES = 8
 _FEW_STAGES = 3
+# In two stages so much slower than another way to send rows, one is in any.
+_HOPELESS = 1.3
 # Rows travel on where owners would send so much more than any rank receives, and that is estimated to be faster.
 SENDS_MUCH, RELAYS_SECONDS = 1.2, 0.99
 
@@ -258,26 +261,26 @@ class Draft:
             return choose_stages(load, costs.heads, hardware, (0,))
         counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
         nodes = self._relay_nodes(hardware, ranks_per_node)
-        at_once = None if relays else choose_stages(load, costs.heads, hardware, counts)
-        if at_once is not None and (
-            relays is False or not self._may_relay(nodes if ranks_per_node is None else 1)
-        ):
-            return at_once
-        load = self._load(hardware, None if nodes == 1 else nodes, relays=True)
-        found = choose_stages(load, costs.heads, hardware, counts)._replace(relays=nodes)
-        return found if at_once is None or found.seconds < RELAYS_SECONDS * at_once.seconds else at_once
+        ways = {} if relays else {0: load}
+        if relays or (relays is None and self._may_relay(nodes if ranks_per_node is None else 1)):
+            ways[nodes] = self._load(hardware, None if nodes == 1 else nodes, relays=True)
+
+        def staged(way: int, counts: Iterable[int]) -> Staging:
+            return choose_stages(ways[way], costs.heads, hardware, counts)._replace(relays=way)
+
+        if len(ways) > 1 and num_stages is None:
+            # One way may be far slower than the other, in whatever number of stages.
+            tried = [staged(way, (2,)) for way in ways]
+            least = min(one.seconds for one in tried)
+            ways = {one.relays: ways[one.relays] for one in tried if one.seconds < _HOPELESS * least}
+        return min((staged(way, counts) for way in ways), key=_unless_relays_gain)
 
     def _may_relay(self, nodes: int) -> bool:
         """Whether there are nodes, or a rank sends clearly more rows than any receives and others could do it."""
         if nodes > 1 or self.k_placement.cp_size <= 2:
             return nodes > 1
-        received, sent = self.most_rows()
-        return sent > SENDS_MUCH * received
-
-    def most_rows(self) -> tuple[int, int]:
-        """Most key rows that a rank receives, and that one sends, if owners send to all who need them."""
-        received = rows_missing(self.keys, self.k_placement)
-        return int(received.max()), int(rows_sent(self.keys, self.k_placement, self.k_placement).max())
+        sent = rows_sent(self.keys, self.k_placement, self.k_placement).max()
+        return bool(sent > SENDS_MUCH * rows_missing(self.keys, self.k_placement).max())
 
     def _relay_nodes(self, hardware: Hardware, ranks_per_node: int | None) -> int:
         """Ranks of the nodes over which rows travel on: the plan's, else the hardware's; 1 where there are none."""
@@ -345,6 +348,11 @@ class Draft:
             fingerprint=_fingerprint(*tasks, *placements, q_routes, kv_routes, *ways),
             relays=relays,
         )
+
+
+def _unless_relays_gain(staging: Staging) -> float:
+    """Seconds, a little more where rows travel on."""
+    return staging.seconds / RELAYS_SECONDS if staging.relays else staging.seconds
 
 
 def fetched_at_once(rank_plan: RankPlan) -> RankPlan:
