@@ -30,18 +30,18 @@ SCHEDULES: tuple[ScheduleKind, ...] = ("auto", "keys", "tiles")
 # Where nothing but the estimate says so, queries travel only if it says that they save so much: it is rough for them.
 TILES_SECONDS = 0.9
 # Tiles are looked at where this share of what is left to gain, times a key row's cost over a query row's, pays for so
-# many milliseconds for each level of their bisection.
-_TILES_SHARE, _TILES_MS = 1.0, 0.75
+# many milliseconds for each level of their bisection, or where nobody computes in such a share of the step.
+_TILES_SHARE, _TILES_MS, _TILES_LOST = 0.5, 0.75, 0.35
 # To simulate a plan takes about so many milliseconds, and so many for each stage and for each route.
 _CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.3, 0.3, 1e-3
 # It may gain such a share of a step, of which a model has as many as layers.
-_CHECK_GAIN, _LAYERS = 0.08, 32
+_CHECK_GAIN, _LAYERS = 0.05, 32
 # What is estimated to take so many times as long as the best may still be faster; and where rows travel on.
 _NEAR, _NEAR_RELAYS = 1.04, 1.08
 # What is so much slower in as many stages as the best has is not faster in another number of them.
 _HOPELESS = 1.2
 # Plain layouts are looked at where there is so much to gain.
-_PLAIN_MS = 1.5
+_PLAIN_MS = 2.0
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
@@ -258,7 +258,8 @@ def _tiled(best: Staged, slices: SliceTable, asked: Asked) -> Iterator[Staged]:
     """Tiles, where it may pay to look at them: a query row is the dearer beside a key row, the less they save."""
     costs, total, cp_size = asked.costs, best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
     may_save = _TILES_SHARE * costs.kv / costs.q * asked.gain_ms(best)
-    if cp_size > 2 and may_save >= _TILES_MS * math.log2(cp_size):
+    much = asked.gain_ms(best) > _TILES_LOST * 1e3 * _LAYERS_PAID * best.seconds
+    if cp_size > 2 and (much or may_save >= _TILES_MS * math.log2(cp_size)):
         yield asked.rival(_tiles(slices, total, cp_size, costs), best)
 
 
