@@ -17,6 +17,7 @@ from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
+from .routes import rows_missing
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .simulate import simulate
 from .slices import SliceTable
@@ -191,7 +192,7 @@ class Asked(NamedTuple):
         """How much faster than the best a rival has to be by nothing but the estimate."""
         if rival is best:
             return 1.0
-        return _PLAIN_SECONDS if rival.draft.queries_stay() else TILES_SECONDS
+        return _PLAIN_SECONDS if not rows_missing(rival.draft.queries, rival.draft.q_placement).any() else TILES_SECONDS
 
     def worth_checking(self, staged: list[Staged], expected: float = 0.0) -> bool:
         """Whether what simulation may show to be faster outweighs the time that it takes.

@@ -6,7 +6,6 @@ A `Plan` is pure data, equal on every rank and independent of process groups and
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 
 from .cost import DEFAULT_HARDWARE, Hardware, RowCosts, row_costs
 from .estimate import Load, Staging, choose_stages
+from .fingerprint import fingerprint_of
 from .placement import Placement
 from .relays import hop_tables, numbers_by_need, relayed_link_rows
 from .routes import (
@@ -147,7 +147,7 @@ class Plan:
         """
         placements, routes = (self.q_placement, self.k_placement), (self.q_routes, self.kv_routes)
         by = _ways(self.num_stages, self.ranks_per_node, self.relays)
-        found = _fingerprint(self.tasks, self.task_ranks, *placements, *routes, *by)
+        found = fingerprint_of(self.tasks, self.task_ranks, *placements, *routes, *by)
         if found != self.fingerprint:
             raise ValueError(
                 f"the plan's contents have the fingerprint {found} and it says {self.fingerprint}: it was damaged or "
@@ -273,7 +273,10 @@ class Draft:
             tried = [staged(way, (2,)) for way in ways]
             least = min(one.seconds for one in tried)
             ways = {one.relays: ways[one.relays] for one in tried if one.seconds < _HOPELESS * least}
-        return min((staged(way, counts) for way in ways), key=_unless_relays_gain)
+        # Rows travel on only where that is a clear gain.
+        return min(
+            (staged(way, counts) for way in ways), key=lambda one: one.seconds / (RELAYS_SECONDS if one.relays else 1)
+        )
 
     def _may_relay(self, nodes: int) -> bool:
         """Whether there are nodes, or a rank sends clearly more rows than any receives and others could do it."""
@@ -309,12 +312,8 @@ class Draft:
         ways = {"queries": queries, "keys": keys, "two_level": two_level, "relays": relays}
         if known := next(iter(self._loads.values()), None):
             return replace(known, **ways)
-        placements = (self.q_placement, self.k_placement)
-        return Load.of(self.tasks, self.task_ranks, self.queries, self.keys, *placements, **ways)
-
-    def queries_stay(self) -> bool:
-        """Whether each query is computed where it lies."""
-        return not rows_missing(self.queries, self.q_placement).any()
+        needed, placements = zip(*sides, strict=True)
+        return Load.of(self.tasks, self.task_ranks, *needed, *placements, **ways)
 
     def num_runs(self) -> int:
         """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""
@@ -345,14 +344,9 @@ class Draft:
             kv_routes=kv_routes,
             num_stages=num_stages,
             ranks_per_node=ranks_per_node,
-            fingerprint=_fingerprint(*tasks, *placements, q_routes, kv_routes, *ways),
+            fingerprint=fingerprint_of(*tasks, *placements, q_routes, kv_routes, *ways),
             relays=relays,
         )
-
-
-def _unless_relays_gain(staging: Staging) -> float:
-    """Seconds, a little more where rows travel on."""
-    return staging.seconds / RELAYS_SECONDS if staging.relays else staging.seconds
 
 
 def fetched_at_once(rank_plan: RankPlan) -> RankPlan:
@@ -500,25 +494,3 @@ def _to_buffer_rows(table: SliceTable, runs: Runs) -> tuple[SliceTable, IntArray
 def _ways(num_stages: int, ranks_per_node: int, relays: bool) -> tuple[int, ...]:
     """How rows travel, for the fingerprint."""
     return (num_stages, ranks_per_node, 1) if relays else (num_stages, ranks_per_node)
-
-
-# Odd, about 2**61 over the golden ratio: weights of neighbouring rows differ in all bits (int64 wraps round).
-_MIX = 0x13C6EF372FE94F83
-
-
-def _fingerprint(*parts: SliceTable | IntArray | Placement | RouteTable | int) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Placement):
-            arrays = [np.array([part.cp_size, part.total_seqlen]), part.ends, part.owners]
-        elif isinstance(part, RouteTable):
-            # They follow from the rest, and at a thousand ranks there are millions: a weighted sum will do.
-            columns = (part.dsts, part.srcs, part.starts, part.ends, part.stages)
-            position = np.arange(1, len(part) + 1) * _MIX
-            arrays = [np.array([len(part), *(int(column @ position) for column in columns)])]
-        else:
-            arrays = [part.data if isinstance(part, SliceTable) else np.asarray(part)]
-        for array in arrays:
-            digest.update(np.array(array.shape, dtype=np.int64).tobytes())
-            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-    return digest.hexdigest()
