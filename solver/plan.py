@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -261,7 +261,7 @@ class Draft:
             return choose_stages(load, costs.heads, hardware, (0,))
         counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
         nodes = self._relay_nodes(hardware, ranks_per_node)
-        ways = {} if relays else {0: load}
+        ways: dict[int, Load] = {} if relays else {0: load}
         if relays or (relays is None and self._may_relay(nodes if ranks_per_node is None else 1)):
             ways[nodes] = self._load(hardware, None if nodes == 1 else nodes, relays=True)
 
@@ -309,11 +309,10 @@ class Draft:
         else:
             queries, keys = (link_rows(*side, nodes, once_per_node=two_level) for side in sides)
         # Only what links carry depends on how rows travel.
-        ways = {"queries": queries, "keys": keys, "two_level": two_level, "relays": relays}
+        ways: dict[str, Any] = {"queries": queries, "keys": keys, "two_level": two_level, "relays": relays}
         if known := next(iter(self._loads.values()), None):
             return replace(known, **ways)
-        needed, placements = zip(*sides, strict=True)
-        return Load.of(self.tasks, self.task_ranks, *needed, *placements, **ways)
+        return Load.of(self.tasks, self.task_ranks, self.queries, self.keys, self.q_placement, self.k_placement, **ways)
 
     def num_runs(self) -> int:
         """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""
