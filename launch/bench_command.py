@@ -81,8 +81,8 @@ def bench_command(
         key = layer.key(spec, shape, group, backend)
         inner = key if key.sharding is None else key.sharding.inner
         inner.bind(device, _torch_dtype(heads.dtype))  # or it says why the backend does not serve it
-        machine = _machine(hardware, shape, device)
-        with telling("measuring steps", repeats + _WARM_UP) as tell:
+        machine = _machine(hardware, shape, device, quiet=as_json)
+        with telling("measuring steps", repeats + _WARM_UP, quiet=as_json) as tell:
             measured = measure(key, _torch_dtype(heads.dtype), device, repeats, tell)
     if measured is None:
         return
@@ -204,11 +204,12 @@ def _write(folder: Path, trace: Trace, predicted: Prediction, report: dict[str, 
         Console(stderr=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
-def _machine(hardware: str, heads: Heads, device: torch.device) -> Hardware:
+def _machine(hardware: str, heads: Heads, device: torch.device, *, quiet: bool = False) -> Hardware:
     """The hardware of an option; "measure" calibrates this one, which every rank takes part in."""
     if hardware != "measure":
         return find_hardware(hardware)
-    with telling("measuring this machine for the prediction", parts_of_calibration(num_ranks(None))) as tell:
+    parts = parts_of_calibration(num_ranks(None))
+    with telling("measuring this machine for the prediction", parts, quiet=quiet) as tell:
         return calibrate(heads, device=device.type, tokens=1 << 15 if device.type == "cuda" else 1 << 11, tell=tell)
 
 

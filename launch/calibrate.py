@@ -60,7 +60,7 @@ def calibrate_command(
         if start_ranks(ranks):
             return
     parts = parts_of_calibration(num_ranks(ranks))
-    with answering(), launched_ranks() as (device, group), telling("calibrating", parts) as tell:
+    with answering(), launched_ranks() as (device, group), telling("calibrating", parts, quiet=as_json) as tell:
         cuda = device.type == "cuda"
         shape = replace(shape, itemsize=2 if cuda else 4)
         hardware = calibrate(shape, device=device.type, tokens=tokens or (1 << 15 if cuda else 1 << 11), tell=tell)

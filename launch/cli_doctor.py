@@ -78,7 +78,7 @@ def _race(problem: Problem, words: str, *, as_json: bool) -> None:
     tokens = 16384 if problem.device_type == "cuda" else 1024
     work = Work(lower_mask(AttnMaskSpec.causal(tokens)), tokens, tokens)
     try:
-        with telling("trying kernels"):
+        with telling("trying kernels", quiet=as_json):
             choice = decide(problem, work, torch.device(problem.device_type), None)
     except ValueError as error:
         show([str(error)])

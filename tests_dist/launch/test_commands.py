@@ -76,17 +76,29 @@ def test_tables_keep_their_digits(columns: int) -> None:
     assert "\u2026" not in run("doctor", "--device", "cpu", columns=columns).stdout
 
 
-@pytest.mark.parametrize(("args", "shown"), [(["plan"], True), (["plan", "--json"], False)])
-def test_a_terminal_sees_that_work_goes_on(args: list[str], shown: bool) -> None:
+ON_A_TERMINAL = [
+    ("planning", ["plan", "--seqlen", "64K", "--ranks", "16"]),
+    ("trying", ["doctor", "--device", "cpu", "--backend", "fastest"]),
+    ("calibrating", ["calibrate", "--tokens", "1024"]),
+    ("measuring", ["bench", "--seqlen", "64", "--hardware", "cpu", "--repeats", "1"]),
+]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize(
+    ("word", "args"),
+    [each if each[0] == "planning" else pytest.param(*each, marks=pytest.mark.nightly) for each in ON_A_TERMINAL],
+)
+def test_a_terminal_sees_that_work_goes_on(word: str, args: list[str], shown: bool) -> None:
     """On a terminal only, and not where a program reads the answer."""
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "cpattn.launch.cli", *args, "--seqlen", "64K", "--ranks", "16"]
+    command = [sys.executable, "-m", "cpattn.launch.cli", *args, *(() if shown else ("--json",))]
     env = {**os.environ, "TERM": "xterm"}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True, env=env)
     written = os.read(ours, 1 << 16) if select.select([ours], [], [], 0)[0] else b""
     os.close(theirs)
     os.close(ours)
-    assert (b"planning" in written) == shown
+    assert (word.encode() in written) == shown
     assert b"\x1b" not in done.stdout
 
 
@@ -165,9 +177,7 @@ def test_a_faster_rival_is_named() -> None:
         (("docs", "no_such_page"), "there is no page 'no_such_page'"),
     ],
 )
-def test_refused_before_any_rank_starts(
-    args: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_before_any_rank_starts(args: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpattn.launch.session.run_on_ranks", None)
     done = run(*args)
     assert done.exit_code == 2, done.output
