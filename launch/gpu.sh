@@ -162,7 +162,7 @@ tests=("$python" -m pytest -v -p no:cacheprovider --durations=5 -m "gpu and not 
 rates=("$python" -m cpattn.launch.benchmarks.kernels --out "$out")
 if [ -n "$fakes" ]; then
     export CPATTN_GPU_FAKES=1
-    rates=("$python" -m tests_dist.support.fakes.installed cpattn.launch.benchmarks.kernels --out "$out" --device cpu --tokens 256)
+    rates=("$python" -m tests_dist.support.fakes.installed cpattn.launch.benchmarks.kernels --out "$out" --device cpu --tokens 64)
 fi
 
 command_of() { # name, limit: sets `command`

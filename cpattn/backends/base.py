@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,6 +144,7 @@ class PlacingBackend(StoringBackend, Protocol):
     """A kernel that may say where results lie, so that nothing is copied to accumulators and back.
 
     What one call has for every row is taken over as it is, and the last merge stores out and dq in the dtype of q.
+    `prepare` also takes a `turn`, for work that is one part of a backward pass.
     """
 
     def places(self, queries: Tensor, work: Any) -> bool:
@@ -171,6 +174,31 @@ class PlacingBackend(StoringBackend, Protocol):
     ) -> Tensor:
         """`backward`, and dq. fresh: of dq, which is not read then, and of dkeys. last: as above."""
         ...
+
+
+class Turn(NamedTuple):
+    """When a part of a backward pass comes, told to a `PlacingBackend` when it prepares: a row of dq is stored by the
+    first part that has something for it, so that none fills what another will, or reads what is not there yet.
+
+    fresh: bool [Q], rows that no earlier part meets. never: bool [Q], rows that no part meets and this one fills.
+    """
+
+    fresh: np.ndarray
+    never: np.ndarray
+
+
+def turns_of(parts: Sequence[SliceTable], num_queries: int) -> list[Turn]:
+    """Those of the parts of a pass, in the order in which they run; the first fills what none meets."""
+
+    def met(part: SliceTable) -> np.ndarray:
+        begun, ended = (np.bincount(rows, minlength=num_queries + 1) for rows in (part.q0, part.q1))
+        return np.cumsum(begun - ended)[:num_queries] > 0
+
+    turns, fresh = [], np.ones(num_queries, dtype=bool)
+    for part in parts:
+        turns.append(Turn(fresh, np.zeros_like(fresh)))
+        fresh = fresh & ~met(part)
+    return [turns[0]._replace(never=fresh), *turns[1:]]
 
 
 def places_results(backend: Backend, queries: Tensor, work: Any) -> bool:

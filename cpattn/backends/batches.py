@@ -11,17 +11,23 @@ from cpattn.collectives import put_on
 from cpattn.collectives.call_kernels import FIRST, NONE, ROW, CallRows
 from cpattn.solver import IntArray
 
+from .base import Turn
 
-def rows_of_batches(num_rows: int, batches: Sequence[Sequence[IntArray]], device: torch.device) -> list[CallRows]:
+
+def rows_of_batches(
+    num_rows: int, batches: Sequence[Sequence[IntArray]], device: torch.device, turn: Turn | None = None
+) -> list[CallRows]:
     """One for each launch of a work. batches: for each call the rows that its results belong to.
 
-    A row may occur again. The first launch has an entry of no call for rows that none of the calls has.
+    A row may occur again. The first launch has an entry of no call for rows that none of the calls has, or none of the
+    whole pass, of which the work is a part where `turn` is given.
     """
-    new = np.ones(num_rows, dtype=bool)
-    for rows in (rows for calls in batches for rows in calls):
-        new[rows] = False
-    blind = np.flatnonzero(new)
-    new[:] = True
+    if turn is None:
+        never = np.ones(num_rows, dtype=bool)
+        for rows in (rows for calls in batches for rows in calls):
+            never[rows] = False
+        turn = Turn(np.ones(num_rows, dtype=bool), never)
+    new, blind = turn.fresh.copy(), np.flatnonzero(turn.never)
     found = []
     for calls in batches:
         entries = [ROW * np.arange(len(rows)) + number for number, rows in enumerate(calls)]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cpattn.solver import SliceTable
 
-from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, refuse_dtype
+from .base import HALF_DTYPES, Attending, KeyRows, Problem, Returning, Scoring, Turn, refuse_dtype
 from .installed import call_known, device_capability, failing_import, known_parameters, missing_package
 from .varlen import (
     PlacingVarlen,
@@ -314,9 +314,9 @@ class FlashAttnBackend(PlacingVarlen):
         return refuse_dtype(problem, HALF_DTYPES) or failing_import(what.module, what.package)
 
     def prepare(
-        self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device
+        self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device, turn: Turn | None = None
     ) -> VarlenWork:
-        return plan_varlen(slices, device, num_queries, num_keys)
+        return plan_varlen(slices, device, num_queries, num_keys, turn)
 
     def writes_once(self, work: VarlenWork) -> bool:
         return varlen_writes_once(work)

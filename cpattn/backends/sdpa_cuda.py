@@ -30,6 +30,7 @@ from .base import (
     Problem,
     Returning,
     Scoring,
+    Turn,
     kernel_head_dim,
     pad_head_dim,
     refuse_dtype,
@@ -150,8 +151,10 @@ class CudaSdpaBackend(PlacingVarlen):
             return f"head_dim {widest} is more than FlashAttention 2 takes (256)"
         return refuse_dtype(problem, (*HALF_DTYPES, torch.float32))
 
-    def prepare(self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device) -> _Work:
-        return _Work(slices, plan_varlen(slices, device, num_queries, num_keys))
+    def prepare(
+        self, slices: SliceTable, num_queries: int, num_keys: int, device: torch.device, turn: Turn | None = None
+    ) -> _Work:
+        return _Work(slices, plan_varlen(slices, device, num_queries, num_keys, turn))
 
     def writes_once(self, work: _Work) -> bool:
         # What it is for is an out in the dtype of q: in fp32 that is the accumulator's own, so only the calls of

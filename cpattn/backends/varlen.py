@@ -24,7 +24,7 @@ from cpattn.collectives.call_kernels import MOST_CALLS, CallRows, merge_calls, s
 from cpattn.solver import IntArray, SliceTable, expand_counts, window_params
 from cpattn.solver.rounds import colour_rounds, group_windows, square_pieces
 
-from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, aligned, kernel_head_dim, pad_head_dim
+from .base import HALF_DTYPES, Attending, KeyRows, Returning, Scoring, Turn, aligned, kernel_head_dim, pad_head_dim
 from .batches import rows_of_batches
 from .rows import Rows, add_rows, as_rows, first_writers, merge_rows, take_queries, take_rows, take_together
 
@@ -83,12 +83,14 @@ class VarlenWork(NamedTuple):
     """The calls of forward and those of backward.
 
     merged, summed: the same in batches, where the results of several calls are taken in by one launch; else nothing.
+    in_turn: the rows of `summed` are those of a whole backward pass: what is the first there is stored.
     """
 
     forward: tuple[VarlenCall, ...]
     backward: tuple[VarlenCall, ...]
     merged: tuple[VarlenBatch, ...] = ()
     summed: tuple[VarlenBatch, ...] = ()
+    in_turn: bool = False
 
 
 class VarlenKernel(Protocol):
@@ -112,9 +114,16 @@ class VarlenKernel(Protocol):
 
 
 def plan_varlen(
-    slices: SliceTable, device: torch.device, num_queries: int | None = None, num_keys: int | None = None
+    slices: SliceTable,
+    device: torch.device,
+    num_queries: int | None = None,
+    num_keys: int | None = None,
+    turn: Turn | None = None,
 ) -> VarlenWork:
-    """The calls that compute a canonical slice table over buffers of so many rows (None: as many as it needs)."""
+    """The calls that compute a canonical slice table over buffers of so many rows (None: as many as it needs).
+
+    turn: of the work in its backward pass; None: it is all there is, or where it comes is told at each call.
+    """
     groups = group_windows(slices) if len(_windows(slices)) <= MAX_TRIED_WINDOWS else []
     if len(slices) and not 0 < len(groups) <= MAX_WINDOWS:
         groups = group_windows(square_pieces(slices).table)
@@ -128,11 +137,16 @@ def plan_varlen(
     num_queries = int(slices.q1.max(initial=0)) if num_queries is None else num_queries
     sizes = num_queries, int(slices.k1.max(initial=0)) if num_keys is None else num_keys
     merged = _batches(forward, [r.slices for r in rounds], sizes, device)
-    return VarlenWork(forward, backward, merged, _batches(backward, [r.slices for r in runs], sizes, device))
+    summed = _batches(backward, [r.slices for r in runs], sizes, device, turn)
+    return VarlenWork(forward, backward, merged, summed, turn is not None)
 
 
 def _batches(
-    calls: tuple[VarlenCall, ...], tables: list[SliceTable], sizes: tuple[int, int], device: torch.device
+    calls: tuple[VarlenCall, ...],
+    tables: list[SliceTable],
+    sizes: tuple[int, int],
+    device: torch.device,
+    turn: Turn | None = None,
 ) -> tuple[VarlenBatch, ...]:
     """Calls that follow on each other: at most eight, with results for at most twice the rows there are."""
     ends, rows = [0], 0
@@ -143,7 +157,7 @@ def _batches(
             rows = int((table.q1 - table.q0).sum())
     ends.append(len(tables))
     spans = list(itertools.pairwise(ends))
-    q_rows = rows_of_batches(sizes[0], [[_index(t.q0, t.q1) for t in tables[a:b]] for a, b in spans], device)
+    q_rows = rows_of_batches(sizes[0], [[_index(t.q0, t.q1) for t in tables[a:b]] for a, b in spans], device, turn)
     k_rows = rows_of_batches(sizes[1], [[_index(t.k0, t.k1) for t in tables[a:b]] for a, b in spans], device)
     return tuple(VarlenBatch(calls[a:b], q, k) for (a, b), q, k in zip(spans, q_rows, k_rows, strict=True))
 
@@ -307,7 +321,7 @@ def run_varlen_backward(
 
     if work.summed and row_kernels.fused(*dkeys):
         totals = [_wide(t, len(work.summed)) for t in dkeys]
-        dq = _sum_batches(run, queries, work.summed, totals, fresh=fresh, last=last)
+        dq = _sum_batches(run, queries, work, totals, fresh=fresh, last=last)
     else:
         totals = [_wide(t, len(work.backward)) for t in dkeys]
         dq = _wide(queries.dq, len(work.backward))
@@ -336,26 +350,27 @@ def _add_calls(
 def _sum_batches(
     run: Callable[[VarlenCall], tuple[Tensor, Tensor, Tensor]],
     queries: Returning,
-    batches: tuple[VarlenBatch, ...],
+    work: VarlenWork,
     dkeys: list[Tensor],
     *,
     fresh: tuple[bool, bool],
     last: bool | None,
 ) -> Tensor:
     """dq; dk and dv are added to dkeys."""
-    q, in_place = queries.q, _wide(queries.dq, len(batches)) if last is None else queries.dq
+    q, in_place = queries.q, _wide(queries.dq, len(work.summed)) if last is None else queries.dq
     so_far = None if fresh[0] and last is not None else in_place
-    for number, batch in enumerate(batches):
+    stored = fresh[0] or work.in_turn, fresh[1]
+    for number, batch in enumerate(work.summed):
         parts = [run(call) for call in batch.calls]
         if not parts and not any(fresh):
             continue
         if so_far is None and _is_whole(batch, len(q)) and parts[0][0].is_contiguous():
             so_far = parts[0][0]
-            sum_calls([so_far[:0], *dkeys], parts, batch.q_rows, batch.k_rows, fresh=fresh)
+            sum_calls([so_far[:0], *dkeys], parts, batch.q_rows, batch.k_rows, fresh=stored)
             continue
-        final = last is True and number == len(batches) - 1
+        final = last is True and number == len(work.summed) - 1
         so_far, before = _target(so_far, tuple(q.shape), q, final, in_place=last is None)
-        sum_calls([so_far, *dkeys], parts, batch.q_rows, batch.k_rows, fresh=fresh, before=before)
+        sum_calls([so_far, *dkeys], parts, batch.q_rows, batch.k_rows, fresh=stored, before=before)
         parts.clear()
     assert so_far is not None
     return so_far
@@ -371,6 +386,7 @@ class PlacingVarlen:
     """`PlacingBackend` for a backend with a packed kernel."""
 
     __slots__ = ()
+    takes_turns = True
 
     def packed_kernel(self) -> VarlenKernel:
         raise NotImplementedError

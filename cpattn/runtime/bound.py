@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cpattn.backends import Backend, Problem
+from cpattn.backends.base import Turn, turns_of
 from cpattn.collectives import RowRoutes, Transport, one_copy, put_on
 from cpattn.collectives.row_kernels import serves as row_kernels_serve
 from cpattn.solver import LATE_SHARE, Exchange, RankPlan, SliceTable
@@ -99,39 +100,52 @@ def _bind(
 ) -> BoundPlan:
     warm = getattr(backend, "warm", None)
 
-    def prepare(slices: SliceTable, num_queries: int, num_keys: int) -> Any:
-        work = backend.prepare(slices, num_queries, num_keys, device)
+    def prepare(slices: SliceTable, num_queries: int, num_keys: int, turn: Turn | None = None) -> Any:
+        in_turn: dict[str, Any] = {} if turn is None else {"turn": turn}
+        work = backend.prepare(slices, num_queries, num_keys, device, **in_turn)
         if warm is not None and problem is not None:
             warm(work, problem)
         return work
 
     num_guests = rank_plan.queries[-1].num_received
     queries = Trip("queries", "results", None, bind_hops(rank_plan.queries, rank_plan.num_queries, device, transport))
+    parts = _in_backward(rank_plan)
+    # Where queries move, dq also comes home from elsewhere, at any time.
+    placing = getattr(backend, "takes_turns", False) and row_kernels_serve(device) and not queries.active
+    turns = _turns(rank_plan, parts) if placing else (None,) * (len(rank_plan.stages) + len(parts) - 1)
     stages = []
     for number, stage in enumerate(rank_plan.stages):
         hops = bind_hops(stage.kv, rank_plan.num_keys, device, transport)
-        own, guest = (
-            prepare(slices, rows, stage.num_keys)
-            for slices, rows in ((stage.own, rank_plan.num_queries), (stage.guest, num_guests))
-        )
-        parts: tuple[Any, ...] = (own,)
-        if number == 0 and len(rank_plan.stages) > 1:
-            parts = (own, *(None,) * len(rank_plan.queries))
-            if len(stage.own):
-                tables = _in_backward(stage.own, num_hops=len(parts) - 1)
-                parts = tuple(
-                    prepare(table, rank_plan.num_queries, stage.num_keys) if nth == 0 or len(table) else None
-                    for nth, table in enumerate(tables)
-                )
+        own = prepare(stage.own, rank_plan.num_queries, stage.num_keys, turns[number])
+        guest = prepare(stage.guest, num_guests, stage.num_keys)
+        in_backward: tuple[Any, ...] = (own,)
+        if number == 0 and len(parts) > 1:
+            first, *late = zip(parts, (turns[0], *turns[len(rank_plan.stages) :]), strict=True)
+            rows = (rank_plan.num_queries, stage.num_keys)
+            in_backward = (
+                prepare(first[0], *rows, first[1]) if len(stage.own) else own,
+                *(prepare(table, *rows, turn) if len(table) else None for table, turn in late),
+            )
         trip = Trip(f"keys {number}", f"gradients {number}", number, hops)
-        stages.append(BoundStage(trip, own, guest, parts))
-    rows = (rank_plan.num_queries, rank_plan.num_keys)
-    return BoundPlan(backend, exchanges, queries, queries.active, tuple(stages), keep_kv, *rows)
+        stages.append(BoundStage(trip, own, guest, in_backward))
+    sizes = (rank_plan.num_queries, rank_plan.num_keys)
+    return BoundPlan(backend, exchanges, queries, queries.active, tuple(stages), keep_kv, *sizes)
 
 
-def _in_backward(own: SliceTable, *, num_hops: int) -> list[SliceTable]:
-    """The work on own keys in parts: what comes first, and for each hop what is left till last."""
+def _in_backward(rank_plan: RankPlan) -> list[SliceTable]:
+    """The work on own keys in parts: what comes first, and where keys travel for each hop what is left till last."""
+    own, num_hops = rank_plan.stages[0].own, len(rank_plan.queries)
+    if len(rank_plan.stages) == 1:
+        return [own]
+    if not len(own):
+        return [own] * (1 + num_hops)
     return own.in_row_parts((1 - LATE_SHARE, *(LATE_SHARE / num_hops,) * num_hops), _LATE_GRAIN)
+
+
+def _turns(rank_plan: RankPlan, parts: list[SliceTable]) -> list[Turn]:
+    """Of the stages in backward, and then of what is left till last."""
+    in_order = [parts[0], *(stage.own for stage in rank_plan.stages[1:]), *parts[1:]]
+    return turns_of(in_order, rank_plan.num_queries)
 
 
 def bind_hops(

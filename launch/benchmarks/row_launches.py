@@ -121,7 +121,7 @@ def _traffic(name: str, args: Any, result: Any) -> int:
 def _calls_traffic(into: list[Tensor], before: Tensor | None, offsets: Tensor, order: Tensor, fresh: bool) -> int:
     """Of the rows that results of calls are taken into, by the tables: read where they held anything, and written.
 
-    before: out so far, in another dtype: all rows are read from there and written.
+    before: out so far, in another dtype: rows that have begun are read from there, and all are written.
     """
     with unset_fake_temporarily():
         starts, entries = offsets.cpu().numpy(), order.cpu().numpy()
@@ -130,7 +130,8 @@ def _calls_traffic(into: list[Tensor], before: Tensor | None, offsets: Tensor, o
     written = len(first) if fresh else read
     if before is None:
         return (read + written) * sum(_size(t[:1]) for t in into)
-    return _size(before) + _size(into[0]) + 2 * sum(_size(t) for t in into[1:])
+    begun = int(((first & FIRST) != 0).sum()) if fresh else 0
+    return _size(before[begun:]) + _size(into[0]) + 2 * sum(_size(t) for t in into[1:])
 
 
 def count_plan(plan: BoundPlan) -> tuple[Count, Count]:

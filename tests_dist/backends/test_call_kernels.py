@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cpattn import AttnMaskSpec, backends
-from cpattn.backends.base import Attending, KeyRows, Returning, Scoring
+from cpattn.backends.base import Attending, KeyRows, Returning, Scoring, turns_of
 from cpattn.backends.batches import rows_of_batches
 from cpattn.backends.sdpa_cuda import CudaSdpaBackend
 from cpattn.backends.trial import Sample, try_kernel
@@ -156,6 +156,42 @@ def test_results_stay_where_a_call_put_them(case: Case) -> None:
         assert placed.out.dtype == dq.dtype == q.dtype
     torch.testing.assert_close(placed.out.float(), out, rtol=2**-7, atol=2**-9)
     torch.testing.assert_close(dq.float(), grads[0], rtol=2**-7, atol=2**-9)
+
+
+# Rows 0 to 5 in two parts, 6 to 9 in the second alone, 15 to 19 in the last alone, 20 to 23 in none.
+PASS = ([(0, 6, 0, 9)], [(3, 10, 9, 20)], [], [(10, 15, 20, 26), (0, 2, 26, 30), (15, 20, 0, 4)])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 0, 1)], ids=["first_has_rows", "first_has_none"])
+def test_a_row_of_dq_is_stored_by_the_first_part_that_has_it(order: tuple[int, ...]) -> None:
+    """No part fills what a later one stores, and none reads what is not there: the same bits, out of NaN."""
+    backend, num_rows, num_keys = CudaSdpaBackend("cpu", FakeAten()), 24, 30
+    parts = [SliceTable.from_columns(*np.array(PASS[n]).reshape(-1, 4).T, -99, 99) for n in order]
+    turns = turns_of(parts, num_rows)
+    assert [np.flatnonzero(turn.never).tolist() for turn in turns] == [[20, 21, 22, 23], [], [], []]
+    g = torch.Generator().manual_seed(3)
+    q, out, dout = (torch.randn(num_rows, 4, 16, generator=g).bfloat16() for _ in range(3))
+    keys = KeyRows(*(torch.randn(num_keys, 2, 16, generator=g).bfloat16() for _ in range(2)))
+    queries = Returning(dout, q, out, torch.randn(num_rows, 4, generator=g) + 4, q[:0])
+
+    def gradients(told: bool) -> Returning:
+        rows, dkeys = queries, KeyRows(*(torch.zeros(t.shape) for t in keys))
+        for number, (part, turn) in enumerate(zip(parts, turns, strict=True)):
+            given = {"turn": turn} if told else {}
+            work, fresh = backend.prepare(part, num_rows, num_keys, CPU, **given), (number == 0, False)
+            last = number == len(parts) - 1
+            dq = backend.differentiate(rows, keys, work, Scoring(0.2), dkeys, fresh=fresh, last=last)
+            rows = rows._replace(dq=dq)
+        return rows
+
+    torch.use_deterministic_algorithms(True)  # then there is NaN in what `empty` gives
+    try:
+        mine, plain = gradients(told=True).dq, gradients(told=False).dq
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(mine, plain)
+    assert not mine[20:].any()
+    assert not mine.isnan().any()
 
 
 @pytest.mark.parametrize(
