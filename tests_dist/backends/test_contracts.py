@@ -6,8 +6,10 @@ The facts, with their sources, stand in `docs/backends.md` and beside the fakes.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,8 +37,23 @@ from tests_dist.support.fakes import flash, ragged
 
 __all__ = ["install"]  # a fixture
 
+ROOT = Path(__file__).parents[2]
+
 CPU = torch.device("cpu")
 aten = torch.ops.aten
+
+
+def test_each_fact_in_the_docs_has_its_test() -> None:
+    page = (ROOT / "docs/backends.md").read_text()
+    table = page[page.index("| fact |") : page.index("## How slices")]
+    rows = re.findall(r"^\| .* \| (.*) \|$", table, re.MULTILINE)[1:]
+    files = ("tests_dist/backends/test_contracts.py", "tests_dist/ranks/test_transports.py")
+    written = set(re.findall(r"^def (test_\w+)", "".join((ROOT / f).read_text() for f in files), re.MULTILINE))
+    assert len(rows) == 14
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= written
 
 
 def _causal(tokens: int) -> SliceTable:
