@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
 _MAGI = {
     "nemo_automodel.components.distributed.context_parallel.magi": "cpattn.automodel.context_parallel.magi",
@@ -34,3 +35,17 @@ def install(*, attention: bool = False) -> None:
             raise RuntimeError(f"{theirs} is imported already: call cpattn.automodel.install() before a recipe is")
     for theirs, ours in wanted.items():
         sys.modules[theirs] = sys.modules[ours]
+    for theirs, ours in wanted.items():
+        _put_into_parent(theirs, sys.modules[ours])
+
+
+def _put_into_parent(name: str, module: ModuleType) -> None:
+    """Make `import a.b.c as d` and `from a.b import c` find it too: they read attributes of the packages above."""
+    above, _, leaf = name.rpartition(".")
+    try:
+        package = importlib.import_module(above)
+    except ModuleNotFoundError as error:
+        if error.name and f"{above}.".startswith(f"{error.name}."):
+            return  # no Automodel, or one that has no such package
+        raise
+    setattr(package, leaf, module)

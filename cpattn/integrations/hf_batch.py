@@ -52,7 +52,10 @@ def compare_batch(batch: Mapping[str, Any], group: dist.ProcessGroup | None) -> 
     """Raise on every rank if the ranks of the group have different batches."""
     if group is None:
         return
-    fields = {name: _digest(batch.get(name)) for name in (*sorted(TEXT_INPUTS), "labels", "shift_labels")}
+    known = (*sorted(TEXT_INPUTS), "labels", "shift_labels")
+    fields: dict[str, Any] = {name: _digest(batch.get(name)) for name in known}
+    others = sorted(name for name, value in batch.items() if name not in known and isinstance(value, Tensor))
+    fields["other tensors"] = [(name, _digest(batch[name])) for name in others]
     require_agreement("the batch of a context-parallel group", fields, group)
 
 

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from .shard import Shard, ShareRows, sum_over, take_rows
 
 HeadKind = Literal["causal", "token", "sequence"]
-_POOLING = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining", "ForMaskedLM")
+_POOLING = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
+_INSTEAD = (
+    "take hidden states, with output_hidden_states=True, from a causal LM or a token classification head: they are "
+    "whole on every rank"
+)
 
 
 def head_kind(root: nn.Module) -> HeadKind:
@@ -22,18 +26,32 @@ def head_kind(root: nn.Module) -> HeadKind:
         ValueError: the head pools tokens in a way that is not known here.
     """
     name = type(root).__name__
-    if name.endswith("ForTokenClassification"):
+    if name.endswith(("ForTokenClassification", "ForMaskedLM")):
         return "token"
     if name.endswith("ForSequenceClassification"):
         if not isinstance(getattr(root, "score", None), nn.Module):
             raise ValueError(
                 f"{name} pools the tokens that it is given by a head of its own: cpattn serves the heads that take "
-                f"`score` of each row's last token. Run its encoder through a base model and pool gathered states"
+                f"`score` of each row's last token. Or {_INSTEAD}"
             )
         return "sequence"
     if name.endswith(_POOLING):
-        raise ValueError(f"{name}: cpattn serves heads for causal LM, token and sequence classification, not this one")
+        raise ValueError(
+            f"{name}: cpattn serves heads for causal and masked LM, token and sequence classification, not this one. "
+            f"Or {_INSTEAD}"
+        )
     return "causal"
+
+
+def logits_of(root: nn.Module, outputs: Any) -> Tensor:
+    """What a model's head returned. Raises ValueError where it has none."""
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{type(root).__name__} returned no logits ({type(outputs).__name__}): ContextParallel runs models with a "
+            f"head, AutoModelForCausalLM for example, and not bare ones"
+        )
+    return logits
 
 
 def refuse_outputs(asked: Mapping[str, Any], config: Any) -> None:
@@ -180,18 +198,20 @@ def router_coefficient(root: Any) -> float:
 # Hidden states.
 
 
-def gather_hidden_states(outputs: Any, shard: Shard) -> None:
+def gather_hidden_states(outputs: Any, shard: Shard, weight: int) -> None:
     """Bring the hidden states that were asked for together, each [B, S, hidden] on every rank; in place.
+
+    Gradient: for a loss that every rank of the group computes alike, of this rank's tokens, times weight.
 
     Raises:
         ValueError: one has a shape that is not of the local tokens.
     """
     states = getattr(outputs, "hidden_states", None)
     if isinstance(states, tuple):
-        outputs.hidden_states = tuple(_whole(state, shard, number) for number, state in enumerate(states))
+        outputs.hidden_states = tuple(_whole(state, shard, weight, number) for number, state in enumerate(states))
 
 
-def _whole(state: Tensor, shard: Shard, number: int) -> Tensor:
+def _whole(state: Tensor, shard: Shard, weight: int, number: int) -> Tensor:
     stage = shard.stage
     if stage is not None and tuple(state.shape[:2]) == (stage.rows, stage.columns):
         state = take_rows(state, stage.places)
@@ -199,6 +219,6 @@ def _whole(state: Tensor, shard: Shard, number: int) -> Tensor:
         raise ValueError(
             f"hidden state {number} has shape {tuple(state.shape)}, not of this rank's {shard.num_tokens} tokens"
         )
-    whole = shard.gather(state)
+    whole = shard.share(state[0], weight)
     whole._cpattn_whole = shard  # type: ignore[attr-defined]
     return whole

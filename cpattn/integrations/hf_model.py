@@ -45,8 +45,21 @@ def refuse_other_mixers(decoder: nn.Module, config: Any, served: Collection[str]
             f"({', '.join(sorted(set(kinds)) + convolutions[:3])}): a shard holds tokens out of order, so such layers "
             f"cannot run on it"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(decoder).__name__} belongs to an encoder-decoder model: not supported")
+    pooled = [name for name, m in decoder.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if pooled:
+        raise ValueError(
+            f"{type(decoder).__name__} normalises over all tokens that it is given ({', '.join(pooled[:3])}): under "
+            f"context parallelism those are one rank's. Use a norm of each token (LayerNorm, RMSNorm)"
+        )
+
+
+def refuse_encoders(root: Any) -> None:
+    """Raise where a decoder attends to the states of an encoder beside it."""
+    if getattr(root.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(root).__name__} is an encoder-decoder model, whose decoder attends to an encoder's states: not "
+            f"supported. Load its decoder alone where it has such a form (...ForCausalLM), or use it without cpattn"
+        )
 
 
 def attention_kinds(config: Any) -> list[str]:

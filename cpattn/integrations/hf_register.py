@@ -99,7 +99,9 @@ def _checking(check: Any) -> Any:
     @functools.wraps(check)
     def checked(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         applied = check(self, attn_implementation, *args, **kwargs)
-        if attn_implementation in _names and not (_attends_by_interface(type(self)) or _is_served(self)):
+        if attn_implementation in _names and not (
+            _attends_by_interface(type(self), attn_implementation) or _is_served(self)
+        ):
             raise ValueError(
                 f"{type(self).__name__} does not attend through transformers' attention interface, so "
                 f"attn_implementation={attn_implementation!r} would not be used, and cpattn cannot shard it: load it "
@@ -129,10 +131,16 @@ def _is_served(model: Any) -> bool:
     return attends_by_itself(model.config)
 
 
-def _attends_by_interface(kind: Any) -> bool:
-    """As transformers itself judges, by the model's source; a model that it cannot read is trusted."""
+def _attends_by_interface(kind: Any, name: str | None) -> bool:
+    """As transformers itself judges, by the model's source; a model that it cannot read is trusted.
+
+    One that looks its layers up by the attention's name (GIT) would fail by a KeyError.
+    """
     module = sys.modules.get(kind.__module__)
     if module is None or not getattr(module, "__file__", None):
         return True
+    tables = [value for field, value in vars(module).items() if field.endswith("_ATTENTION_CLASSES")]
+    if any(isinstance(table, dict) and name not in table for table in tables):
+        return False
     judge = getattr(kind, "_can_set_attn_implementation", None)
     return True if judge is None else bool(judge())

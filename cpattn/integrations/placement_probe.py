@@ -1,10 +1,11 @@
 """Does a model depend on where a token lies in the local tensor? Tried before it is trusted, on one rank.
 
-A small batch (a full row, one padded left, one padded right) runs through the whole model in its natural order, and as
-a shard that a single rank has whole, in a shuffled order: what a shard of several ranks does to a model, without a
-collective of ours. Where logits, loss, the gradient of the embeddings, or the queries, keys and values of any layer
-differ, the model reads something off the local tensor: its places, its length, its neighbours. It is then tried with
-its embeddings over the whole batch and the cut at its layers; where that differs too, it is refused.
+A small batch (a full row, one padded left, one padded right) runs through the whole model in its natural order, with
+one row more in its company; and without that row as a shard that a single rank has whole, in a shuffled order: what a
+shard of several ranks does to a model, without a collective of ours. Where logits, loss, the gradient of the
+embeddings, or the queries, keys and values of any layer differ, the model reads something off the local tensor: its
+places, its length, its neighbours, the whole of its tokens. It is then tried with its embeddings over the whole batch
+and the cut at its layers; where that differs too, it is refused.
 
 What a few tokens cannot show is looked for by name elsewhere: sparse layers that choose all keys of a short text
 (`refuse_indexers`), RoPE that changes with the longest position (`cuts`), Llama 4's temperature (`hf_attention`).
@@ -16,6 +17,7 @@ import contextlib
 import hashlib
 import inspect
 import traceback
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -26,14 +28,14 @@ from torch.nn import functional as F
 
 from .batch_layout import IGNORE_INDEX, layout_of_batch, shifted_labels
 from .hf_attention import observe_attention
-from .hf_heads import last_tokens
+from .hf_heads import last_tokens, logits_of
 from .hf_model import attends_by_itself, read, takes
 from .shard import Cut, Shard
 
 # The object being made; its class stands above this file.
 ContextParallel = Any
 
-COLUMNS, PADDING = 12, (0, 4, -5)  # of each row: none, left, right
+COLUMNS, PADDING = 12, (0, 4, -5, 0)  # of each row: none, left, right; the last is the company of the others
 _NUM_PROJECTIONS = 4
 LabelsOf = Literal["next", "own", "unknown"]
 
@@ -58,9 +60,12 @@ def try_placement(parallel: ContextParallel) -> Verdict:
     Raises:
         ValueError: results depend on the placement under every cut; names the first layer that differs.
     """
-    signature = _signature(parallel)
+    signature, functions = _signature(parallel)
     if signature not in _verdicts:
         _verdicts[signature] = _try_cuts(parallel)
+        for function in functions:  # it is told by its identity, which another one may get
+            with contextlib.suppress(TypeError):
+                weakref.finalize(function, _verdicts.pop, signature, None).atexit = False
     verdict = _verdicts[signature]
     if isinstance(verdict, str):
         raise ValueError(verdict)
@@ -75,6 +80,8 @@ def _try_cuts(parallel: ContextParallel) -> Verdict | str:
         try:
             natural = _observe(parallel, model, batch, None)
         except Exception as error:
+            if _is_ours(error):
+                return str(error)
             return (
                 f"{type(parallel.root).__name__} could not be tried on a small batch of text, where it raised "
                 f"{type(error).__name__}: {str(error)[:300]}. Pass check=False to ContextParallel to trust it untried"
@@ -164,16 +171,25 @@ def _quiet(model: nn.Module) -> Iterator[Any]:
             module.training = training
 
 
-def _signature(parallel: ContextParallel) -> str:
-    """All that a verdict depends on: the config, the classes and patches of every module, dtype and device."""
+def _signature(parallel: ContextParallel) -> tuple[str, list[Any]]:
+    """All that a verdict depends on: the config, dtype and device, and of every module its class, its patches and what
+    it was made with; and the functions among it.
+    """
     parameter = next(parallel.model.parameters())
     parts: list[Any] = [str(parallel.root.config.to_dict()), parallel.has_other_modalities]
     parts += [parallel.root.config._attn_implementation, parameter.dtype, parameter.device.type]
+    functions: dict[int, Any] = {}
     for name, module in parallel.model.named_modules():
         kind = type(module)
-        own = id(vars(module).get("forward"))
-        parts.append((name, kind.__qualname__, id(kind), id(kind.forward), own, len(module._forward_pre_hooks)))
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        functions |= {id(kind): kind, id(kind.forward): kind.forward}
+        parts.append((name, kind.__qualname__, id(kind), id(kind.forward), len(module._forward_pre_hooks)))
+        for field, value in vars(module).items():
+            if callable(value) and not isinstance(value, nn.Module):
+                functions[id(value)] = value
+                parts.append((field, id(value)))
+            elif isinstance(value, (bool, int, float, str)) and field != "training" and "_cpattn" not in field:
+                parts.append((field, value))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest(), list(functions.values())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -295,8 +311,13 @@ def _source(kind: Any) -> str:
 def _observe(
     parallel: ContextParallel, model: Any, batch: dict[str, Tensor], cut: Cut | None, trail: list[str] | None = None
 ) -> Seen:
-    """Run the model and keep what it showed: plainly for a cut of None, else as a shard in a shuffled order."""
-    real = batch["attention_mask"].flatten().nonzero().flatten()
+    """Run the model and keep what it showed of all rows but the last.
+
+    Plainly, with that row, for a cut of None; else as a shard in a shuffled order, without it.
+    """
+    real = batch["attention_mask"][:-1].flatten().nonzero().flatten()
+    if cut is not None:
+        batch = {name: value[:-1] for name, value in batch.items()}
     rows, columns = batch["input_ids"].shape
     whole = Frame(rows, columns, real)
     ends = last_tokens(parallel.root, batch) if parallel.head == "sequence" else None
@@ -309,7 +330,7 @@ def _observe(
     leaves: list[Tensor] = []
     with _watched(parallel, seen, leaves, trail):
         if shard is None:
-            logits = model(**batch, use_cache=False).logits
+            logits = logits_of(parallel.root, model(**batch, use_cache=False))
         else:
             logits = parallel._run(model, shard, ends, {})[1]
     _note_results(parallel, seen, logits, leaves, batch, shard)
@@ -389,6 +410,8 @@ def _note_results(
 ) -> None:
     """Logits, the loss and the gradient of the embeddings, into the results."""
     whole = parallel.head == "sequence"
+    if whole:
+        logits = logits[: len(PADDING) - 1]
     found = _projected(logits.detach()) if whole else seen.rows_of(logits)
     if found is None:
         raise ValueError(
@@ -415,4 +438,5 @@ def _note_results(
 def _targets(batch: dict[str, Tensor], shard: Shard | None) -> Tensor:
     layout = layout_of_batch(*batch["input_ids"].shape, attention_mask=batch["attention_mask"])
     targets = shifted_labels(batch["input_ids"], layout)
+    targets[len(PADDING) - 1 :] = IGNORE_INDEX
     return targets if shard is None else shard.take(targets)

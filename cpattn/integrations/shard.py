@@ -176,6 +176,17 @@ class Shard:
         out = out.index_copy(0, layout.index_on(whole.device), whole)
         return out.unflatten(0, (layout.rows, layout.columns))
 
+    def share(self, local: Tensor, weight: int) -> Tensor:
+        """Rows of this rank's tokens, [L, ...], as [B, S, ...] on every rank; padding is zero.
+
+        Gradient: for a loss that every rank of the group computes alike, of this rank's rows, times weight.
+        """
+        count, layout = self.key.num_tokens, self.layout
+        places = self.index[:count].to(local.device)
+        total = layout.rows * layout.columns
+        whole: Tensor = ShareRows.apply(local[:count], places, total, self.key.cp_group, weight)
+        return whole.unflatten(0, (layout.rows, layout.columns))
+
     def in_key_order(self, x: Tensor) -> Tensor:
         """[T, ...] rows of a shuffled shard as the key has them; others as they are."""
         return x if self.order is None else x.index_select(0, torch.argsort(self.order))

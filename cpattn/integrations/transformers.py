@@ -48,6 +48,7 @@ from .hf_heads import (
     head_kind,
     kept_places,
     last_tokens,
+    logits_of,
     pooled_logits,
     refuse_outputs,
     require_keeps_logits,
@@ -59,6 +60,7 @@ from .hf_model import (
     language_model,
     layer_kinds,
     read,
+    refuse_encoders,
     refuse_indexers,
     refuse_other_mixers,
     takes,
@@ -144,6 +146,7 @@ class ContextParallel(GroupLosses):
         # Not submodules: parts of the model have their names in it.
         self._parts = _Parts(language_model(model), base_model(model))
         self.head = head_kind(self.root)
+        refuse_encoders(self.root)
         refuse_other_mixers(self.decoder, self.text_config, serve_mixers(self.decoder))
         self.latents = serve_latents(self.decoder)
         serve_own_attention(self.decoder, self.text_config)
@@ -231,7 +234,7 @@ class ContextParallel(GroupLosses):
         if places is not None:
             shared = ShareRows.apply(logits[0], which, len(places), self.cp_group, self._share_weight)
             logits = shared.unflatten(0, (shard.layout.rows, -1))
-        gather_hidden_states(outputs, shard)
+        gather_hidden_states(outputs, shard, self._share_weight)
         return ParallelOutput(loss, logits, outputs, shard)
 
     def _check_placement(self) -> None:
@@ -255,7 +258,13 @@ class ContextParallel(GroupLosses):
     ) -> tuple[Any, Tensor]:
         """The model's outputs on a shard, and its logits: by local token, or [B, C] of a head that pools."""
         scores: list[Tensor] = []
-        hook = None if rows is None else self.root.score.register_forward_hook(lambda *args: scores.append(args[2]))
+
+        def note(module: nn.Module, args: Any, score: Tensor) -> Tensor | None:
+            scores.append(score)
+            stage = shard.stage  # what the model pools itself is not used, but must have the shape that it expects
+            return None if stage is None else score.new_zeros(stage.rows, stage.columns, score.shape[-1])
+
+        hook = None if rows is None else self.root.score.register_forward_hook(note)
         try:
             with shard.active():
                 outputs = model(**shard.inputs, **keywords)
@@ -264,12 +273,7 @@ class ContextParallel(GroupLosses):
                 hook.remove()
         if rows is not None:
             return outputs, pooled_logits(scores[-1], rows, shard, self._share_weight)
-        if not isinstance(getattr(outputs, "logits", None), Tensor):
-            raise ValueError(
-                f"{type(self.root).__name__} returned no logits ({type(outputs).__name__}): ContextParallel runs "
-                f"models with a head"
-            )
-        return outputs, outputs.logits
+        return outputs, logits_of(self.root, outputs)
 
     def shard(self, batch: Mapping[str, Any], *, spec: AttnMaskSpec | None = None) -> Shard:
         """This rank's part of a batch, with what to call the model with. Arguments as for a call."""

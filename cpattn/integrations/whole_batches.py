@@ -83,11 +83,7 @@ class WholeBatches(ContextParallel):
 
         Gradient: for a loss that every rank of the group computes alike, of this rank's rows.
         """
-        count, layout = shard.key.num_tokens, shard.layout
-        places = shard.index[:count].to(local.device)
-        total = layout.rows * layout.columns
-        whole: Tensor = ShareRows.apply(local[:count], places, total, self.cp_group, self._share_weight)
-        return whole.unflatten(0, (layout.rows, layout.columns))
+        return shard.share(local, self._share_weight)
 
     def _fused(self, inputs: dict[str, Any]) -> Any:
         """TRL's fused head: per-token fields brought together, [B, S - 1], with shift_labels [B, S].

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,29 +22,64 @@ from tests_dist.support.hf_models import make_model
 from tests_dist.support.trainer_cases import IMPORTS_S, Outcome, as_torchrun, padded, require_same, rows, weights_of
 
 
-def learn(cp_size: int, attention: str = "cpattn") -> Outcome:
+@contextlib.contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """What accelerate finds of its ranks, as on GPUs, with the CPU for a device.
+
+    It shards weights and keeps a ParallelismConfig's context parallelism for types of accelerators only (state.py,
+    where it lists MULTI_GPU to MULTI_NEURON and leaves MULTI_CPU out); nothing else of it is changed.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    found = mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU))
+    device = {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
+    with as_torchrun(), found, mock.patch.dict(os.environ, device):
+        yield
+
+
+def sharding_weights(replicas: int) -> Any:
+    """An accelerator with FSDP2, and a ParallelismConfig that says how many ranks share a batch."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    config = ParallelismConfig(cp_size=2, dp_shard_size=replicas)
+    return Accelerator(gradient_accumulation_steps=2, fsdp_plugin=plugin, parallelism_config=config)
+
+
+def even(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With as many targets in each: the mean of the replicas' means, which such a loop learns by, is that of one."""
+    return [{"input_ids": text["input_ids"][:12], "labels": text["input_ids"][:12]} for text in texts]
+
+
+def learn(cp_size: int, sharded: bool = False) -> Outcome:
     """Four batches, steps of two micro-batches, a schedule, and gathered losses of an evaluation."""
     from accelerate import Accelerator
 
     from cpattn.integrations.accelerate import context_parallel
 
-    with as_torchrun():
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        if cp_size > 1:
-            accelerator = context_parallel(accelerator, cp_size)
+    with as_on_gpus() if sharded else as_torchrun():
+        if sharded:
+            accelerator = context_parallel(sharding_weights(dist.get_world_size() // cp_size))
+        else:
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+            accelerator = context_parallel(accelerator, cp_size) if cp_size > 1 else accelerator
         replicas = accelerator.num_processes
-        model: Any = make_model("llama", attention if cp_size > 1 else "eager")
+        model: Any = make_model("llama", "cpattn" if cp_size > 1 else "eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        loader = DataLoader(rows(16), batch_size=4 // replicas, collate_fn=padded)
+        # A prepared schedule steps once for each replica.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step // replicas))
+        loader = DataLoader(even(rows(16)), batch_size=4 // replicas, collate_fn=padded)
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-        log = []
+        log, norms = [], []
         for batch in loader:
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                    norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.5))
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -57,15 +96,27 @@ def learn(cp_size: int, attention: str = "cpattn") -> Outcome:
             names = accelerator.gather_for_metrics([str(int(n)) for n in batch["input_ids"][:, 0]])
             assert len(names) == len(seen[-1])
         log += [{f"row {n}": float(value)} for n, value in enumerate(torch.cat(seen))]
-        return Outcome(log, weights_of(accelerator.unwrap_model(model)))
+        log += [{"norm": float(whole(norm))} for norm in norms]
+        assert any(hasattr(p, "full_tensor") for p in model.parameters()) == sharded
+        weights = weights_of(accelerator.unwrap_model(model))
+        return Outcome(log, {name: whole(weight) for name, weight in weights.items()})
 
 
-def compare_on_rank(want: Outcome, cp_size: int) -> None:
-    require_same(learn(cp_size), want)
+def whole(x: Any) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def compare_on_rank(want: Outcome, cp_size: int, sharded: bool = False) -> None:
+    require_same(learn(cp_size, sharded), want)
 
 
 def test_a_loop_equals_one_process():
     run_on_ranks(2, compare_on_rank, learn(1), 2, timeout=IMPORTS_S)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_a_loop_on_fsdp2_with_a_parallelism_config_equals_one_process(ranks):
+    run_on_ranks(ranks, compare_on_rank, learn(1), 2, True, timeout=IMPORTS_S)
 
 
 def groups_on_rank() -> list[Any]:

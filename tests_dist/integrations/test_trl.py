@@ -127,8 +127,12 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [len(c.split()) % 5 - 0.1 * (c.count("w1") % 3) for c in completions]
 
 
-def grpo(folder: Path, cp_size: int, sampled: bool, trees: bool = False, **changes: Any) -> Outcome:
+def grpo(
+    folder: Path, cp_size: int, sampled: bool, trees: bool = False, sharded: bool = False, **changes: Any
+) -> Outcome:
     from trl import GRPOConfig, GRPOTrainer
+
+    from cpattn.generation import trl_rollout
 
     class Fixed(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -141,9 +145,10 @@ def grpo(folder: Path, cp_size: int, sampled: bool, trees: bool = False, **chang
             **common(folder, 8 // replicas_of(cp_size), gradient_accumulation_steps=1), num_generations=4,
             beta=0.0 if sampled else 0.1, max_completion_length=8, temperature=0.8, steps_per_generation=1, **changes,
         )  # fmt: skip
-        model = make_model("llama", "eager" if cp_size == 1 else "cpattn")
+        model = make_model("llama", "eager" if cp_size == 1 and not sharded else "cpattn")
         peft = {} if sampled else lora()  # with an adapter, the reference is the model without it
         data = {"train_dataset": texts(16, 0, "grpo"), "processing_class": tokenizer()}
+        data |= {"rollout_func": trl_rollout} if sharded else {}
         kind = kind_of(Fixed, cp_size, prefix_trees=True) if trees else kind_of(Fixed, cp_size)
         return finished(kind(model, reward, args, **data, **peft))
 
@@ -187,6 +192,17 @@ def test_grpo_equals_one_process(tmp_path, ranks, sampled):
     """Completions sampled, on one replica; and given ones with an adapter and a KL term, on two."""
     pytest.importorskip("peft", reason="adapters are tested with peft (pip install cpattn[trl])")
     same_on(ranks, tmp_path, "grpo", sampled=sampled)
+
+
+def test_grpo_with_a_rollout_over_the_group(tmp_path):
+    """Prompts, completions and their keys on two ranks: what one rank samples, and all that is made of it."""
+    same_on(2, tmp_path, "grpo", sampled=True, sharded=True, top_p=0.9)
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"min_p": 0.1}, "min_p"), ({"repetition_penalty": 1.2}, "repetition")])
+def test_a_rollout_that_generate_does_not_know_is_refused(tmp_path, changes, name):
+    with pytest.raises(ValueError, match=f"trl_rollout generates by cpattn.generate.*{name}"):
+        grpo(tmp_path, 1, sampled=True, sharded=True, **changes)
 
 
 def test_grpo_groups_as_prefix_trees(tmp_path):

@@ -204,8 +204,42 @@ def test_sequence_classification_reads_the_rows_last_tokens(problem):
     run_on_ranks(2, classes_on_rank, problem)
 
 
-def token_classes_on_rank() -> None:
-    eager, model = llama("LlamaForTokenClassification", num_labels=3)
+def opt_classes_on_rank() -> None:
+    """Its embeddings run over the whole batch, and it pools what it takes for one."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0, num_labels=3)
+    models = []
+    for attention in ("eager", "cpattn"):
+        torch.manual_seed(0)
+        models.append(hf.OPTForSequenceClassification._from_config(config, attn_implementation=attention).eval())
+    eager, model = models
+    batch = {k: v for k, v in batches()["left"].items() if k != "labels"}
+    want = eager(**batch, labels=torch.tensor([2, 0]))
+    want.loss.backward()
+    parallel = ContextParallel(model, dist.group.WORLD)
+    assert parallel.cut == "layers"
+    out = parallel({**batch, "labels": torch.tensor([2, 0])})
+    out.loss.backward()
+    parallel.reduce_gradients()
+    close(out.logits.detach(), want.logits.detach())
+    same_grads(model, grads_of(eager))
+
+
+def test_sequence_classification_of_a_model_that_numbers_its_tokens():
+    run_on_ranks(2, opt_classes_on_rank)
+
+
+def bert_for_masked_lm(attention: str):
+    config = hf.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    return hf.BertForMaskedLM._from_config(config, attn_implementation=attention)
+
+
+def token_classes_on_rank(head: str) -> None:
+    if head == "masked":
+        eager, model = (bert_for_masked_lm(name) for name in ("eager", "cpattn"))
+    else:
+        eager, model = llama("LlamaForTokenClassification", num_labels=3)
     batch = batches()["right"]
     real = batch["attention_mask"].bool()
     batch["labels"] = (batch["input_ids"] % 3).masked_fill(~real, -100)
@@ -221,8 +255,17 @@ def token_classes_on_rank() -> None:
     same_grads(model, grads_of(eager))
 
 
-def test_token_classification_labels_are_not_shifted():
-    run_on_ranks(2, token_classes_on_rank)
+@pytest.mark.parametrize("head", ["classes", "masked"])
+def test_labels_of_tokens_are_not_shifted(head):
+    run_on_ranks(2, token_classes_on_rank, head)
+
+
+def test_models_without_a_head_or_with_an_encoder_are_refused():
+    with pytest.raises(ValueError, match=r"LlamaModel returned no logits .*AutoModelForCausalLM"):
+        ContextParallel(hf.LlamaModel._from_config(hf.LlamaConfig(**SIZES), attn_implementation="cpattn"))
+    config = hf.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        ContextParallel(hf.T5ForConditionalGeneration._from_config(config, attn_implementation="cpattn"))
 
 
 def test_heads_that_are_not_known_are_refused():
@@ -263,7 +306,13 @@ def outputs_on_rank() -> None:
     got = parallel(batch, output_hidden_states=True).outputs.hidden_states
     assert len(got) == len(want) == 3
     for a, b in zip(got, want, strict=True):
-        close(a[real], b[real])
+        close(a[real].detach(), b[real].detach())
+    for states in (got, want):  # a head of one's own, the same on every rank
+        states[-1][real].square().sum().backward()
+    parallel.reduce_gradients()
+    assert not model.lm_head.weight.grad.any()
+    model.lm_head.weight.grad = None
+    same_grads(model, grads_of(eager))
     refused = {"output_attentions": True, "return_dict": False}
     for name, value in refused.items():
         with pytest.raises(ValueError, match=name):
@@ -323,6 +372,8 @@ def test_models_that_attend_by_themselves_are_refused_at_load():
     for name, why in {"mpt": own, "falcon": own, "gpt_neo": own, "deepseek_v32": "choose keys by an indexer"}.items():
         with pytest.raises(ValueError, match=why):
             hf.AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="cpattn")
+    with pytest.raises(ValueError, match=own):  # a composite that looks its layers up by the attention's name
+        hf.GitForCausalLM._from_config(hf.GitConfig(num_hidden_layers=1), attn_implementation="cpattn")
 
 
 @pytest.mark.parametrize(

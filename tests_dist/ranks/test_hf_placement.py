@@ -42,6 +42,35 @@ def own_attention(x: Tensor) -> Tensor:
     return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)[:, 0]
 
 
+def over_capacity(x: Tensor) -> Tensor:
+    """A router that drops what comes after each expert's capacity, which goes by the tokens at hand."""
+    experts = 4
+    chosen = F.one_hot(x.flatten(0, 1)[:, :experts].argmax(-1), experts)
+    capacity = -(-len(chosen) // experts)
+    kept = ((chosen.cumsum(0) * chosen).amax(-1) <= capacity).to(x.dtype)
+    return x * kept.view(*x.shape[:2], 1)
+
+
+def experts_choose(x: Tensor) -> Tensor:
+    """Each expert takes its best tokens of all that there are, in whatever order they come."""
+    rows = x.flatten(0, 1)
+    least = rows.sum(-1).topk(len(rows) // 2).values[-1]
+    return x * (x.sum(-1, keepdim=True) >= least)
+
+
+def filtered(x: Tensor) -> Tensor:
+    """Half of the frequencies, as a long convolution takes them."""
+    spectrum = torch.fft.rfft(x, dim=1)
+    return torch.fft.irfft(spectrum[:, : spectrum.shape[1] // 2], n=x.shape[1], dim=1)
+
+
+def set_of_real_tokens(x: Tensor) -> Tensor:
+    """Something of all tokens but padding, whatever their order: here their mean."""
+    real = SEEN[-1]
+    return x - (x * real[..., None]).sum((0, 1)) / real.sum()
+
+
+SEEN: list[Tensor] = []
 FAULTS = {
     "reads a local length": lambda x: x * torch.log(torch.tensor(float(x.shape[1]))),
     "learned positions by place": lambda x: x + torch.sin(places(x) + torch.arange(x.shape[-1])),
@@ -53,14 +82,24 @@ FAULTS = {
     "a summary of all tokens": lambda x: x + x[:, -1:],
     "chooses tokens": half_of_the_tokens,
     "attention outside the interface": own_attention,
+    "a router with local capacity": over_capacity,
+    "experts that choose among local tokens": experts_choose,
+    "a mean over real tokens": set_of_real_tokens,
+    "a filter over time": filtered,
+    "noise": lambda x: x + 0.1 * torch.rand_like(x),
     "a gradient that mixes": lambda x: x + (x.roll(1, 1) - x.roll(1, 1).detach()),
 }
+
+
+def note_real_tokens(model, args, kwargs):
+    SEEN.append(kwargs["attention_mask"].as_subclass(Tensor))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_refused_where_they_are(fault):
     model = make_model("llama", "cpattn")
     model.model.layers[0].mlp = Planted(model.model.layers[0].mlp, FAULTS[fault])
+    model.model.register_forward_pre_hook(note_real_tokens, with_kwargs=True)
     with pytest.raises(ValueError, match="cannot be sharded: a small batch in another order") as refusal:
         ContextParallel(model)
     if fault != "a gradient that mixes":  # nothing forward differs
@@ -100,6 +139,33 @@ def test_a_layer_that_adds_the_mask_is_refused():
     layer.forward = adds_mask
     with pytest.raises(ValueError, match=r"fails on a shard in model\.layers\.1 .*AttributeError"):
         ContextParallel(model)
+
+
+def test_a_norm_over_all_tokens_is_refused():
+    """With its running figures it treats each token alone: it shows in training."""
+    model = make_model("llama", "cpattn")
+    model.model.layers[1].input_layernorm = nn.SyncBatchNorm(32)
+    with pytest.raises(ValueError, match=r"normalises over all tokens .*layers\.1\.input_layernorm"):
+        ContextParallel(model)
+
+
+def test_a_loss_of_further_tokens_is_refused_with_labels():
+    """As of heads that predict the token after the next, whose labels are shifted within the local tensor."""
+    model = make_model("llama", "cpattn")
+    forward = type(model).forward
+
+    def two_ahead(*args, labels=None, **kwargs):
+        out = forward(model, *args, labels=labels, **kwargs)
+        if labels is not None:
+            out.loss = out.loss + 0.3 * F.cross_entropy(out.logits[0, :-2], labels[0, 2:])
+        return out
+
+    model.forward = two_ahead
+    parallel = ContextParallel(model)
+    batch = text_batch("plain")
+    with pytest.raises(ValueError, match="LlamaForCausalLM has a loss of its own"):
+        parallel(batch)
+    assert parallel({"input_ids": batch["input_ids"]}).loss is None
 
 
 def test_a_head_that_pools_is_refused():
