@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,3 +148,15 @@ def test_without_a_model_and_unknown_domains():
         MagiState(enabled=True).make_cp_batch(None, batch)
     with pytest.raises(ValueError, match="domain is 'audio'"):
         setup_magi(Cfg(), None, domain="audio")
+
+
+def test_its_modules_are_found_by_every_form_of_import():
+    """In a new process, where nothing of Automodel was imported: `as` reads attributes of the packages above."""
+    program = """
+from cpattn.automodel import install
+install()
+import nemo_automodel.components.distributed.context_parallel.magi as magi
+print(magi.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=IMPORTS_S)
+    assert done.stdout.split() == ["cpattn.automodel.context_parallel.magi"], done.stderr[-2000:]
