@@ -284,7 +284,7 @@ def _rows_passed(needed: Intervals, groups: Placement, placement: Placement, exc
     onward = np.bincount(needed.ranks, total[last] - total[first], groups.cp_size)
     onward -= np.bincount(group, each * own, groups.cp_size)
     before, spared = (np.bincount(srcs, rows, placement.cp_size) for rows in (passed, passed * counts))
-    return _Passed(before.astype(np.int64), spared, onward)
+    return _Passed(before.astype(np.int64), spared.astype(np.float64), onward.astype(np.float64))
 
 
 def numbers_by_need(needed: Intervals, cp_size: int) -> IntArray:
