@@ -125,6 +125,91 @@ def test_thd_with_padding_between_sequences():
     run_on_ranks(2, thd_on_rank, [9, 4, 17, 0], [12, 4, 20, 4], timeout=IMPORTS_S)
 
 
+COLUMNS, VOCAB, STEPS = 24, 96, 3
+
+
+class Plain(torch.nn.Module):
+    """What a core_attention computes, densely: Megatron's own draws from CUDA's generator, dropout or none."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def gpt(size: int, groups: Any) -> Any:
+    """A GPT of two layers."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from cpattn.integrations.megatron import with_cpattn
+
+    sizes = {"num_layers": 2, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
+    sizes |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "context_parallel_size": size}
+    spec = with_cpattn(get_gpt_layer_local_spec())
+    if size == 1:
+        spec.submodules.self_attention.submodules.core_attention = Plain
+    torch.manual_seed(0)
+    positions = {"position_embedding_type": "learned_absolute", "max_sequence_length": COLUMNS}
+    config = TransformerConfig(**sizes, use_cpu_initialization=True)
+    return GPTModel(config, spec, vocab_size=VOCAB, pg_collection=groups, **positions)
+
+
+def learn(model: Any, cut: Any, *, shared: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses and gradient norms of some steps and of an evaluation after them, over all ranks' tokens; weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    seen = []
+    for number in range(STEPS + 1):
+        g = torch.Generator().manual_seed(number)
+        tokens, labels = (torch.randint(0, VOCAB, (2, COLUMNS), generator=g) for _ in range(2))
+        places = torch.arange(COLUMNS).repeat(2, 1)
+        batch = cut({"tokens": tokens, "labels": labels, "places": places})
+        loss = model(batch["tokens"], batch["places"], None, labels=batch["labels"]).sum() / tokens.numel()
+        loss.backward()
+        total = loss.detach().clone()
+        if shared:
+            dist.all_reduce(total)
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+        seen.append(total)
+        if number < STEPS:
+            seen.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen, {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+def gpt_on_rank() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    parallel_state.initialize_model_parallel(context_parallel_size=size)
+    try:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        ours = learn(gpt(size, groups), lambda b: get_batch_on_this_cp_rank(b, cp_group=dist.group.WORLD), shared=True)
+        alone = [dist.new_group([other]) for other in range(size)][rank]
+        groups.cp = groups.tp_cp = alone
+        theirs = learn(gpt(1, groups), lambda b: b, shared=False)
+    finally:
+        parallel_state.destroy_model_parallel()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, weight in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.nightly)])
+def test_a_gpt_learns_as_on_one_process(ranks):
+    """Losses, gradient norms, weights after three steps and a loss after them."""
+    run_on_ranks(ranks, gpt_on_rank, timeout=IMPORTS_S)
+
+
 def refusals_on_rank() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
