@@ -48,7 +48,7 @@ _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
 _PLAIN_SECONDS = 0.98
 # Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
-_LAYERS_PAID = 16
+_LAYERS_PAID = _LAYERS // 2
 # Routes of a plan up to which it is simulated to be compared with others.
 _MOST_SIMULATED = 1 << 14
 
@@ -151,6 +151,10 @@ class Staged(NamedTuple):
         """So many times as slow as the best it may still be faster: the estimate knows little of who passes on what."""
         return _NEAR_RELAYS if self.staging.relays else _NEAR
 
+    @property
+    def queries_travel(self) -> bool:
+        return bool(rows_missing(self.draft.queries, self.draft.q_placement).any())
+
 
 class Asked(NamedTuple):
     """What plans are chosen by, and what was asked for."""
@@ -192,7 +196,7 @@ class Asked(NamedTuple):
         """How much faster than the best a rival has to be by nothing but the estimate."""
         if rival is best:
             return 1.0
-        return _PLAIN_SECONDS if not rows_missing(rival.draft.queries, rival.draft.q_placement).any() else TILES_SECONDS
+        return TILES_SECONDS if rival.queries_travel else _PLAIN_SECONDS
 
     def worth_checking(self, staged: list[Staged], expected: float = 0.0) -> bool:
         """Whether what simulation may show to be faster outweighs the time that it takes.
@@ -258,8 +262,9 @@ def _plain(best: Staged, slices: SliceTable, asked: Asked, equal_shards: bool) -
 def _tiled(best: Staged, slices: SliceTable, asked: Asked) -> Iterator[Staged]:
     """Tiles, where it may pay to look at them: a query row is the dearer beside a key row, the less they save."""
     costs, total, cp_size = asked.costs, best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
-    may_save = _TILES_SHARE * costs.kv / costs.q * asked.gain_ms(best)
-    much = asked.gain_ms(best) > _TILES_LOST * 1e3 * _LAYERS_PAID * best.seconds
+    gain_ms = asked.gain_ms(best)
+    much = gain_ms > _TILES_LOST * 1e3 * _LAYERS_PAID * best.seconds
+    may_save = _TILES_SHARE * costs.kv / costs.q * gain_ms
     if cp_size > 2 and (much or may_save >= _TILES_MS * math.log2(cp_size)):
         yield asked.rival(_tiles(slices, total, cp_size, costs), best)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
-from .dispatch import Asked, Layout, check_sizes, keys_schedule, or_stages, row_ms
+from .dispatch import Asked, Layout, Staged, check_sizes, keys_schedule, or_stages, row_ms
 from .place.balance import place_balanced
 from .place.density import DensityProfile
 from .place.equal import chunk_of_equal, require_divisible
@@ -27,9 +27,8 @@ from .place.nodes import place_on_nodes
 from .place.queues import place_by_density
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, Draft, Plan
-from .routes import runs_needed, tokens_needed
+from .routes import rows_missing, runs_needed, tokens_needed
 from .schedule import Schedule, bisect_tasks, place_for_schedule
-from .simulate import simulate
 from .slices import IntArray, SliceTable
 
 # The joint imbalance that swaps aim at, and the largest that is accepted for the sake of less traffic.
@@ -120,32 +119,27 @@ def make_joint_plans(
 
     asked = Asked(costs, hardware, ranks_per_node, num_stages, relays)
 
-    def timed(candidate: _Candidate) -> tuple[float, JointPlans]:
+    def timed(candidate: _Candidate) -> _Timed:
         where = candidate.placement
-        plans = tuple(asked.plan(asked.staged(Draft.of(each, where, where))) for each in candidate.schedules)
-        timelines = (simulate(plan, hardware, costs.heads) for plan in plans)
-        seconds = sum(weight * timeline.seconds for weight, timeline in zip(weights, timelines, strict=True))
-        return seconds, JointPlans(plans, candidate.imbalance(weights))
+        staged = tuple(asked.staged(Draft.of(each, where, where)) for each in candidate.schedules)
+        seconds = sum(weight * asked.simulated(one) for weight, one in zip(weights, staged, strict=True))
+        return _Timed(seconds, staged, candidate)
 
-    found = sorted(map(timed, _in_balance(candidates, weights, chunk_size)), key=itemgetter(0))
+    found = sorted(map(timed, _in_balance(candidates, weights, chunk_size)), key=attrgetter("seconds"))
     unaware = found[:_MOST_RENUMBERED] if layout == "balanced" and ranks_per_node is None else []
-    near = [candidate for _, joint in unaware for candidate in _renumbered(masks, joint.plans)]
-    best = min([*found[:1], *map(timed, near)], key=itemgetter(0))[1]
-    drafts = map(_draft_of, best.plans)
-    return best._replace(plans=tuple(asked.plan(or_stages(asked.staged(draft), asked)) for draft in drafts))
+    near = [candidate for one in unaware for candidate in _renumbered(masks, one.staged)]
+    best = min([*found[:1], *map(timed, near)], key=attrgetter("seconds"))
+    plans = tuple(asked.plan(or_stages(one, asked)) for one in best.staged)
+    return JointPlans(plans, best.candidate.imbalance(weights))
 
 
-def _draft_of(plan: Plan) -> Draft:
-    return Draft.of(Schedule(plan.tasks, plan.task_ranks), plan.q_placement, plan.k_placement)
-
-
-def _renumbered(masks: Sequence[SliceTable], plans: Sequence[Plan]) -> list[_Candidate]:
+def _renumbered(masks: Sequence[SliceTable], staged: Sequence[Staged]) -> list[_Candidate]:
     """Where rows travel on over nodes that the placement did not know: with ranks that need the same next to it."""
-    over_nodes = [plan for plan in plans if plan.relays and plan.ranks_per_node < plan.cp_size]
-    if not over_nodes or any(len(plan.q_routes) for plan in plans):
+    over_nodes = [one.draft for one in staged if one.staging.relays > 1]
+    if not over_nodes or any(one.queries_travel for one in staged):
         return []
-    most = max(over_nodes, key=lambda plan: plan.kv_routes.num_rows())
-    return [_Candidate.of(masks, _draft_of(most).renumbered().k_placement)]
+    most = max(over_nodes, key=lambda draft: int(rows_missing(draft.keys, draft.k_placement).sum()))
+    return [_Candidate.of(masks, most.renumbered().k_placement)]
 
 
 def joint_imbalance(masks: Sequence[SliceTable], weights: Sequence[float], placement: Placement) -> float:
@@ -178,6 +172,14 @@ class _Candidate(NamedTuple):
             for schedule in self.schedules
             for needed in tokens_needed(*schedule)
         )
+
+
+class _Timed(NamedTuple):
+    """Seconds of both passes of all layers by simulation, and what was simulated for each mask."""
+
+    seconds: float
+    staged: tuple[Staged, ...]
+    candidate: _Candidate
 
 
 def _in_balance(candidates: list[_Candidate], weights: Sequence[float], chunk_size: int) -> list[_Candidate]:

@@ -37,7 +37,7 @@ DEFAULT_COSTS = row_costs(32, 8, 128, 128)
 MAX_STAGES = 8
 _FEW_STAGES = 3
 # In two stages so much slower than another way to send rows, one is in any.
-_HOPELESS = 1.3
+_SLOWER_WAY = 1.3
 # Rows travel on where owners would send so much more than any rank receives, and that is estimated to be faster.
 SENDS_MUCH, RELAYS_SECONDS = 1.2, 0.99
 
@@ -272,7 +272,7 @@ class Draft:
             # One way may be far slower than the other, in whatever number of stages.
             tried = [staged(way, (2,)) for way in ways]
             least = min(one.seconds for one in tried)
-            ways = {one.relays: ways[one.relays] for one in tried if one.seconds < _HOPELESS * least}
+            ways = {one.relays: ways[one.relays] for one in tried if one.seconds < _SLOWER_WAY * least}
         # Rows travel on only where that is a clear gain.
         return min(
             (staged(way, counts) for way in ways), key=lambda one: one.seconds / (RELAYS_SECONDS if one.relays else 1)
