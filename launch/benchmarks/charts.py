@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpattn.launch.benchmarks.workloads import plan_on_nodes
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.solver import HARDWARE, Heads, Plan, SliceTable, make_dispatch_plan, simulate
+from cpattn.solver import HARDWARE, Heads, Plan, SliceTable, simulate
 from cpattn.solver.dispatch import keys_schedule
 from cpattn.solver.plan import assemble_plan
 from cpattn.solver.report import place_min_heap
 
-MACHINE, HEADS, NODE = HARDWARE["h100"], Heads(64, 8, 128, 128), 8
+MACHINE, HEADS = HARDWARE["h100"], Heads(64, 8, 128, 128)
 TOKENS, CHUNK, STAGES = 8192, 2048, 2
 SIZES = (8, 16, 32, 64)
 # Upper ends of the bins of lengths, and documents in each: the benchmark's doc_length_distribution.csv.
@@ -59,11 +60,11 @@ class Rates(NamedTuple):
 def draw_pack(total: int, seed: int) -> list[int]:
     """Lengths of documents that fill a pack of `total` tokens; the last is cut."""
     random = np.random.default_rng(seed)
-    longest = total // 4
+    longest, chances = total // 4, np.array(DOCUMENTS) / sum(DOCUMENTS)
     lengths: list[int] = []
     left = total
     while left:
-        at = int(random.choice(len(DOCUMENTS), p=np.array(DOCUMENTS) / sum(DOCUMENTS)))
+        at = int(random.choice(len(DOCUMENTS), p=chances))
         document = int(random.integers(BINS[at] + 1, BINS[at + 1] + 1))
         # A long document is several; the others of its pieces are as likely to lie in another pack.
         pieces = -(-document // longest)
@@ -77,20 +78,11 @@ def draw_pack(total: int, seed: int) -> list[int]:
 def min_heap_plan(mask: SliceTable, ranks: int, *, native: bool) -> Plan:
     """Chunks by a heap, needed keys, each once to a node if native."""
     placement = place_min_heap(mask, ranks * TOKENS, ranks, CHUNK)
-    nodes = NODE if native and ranks > NODE else None
+    nodes = MACHINE.ranks_per_node if native and ranks > MACHINE.ranks_per_node else None
     return assemble_plan(
         *keys_schedule(mask, placement), placement, placement,
         num_stages=STAGES, ranks_per_node=nodes, costs=HEADS.row_costs(), hardware=MACHINE,
     )  # fmt: skip
-
-
-def default_plan(mask: SliceTable, ranks: int) -> Plan:
-    """As `make_key` plans on nodes."""
-    nodes = NODE if ranks > NODE else None
-    costs = HEADS.row_costs()
-    return make_dispatch_plan(
-        mask, total_seqlen=ranks * TOKENS, cp_size=ranks, costs=costs, ranks_per_node=nodes, hardware=MACHINE
-    )
 
 
 def rates_of(masks: list[SliceTable], plans: list[Plan]) -> Rates:
@@ -113,7 +105,7 @@ def predict(ranks: int, packs: int) -> dict[tuple[str, str], Rates]:
         masks = [lower_mask(spec) for spec in group]
         for way, native in (("native", True), ("all-to-all", False)):
             rates[name, way] = rates_of(masks, [min_heap_plan(mask, ranks, native=native) for mask in masks])
-        rates[name, "ours"] = rates_of(masks, [default_plan(mask, ranks) for mask in masks])
+        rates[name, "ours"] = rates_of(masks, [plan_on_nodes(mask, total, ranks, HEADS, MACHINE) for mask in masks])
     return rates
 
 

@@ -32,13 +32,13 @@ from typing import NamedTuple
 import numpy as np
 
 from cpattn.launch.benchmarks.solver_board import other_lengths
-from cpattn.launch.benchmarks.workloads import document_lengths
+from cpattn.launch.benchmarks.workloads import document_lengths, plan_on_nodes
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
-from cpattn.solver import HARDWARE, Heads, make_dispatch_plan, simulate, step_time_bound
+from cpattn.solver import HARDWARE, Heads, simulate, step_time_bound
 from cpattn.solver.cost import FloatArray
 from cpattn.solver.simulate import traffic_matrix
 
-MACHINE, HEADS, NODE = HARDWARE["h100"], Heads(64, 8, 128, 128), 8
+MACHINE, HEADS = HARDWARE["h100"], Heads(64, 8, 128, 128)
 CORPORA = ("lognormal", "long lognormal", "pareto", "two sizes")
 FILLED = 0.95
 LONGEST = 256 << 10
@@ -208,17 +208,9 @@ class _Step(NamedTuple):
 
 def _step(group: Group) -> _Step:
     """Planned as `make_key` plans by default on nodes, and simulated."""
-    spec, nodes = AttnMaskSpec.varlen(group.lengths), NODE if group.ranks > NODE else None
+    spec = AttnMaskSpec.varlen(group.lengths)
     started = time.process_time()
-    plan = make_dispatch_plan(
-        lower_mask(spec),
-        total_seqlen=spec.total_seqlen,
-        cp_size=group.ranks,
-        schedule="auto",
-        costs=HEADS.row_costs(),
-        ranks_per_node=nodes,
-        hardware=MACHINE,
-    )
+    plan = plan_on_nodes(lower_mask(spec), spec.total_seqlen, group.ranks, HEADS, MACHINE)
     plan_s = time.process_time() - started
     areas = np.bincount(plan.task_ranks, plan.tasks.areas(), group.ranks)
     received = traffic_matrix(plan, HEADS).sum(axis=0)

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 import cpattn
-from cpattn.launch.benchmarks.workloads import document_lengths
+from cpattn.launch.benchmarks.workloads import document_lengths, plan_on_nodes
 from cpattn.launch.torchrun import num_cores, run_on_ranks
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import HARDWARE, Heads, ScheduleKind, make_dispatch_plan, simulate
@@ -114,20 +114,18 @@ def predict(preset: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         for size in sizes:
             tokens = TOKENS_PER_RANK * size
             mask = lower_mask(make(tokens))
-            costs = PREDICTED_HEADS.row_costs()
-            options: dict[str, Any] = {"costs": costs, "hardware": hardware, "chunk_size": 512}
-            if size > hardware.ranks_per_node:  # as a key finds out by itself under torchrun
-                options["ranks_per_node"] = hardware.ranks_per_node
             plans = {
-                f"ours, {schedule}": make_dispatch_plan(
-                    mask, total_seqlen=tokens, cp_size=size, schedule=schedule, **options
-                )
+                f"ours, {schedule}": plan_on_nodes(mask, tokens, size, PREDICTED_HEADS, hardware, schedule)
                 for schedule in SCHEDULES
             }
-            if "ranks_per_node" in options:
-                options["ranks_per_node"] = None
+            if size > hardware.ranks_per_node:
                 plans["ours, one level"] = make_dispatch_plan(
-                    mask, total_seqlen=tokens, cp_size=size, schedule="auto", **options
+                    mask,
+                    total_seqlen=tokens,
+                    cp_size=size,
+                    schedule="auto",
+                    costs=PREDICTED_HEADS.row_costs(),
+                    hardware=hardware,
                 )
             seconds = {of: simulate(plan, hardware, PREDICTED_HEADS).seconds for of, plan in plans.items()}
             rivals = compare(mask, tokens, size, PREDICTED_HEADS, hardware, 512)

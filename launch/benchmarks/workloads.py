@@ -1,4 +1,4 @@
-"""The masks on which plans are compared: one sequence of a given length, several shapes of mask."""
+"""The masks on which plans are compared: one sequence of a given length, several shapes of mask; and plans of ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cpattn.masks.spec import AttnMaskSpec
+from cpattn.solver import Hardware, Heads, Plan, ScheduleKind, SliceTable, make_dispatch_plan
 
 
 def document_lengths(total: int, *, seed: int = 0, mean: float = 4096, sigma: float = 1.2) -> list[int]:
@@ -47,3 +48,18 @@ WORKLOADS: dict[str, Callable[[int], AttnMaskSpec]] = {
     "window": lambda total: AttnMaskSpec.sliding_window(total, 4096),
     "prefix tree": prefix_tree,
 }
+
+
+def plan_on_nodes(
+    mask: SliceTable, tokens: int, ranks: int, heads: Heads, hardware: Hardware, schedule: ScheduleKind = "auto"
+) -> Plan:
+    """As `make_key` plans self-attention under torchrun: it knows the nodes, if the ranks are more than one has."""
+    return make_dispatch_plan(
+        mask,
+        total_seqlen=tokens,
+        cp_size=ranks,
+        schedule=schedule,
+        costs=heads.row_costs(),
+        ranks_per_node=hardware.ranks_per_node if ranks > hardware.ranks_per_node else None,
+        hardware=hardware,
+    )
