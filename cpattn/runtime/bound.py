@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,15 +113,16 @@ def _bind(
     parts = _in_backward(rank_plan)
     # Where queries move, dq also comes home from elsewhere, at any time.
     placing = getattr(backend, "takes_turns", False) and row_kernels_serve(device) and not queries.active
-    turns = _turns(rank_plan, parts) if placing else (None,) * (len(rank_plan.stages) + len(parts) - 1)
+    untold = ([None] * len(rank_plan.stages), [None] * len(parts))
+    stage_turns, part_turns = _turns(rank_plan, parts) if placing else untold
     stages = []
     for number, stage in enumerate(rank_plan.stages):
         hops = bind_hops(stage.kv, rank_plan.num_keys, device, transport)
-        own = prepare(stage.own, rank_plan.num_queries, stage.num_keys, turns[number])
+        own = prepare(stage.own, rank_plan.num_queries, stage.num_keys, stage_turns[number])
         guest = prepare(stage.guest, num_guests, stage.num_keys)
         in_backward: tuple[Any, ...] = (own,)
         if number == 0 and len(parts) > 1:
-            first, *late = zip(parts, (turns[0], *turns[len(rank_plan.stages) :]), strict=True)
+            first, *late = zip(parts, part_turns, strict=True)
             rows = (rank_plan.num_queries, stage.num_keys)
             in_backward = (
                 prepare(first[0], *rows, first[1]) if len(stage.own) else own,
@@ -142,10 +144,12 @@ def _in_backward(rank_plan: RankPlan) -> list[SliceTable]:
     return own.in_row_parts((1 - LATE_SHARE, *(LATE_SHARE / num_hops,) * num_hops), _LATE_GRAIN)
 
 
-def _turns(rank_plan: RankPlan, parts: list[SliceTable]) -> list[Turn]:
-    """Of the stages in backward, and then of what is left till last."""
+def _turns(rank_plan: RankPlan, parts: list[SliceTable]) -> tuple[Sequence[Turn | None], Sequence[Turn | None]]:
+    """Of the stages in backward, and of the parts of the first, all but one of which come last."""
+    num_stages = len(rank_plan.stages)
     in_order = [parts[0], *(stage.own for stage in rank_plan.stages[1:]), *parts[1:]]
-    return turns_of(in_order, rank_plan.num_queries)
+    turns = turns_of(in_order, rank_plan.num_queries)
+    return turns[:num_stages], [turns[0], *turns[num_stages:]]
 
 
 def bind_hops(

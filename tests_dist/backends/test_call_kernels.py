@@ -177,10 +177,9 @@ def test_a_row_of_dq_is_stored_by_the_first_part_that_has_it(order: tuple[int, .
     def gradients(told: bool) -> Returning:
         rows, dkeys = queries, KeyRows(*(torch.zeros(t.shape) for t in keys))
         for number, (part, turn) in enumerate(zip(parts, turns, strict=True)):
-            given = {"turn": turn} if told else {}
-            work, fresh = backend.prepare(part, num_rows, num_keys, CPU, **given), (number == 0, False)
+            work = backend.prepare(part, num_rows, num_keys, CPU, turn if told else None)
             last = number == len(parts) - 1
-            dq = backend.differentiate(rows, keys, work, Scoring(0.2), dkeys, fresh=fresh, last=last)
+            dq = backend.differentiate(rows, keys, work, Scoring(0.2), dkeys, fresh=(number == 0, False), last=last)
             rows = rows._replace(dq=dq)
         return rows
 

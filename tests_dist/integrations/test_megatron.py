@@ -15,23 +15,28 @@ pytest.importorskip("megatron.core", reason="tested with megatron-core (pip inst
 
 from tests_dist.support.harness import run_on_ranks
 from tests_dist.support.oracle import dense_attention
+from tests_dist.support.trainer_cases import IMPORTS_S, same_weights, three_steps
 
-IMPORTS_S = 290.0
 HEADS, GROUPS, DIM = 4, 2, 8
 
 
 def core(**changes: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from cpattn.integrations.megatron import CoreAttention
 
-    sizes = {"num_layers": 2, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
-    sizes |= {"attention_dropout": 0.0, "context_parallel_size": dist.get_world_size()}
-    config = TransformerConfig(**sizes, use_cpu_initialization=True, **changes)
     groups = ProcessGroupCollection(cp=dist.group.WORLD)
+    config = config_of(dist.get_world_size(), **changes)
     return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+
+
+def config_of(cp_size: int, **changes: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    sizes = {"num_layers": 2, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
+    sizes |= {"attention_dropout": 0.0, "context_parallel_size": cp_size}
+    return TransformerConfig(**sizes, use_cpu_initialization=True, **changes)
 
 
 def inputs(*shape: int) -> list[Tensor]:
@@ -125,7 +130,7 @@ def test_thd_with_padding_between_sequences():
     run_on_ranks(2, thd_on_rank, [9, 4, 17, 0], [12, 4, 20, 4], timeout=IMPORTS_S)
 
 
-COLUMNS, VOCAB, STEPS = 24, 96, 3
+COLUMNS, VOCAB = 24, 96
 
 
 class Plain(torch.nn.Module):
@@ -144,43 +149,29 @@ def gpt(size: int, groups: Any) -> Any:
     """A GPT of two layers."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from cpattn.integrations.megatron import with_cpattn
 
-    sizes = {"num_layers": 2, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
-    sizes |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "context_parallel_size": size}
     spec = with_cpattn(get_gpt_layer_local_spec())
     if size == 1:
         spec.submodules.self_attention.submodules.core_attention = Plain
     torch.manual_seed(0)
     positions = {"position_embedding_type": "learned_absolute", "max_sequence_length": COLUMNS}
-    config = TransformerConfig(**sizes, use_cpu_initialization=True)
-    return GPTModel(config, spec, vocab_size=VOCAB, pg_collection=groups, **positions)
+    return GPTModel(config_of(size, hidden_dropout=0.0), spec, vocab_size=VOCAB, pg_collection=groups, **positions)
 
 
-def learn(model: Any, cut: Any, *, shared: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and gradient norms of some steps and of an evaluation after them, over all ranks' tokens; weights."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    seen = []
-    for number in range(STEPS + 1):
+def learn(model: Any, cut: Any, sum_up: Any) -> list[Tensor]:
+    """Losses, gradient norms, and a loss after them, of batches that are cut for this rank."""
+
+    def backward(number: int) -> Tensor:
         g = torch.Generator().manual_seed(number)
         tokens, labels = (torch.randint(0, VOCAB, (2, COLUMNS), generator=g) for _ in range(2))
-        places = torch.arange(COLUMNS).repeat(2, 1)
-        batch = cut({"tokens": tokens, "labels": labels, "places": places})
+        batch = cut({"tokens": tokens, "labels": labels, "places": torch.arange(COLUMNS).repeat(2, 1)})
         loss = model(batch["tokens"], batch["places"], None, labels=batch["labels"]).sum() / tokens.numel()
         loss.backward()
-        total = loss.detach().clone()
-        if shared:
-            dist.all_reduce(total)
-            for parameter in model.parameters():
-                dist.all_reduce(parameter.grad)
-        seen.append(total)
-        if number < STEPS:
-            seen.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-            optimizer.step()
-            optimizer.zero_grad()
-    return seen, {name: weight.detach() for name, weight in model.named_parameters()}
+        return loss.detach()
+
+    return three_steps(model, 0.5, backward, sum_up)
 
 
 def gpt_on_rank() -> None:
@@ -192,16 +183,15 @@ def gpt_on_rank() -> None:
     parallel_state.initialize_model_parallel(context_parallel_size=size)
     try:
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        ours = learn(gpt(size, groups), lambda b: get_batch_on_this_cp_rank(b, cp_group=dist.group.WORLD), shared=True)
-        alone = [dist.new_group([other]) for other in range(size)][rank]
-        groups.cp = groups.tp_cp = alone
-        theirs = learn(gpt(1, groups), lambda b: b, shared=False)
+        model = gpt(size, groups)
+        got = learn(model, lambda b: get_batch_on_this_cp_rank(b, cp_group=dist.group.WORLD), dist.all_reduce)
+        groups.cp = groups.tp_cp = [dist.new_group([other]) for other in range(size)][rank]
+        whole = gpt(1, groups)
+        want = learn(whole, lambda b: b, lambda x: None)
     finally:
         parallel_state.destroy_model_parallel()
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, weight in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    same_weights(model, whole)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.nightly)])

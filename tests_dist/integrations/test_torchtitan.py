@@ -22,8 +22,8 @@ from torch.nn import functional as F
 pytest.importorskip("torchtitan", reason="tested with torchtitan (pip install cpattn[titan])")
 
 from tests_dist.support.harness import run_on_ranks
+from tests_dist.support.trainer_cases import IMPORTS_S, same_weights, three_steps
 
-IMPORTS_S = 290.0
 COLUMNS, VOCAB = 40, 2048
 
 
@@ -102,29 +102,11 @@ def llama_on_rank(backend: str) -> None:
         error = float((mine.grad - theirs.grad).norm() / theirs.grad.norm())
         assert error < 1e-5, f"{name} is off by {error}"
     with on_cpu():
-        at_all = batch()[0], batch()[1]
         inputs = {"positions": positions, "attention_masks": whole.get_attention_masks(positions)}
-        want = learn(whole, *at_all, sum_up=lambda x: None, **inputs)
-    got = learn(model, tokens, labels, sum_up=dist.all_reduce, **extra)
+        want = three_steps(whole, 0.1, lambda number: step(whole, *batch()[:2], **inputs), lambda x: None)
+    got = three_steps(model, 0.1, lambda number: step(model, tokens, labels, **extra), dist.all_reduce)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def learn(model: Any, tokens: Tensor, labels: Tensor, *, sum_up: Any, **inputs: Any) -> list[Tensor]:
-    """Losses and gradient norms of three steps, and the loss after them, over all ranks' tokens."""
-    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
-    for number in range(4):
-        optimizer.zero_grad()
-        loss = step(model, tokens, labels, **inputs)
-        sum_up(loss)
-        seen.append(loss)
-        if number < 3:
-            for parameter in model.parameters():
-                sum_up(parameter.grad)
-            seen.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-            optimizer.step()
-    return seen
+    same_weights(model, whole)
 
 
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "flex"), (3, "varlen")])

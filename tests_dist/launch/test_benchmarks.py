@@ -10,7 +10,7 @@ import pytest
 
 from cpattn.launch.benchmarks.charts import PUBLISHED, compare_with_charts, draw_pack
 from cpattn.launch.benchmarks.groups import corpus, draw, fixed_groups, measure, power_groups
-from cpattn.launch.benchmarks.hosts import require_namespaces
+from tests_dist.support.namespaces import skip_without_namespaces
 
 
 @pytest.mark.parametrize("share", [fixed_groups, power_groups])
@@ -54,10 +54,7 @@ def test_the_cost_model_is_near_published_charts():
 
 @pytest.mark.nightly
 def test_the_cost_model_is_held_against_real_exchanges(tmp_path):
-    try:
-        require_namespaces()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    skip_without_namespaces()
     command = [sys.executable, "-m", "cpattn.launch.benchmarks.model_check", "--ranks", "2", "--masks", "window"]
     subprocess.run([*command, "--repeats", "1", "--out", tmp_path], check=True, timeout=300)
     (result,) = tmp_path.glob("*.json")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests_dist.support.namespaces import skip_without_namespaces
 from tests_dist.support.pages import ROOT
 
 SCRIPTS = ROOT / "launch" / "scripts"
@@ -61,7 +62,7 @@ def test_two_nodes_meet(program: Path) -> None:
     from cpattn.launch.benchmarks.hosts import _ADDRESSES, _DEVICES, _NAMES, two_hosts
 
     script = str(SCRIPTS / "several_nodes.sh")
-    require_hosts()
+    skip_without_namespaces()
     with two_hosts(None):
         agents = [
             subprocess.Popen(
@@ -105,7 +106,7 @@ def test_slurm(program: Path, tmp_path: Path) -> None:
     """A copy of the script, as sbatch makes one, with programs in Slurm's place (it has run under Slurm 22.05 too)."""
     from cpattn.launch.benchmarks.hosts import _ADDRESSES, _DEVICES, _NAMES, two_hosts
 
-    require_hosts()
+    skip_without_namespaces()
     nodes = "\n".join(map(" ".join, zip(_NAMES, _DEVICES, _ADDRESSES, strict=True)))
     texts = {"scontrol": SCONTROL.replace("ADDRESSES", " ".join(_ADDRESSES)), "srun": SRUN.replace("NODES", nodes)}
     for name, text in texts.items():
@@ -121,12 +122,3 @@ def test_slurm(program: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "ranks 4 in a node 2" in done.stdout
-
-
-def require_hosts() -> None:
-    from cpattn.launch.benchmarks.hosts import require_namespaces
-
-    try:
-        require_namespaces()
-    except RuntimeError as error:
-        pytest.skip(str(error))

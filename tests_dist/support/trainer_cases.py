@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -92,3 +92,30 @@ def require_same(got: Outcome, want: Outcome, limit: float = 1e-5, weights_limit
     for name, value in want.weights.items():
         error = float((got.weights[name] - value).abs().max())
         assert error < weights_limit, f"{name} is off by {error:.3g}"
+
+
+def three_steps(model: nn.Module, lr: float, backward: Callable[[int], Tensor], sum_up: Callable[[Tensor], Any]) -> Any:
+    """Losses and gradient norms of three steps, and the loss after them, over all ranks' tokens.
+
+    backward: of batch n, gives this rank's part of the loss. sum_up: adds up over the ranks, in place.
+    """
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), []
+    for number in range(4):
+        optimizer.zero_grad()
+        loss = backward(number)
+        sum_up(loss)
+        seen.append(loss)
+        if number < 3:
+            for parameter in model.parameters():
+                sum_up(parameter.grad)
+            seen.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            optimizer.step()
+    return seen
+
+
+def same_weights(model: nn.Module, want: nn.Module) -> None:
+    """After training, by name."""
+    weights = dict(model.named_parameters())
+    assert weights.keys() == dict(want.named_parameters()).keys()
+    for name, theirs in want.named_parameters():
+        torch.testing.assert_close(weights[name], theirs, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
