@@ -10,9 +10,8 @@ the one that moves the fewest rows among those in balance is taken:
 - `place_in_levels`: a share of every density level. Best for prefix trees.
 - `place_by_density`: runs of dense and of sparse tokens. In balance for every mask there is.
 
-Where the mask has several components, what pairs of ranks then hold is divided anew: for fewer rows
-(`repack`, as long as it pays or `search_effort` says), and so that no rank sends far more than the others
-(`relieve_senders`). docs/placement.md tells it at length.
+Where the mask has several components, what pairs of ranks then hold is divided anew for fewer rows (`repack`), as
+long as it pays or `search_effort` says. docs/placement.md tells it at length.
 
 All of it is counted in iterations and computed from shared data, so all ranks get the same answer.
 """
@@ -30,10 +29,10 @@ from ..placement import Placement, place_contiguous
 from ..slices import IntArray, SliceTable
 from .components import TokenPool, find_components, join_small
 from .density import DensityProfile
-from .divide import BUSY_SENDER, Allowed
+from .divide import Allowed
 from .even import even_out
-from .improve import Holdings, relieve_heaviest, relieve_senders, repack
-from .measure import kv_rows_received, kv_rows_sent, rank_areas
+from .improve import Holdings, relieve_heaviest, repack
+from .measure import kv_rows_received, rank_areas
 from .peel import place_peeled
 from .queues import place_by_density, place_in_levels
 
@@ -130,18 +129,6 @@ class _Problem:
         # Costs are a guess for most masks, but packed documents.
         return min(map(self.score, repack(self._state(*drafts), num_rounds=num_rounds)), key=_key)
 
-    def relieve_senders(self, best: _Scored) -> Placement:
-        """The placement, or one whose busiest sender sends clearly less, for hardly more rows in all."""
-        placement = best.placement
-        _, rows, most_received = best.key
-        busiest = int(kv_rows_sent(self.table, placement).max())
-        if busiest <= BUSY_SENDER * most_received:
-            return placement
-        relieved = relieve_senders(self._state(placement), num_pairs=24)
-        now = kv_rows_received(self.table, relieved)
-        fewer = kv_rows_sent(self.table, relieved).max() <= 0.9 * busiest
-        return relieved if fewer and now.sum() <= 1.01 * rows and now.max() <= most_received else placement
-
     def _state(self, *drafts: Placement, area: float | None = None) -> Holdings:
         """Drafts to work on, with bounds for every rank's share that they keep, as wide as they may be.
 
@@ -214,5 +201,4 @@ def place_balanced(
     if not best.key[1]:
         return best.placement
     starts = [scored for scored in found if scored.key[0] <= best.key[0]]
-    best = min(best, problem.repacked(starts, effort), key=_key)
-    return problem.relieve_senders(best)
+    return min(best, problem.repacked(starts, effort), key=_key).placement

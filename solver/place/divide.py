@@ -24,8 +24,6 @@ BoolArray = NDArray[np.bool_]
 
 # Rows that one piece more is worth: every piece is a route to each rank that needs it.
 PIECE_PRICE = 16
-# Rows sent over most received from which a sender is relieved.
-BUSY_SENDER = 2.5
 
 
 class Allowed(NamedTuple):
@@ -55,26 +53,6 @@ class Pool(NamedTuple):
     kept_area: FloatArray  # [M, 2]
 
 
-def sending_price(sent: FloatArray, free: float) -> FloatArray:
-    """What sending costs, in rows: up to `free` nothing, then it grows with the square, so the busiest counts most."""
-    price: FloatArray = (np.maximum(sent - free, 0.0) / BUSY_SENDER) ** 2 / max(free, 1.0)
-    return price
-
-
-class Sending(NamedTuple):
-    """Rows that a pair's pieces send, [M, F], and those it keeps, [M, 2]; rows that a rank may send for nothing."""
-
-    pieces: FloatArray
-    kept: FloatArray
-    free: float
-
-    def price(self, sent: FloatArray) -> FloatArray:
-        """What both ranks' sending costs where the first one sends so many rows of the pieces, [M, any]."""
-        total = self.pieces.sum(axis=1)[:, None]
-        first, second = self.kept[:, :1] + sent, self.kept[:, 1:] + total - sent
-        return sending_price(first, self.free) + sending_price(second, self.free)
-
-
 class Divisions(NamedTuple):
     """The first rank of pair i takes the pieces in the bits of subset[i] and the sparser tokens[i] of piece cut[i].
 
@@ -88,12 +66,7 @@ class Divisions(NamedTuple):
 
 
 def best_divisions(
-    pool: Pool,
-    allowed: Allowed,
-    *,
-    temperature: float = 0.0,
-    rng: np.random.Generator | None = None,
-    sending: Sending | None = None,
+    pool: Pool, allowed: Allowed, *, temperature: float = 0.0, rng: np.random.Generator | None = None
 ) -> Divisions:
     """The division of the fewest rows for each pair, among those allowed; with `rng` give or take the temperature."""
     members, without, *_ = _subsets(pool.tokens.shape[1])
@@ -107,11 +80,6 @@ def best_divisions(
     rows, tokens_a, area_a = (values[:, without] for values in (rows, tokens_a, area_a))
     fewest, extra, cuts = _fewest_tokens(pool, bounds, tokens_a, area_a, need_a)
     cut = np.where(cuts, rows + extra + PIECE_PRICE, np.inf)
-    if sending is not None:
-        sent = sending.pieces @ members.T
-        cut_sent = sent[:, without] + (sending.pieces / np.maximum(pool.tokens, 1))[:, :, None] * fewest
-        whole += sending.price(sent)
-        cut += sending.price(cut_sent.reshape(len(sent), -1)).reshape(cut.shape)
     scores = np.concatenate([whole, cut.reshape(len(whole), -1)], axis=1)
     if rng is not None and temperature > 0:
         scores += temperature * rng.standard_exponential(scores.shape, dtype=np.float32)

@@ -2,13 +2,10 @@
 
 A placement that fills one rank after the other leaves the last ones with what nobody wanted. The state is all
 pieces of components with their owners, as columns (`Holdings`); the move is `Holdings.divide`, for one pair of ranks
-or for many at once; the price is rows needed, plus `PIECE_PRICE` for each piece, plus what rows sent cost
-(`sending_price`) where a sender is to be relieved. What differs is how pairs are chosen:
+or for many at once; the price is rows needed, plus `PIECE_PRICE` for each piece. What differs is how pairs are chosen:
 
 - `repack`: at random, all ranks round after round, each with one that holds some of the same component if it can be.
   Divisions that are somewhat worse are taken too, less and less so (simulated annealing).
-- `relieve_senders`: the busiest sender with ranks that have area left or see the same keys. A step waits for the
-  busiest link, and the keys near the start of a long document go to all its ranks.
 - `relieve_heaviest`: the heaviest rank with the lightest ones, whatever rows it takes, until areas are within bounds.
 
 A rank's rows are counted as the keys that its densest token of each component sees, from the component's sparse end
@@ -25,18 +22,7 @@ import numpy as np
 from ..placement import Placement
 from ..slices import IntArray
 from .density import DensityProfile
-from .divide import (
-    BUSY_SENDER,
-    PIECE_PRICE,
-    Allowed,
-    BoolArray,
-    Divisions,
-    FloatArray,
-    Pool,
-    Sending,
-    best_divisions,
-    sending_price,
-)
+from .divide import PIECE_PRICE, Allowed, BoolArray, Divisions, FloatArray, Pool, best_divisions
 from .even import NUM_PARTNERS
 
 # Pieces of two ranks that are divided anew; the others stay where they are.
@@ -64,25 +50,6 @@ def repack(state: Holdings, *, num_rounds: int) -> list[Placement]:
     return [state.placement(d, kept[d]) for d in np.argsort(costs - best, kind="stable")[:2].tolist()]
 
 
-def relieve_senders(state: Holdings, *, num_pairs: int) -> Placement:
-    """The only draft with about num_pairs pairs divided so that no rank sends far more than the busiest receives."""
-    settled = np.zeros(state.cp_size)  # what a rank sends that nobody can help
-    most_received = state.most_received[0]
-    while num_pairs > 0:
-        sharing = _Sharing.of(state)
-        sent = _sums(state.pieces.owner, sharing.sent(state.pieces, state.pieces.owner[:, None]), state.cp_size)
-        busiest = int((sent - settled).argmax())
-        if sent[busiest] - settled[busiest] <= BUSY_SENDER * most_received:
-            break
-        settled[busiest] = sent[busiest]
-        for other in _takers(state, sharing, busiest, sent):
-            num_pairs -= 1
-            if state.divide(np.array([[busiest, other]]), sharing=sharing):
-                settled[:] = 0
-                break
-    return state.placement()
-
-
 def relieve_heaviest(state: Holdings, *, num_rounds: int) -> Placement:
     """The only draft with all ranks brought to the area allowed, as far as num_rounds rounds do it."""
     rng = np.random.default_rng(0)
@@ -101,36 +68,17 @@ def relieve_heaviest(state: Holdings, *, num_rounds: int) -> Placement:
     return state.placement()
 
 
-def _takers(state: Holdings, sharing: _Sharing, busiest: int, sent: FloatArray) -> list[int]:
-    """Ranks that send little and have the most area left, or see the keys that the busiest sends most of."""
-    mine = state.pieces.take(state.pieces.owner == busiest)
-    if not len(mine.owner):
-        return []  # of a mask whose keys are not seen from the sparse end on: its rows are counted wrongly
-    dearest = mine.component[sharing.sent(mine, mine.owner[:, None]).argmax()]
-    light = 2 * sent < sent[busiest]
-    area = _sums(state.pieces.owner, state.pieces.area, state.cp_size)
-    seeing = np.unique(state.pieces.owner[state.pieces.component == dearest])
-    found = []
-    for some, by in ((np.arange(state.cp_size), area), (seeing, sent)):
-        some = some[light[some]]
-        found += some[np.argsort(by[some], kind="stable")][:NUM_PARTNERS].tolist()
-    return list(dict.fromkeys(found))
-
-
 class Pieces:
-    """Tokens [start, end) of a component and their owner, as columns of one table, [9, num_pieces].
+    """Tokens [start, end) of a component and their owner, as columns of one table, [8, num_pieces].
 
-    first, last, need: keys seen by the first token, the last and any; area: visible pairs. before: tokens of the
-    component nearer to its sparse end.
+    first, last, need: keys seen by the first token, the last and any; area: visible pairs.
     """
 
-    __slots__ = ("area", "before", "component", "end", "first", "last", "need", "owner", "start", "table")
+    __slots__ = ("area", "component", "end", "first", "last", "need", "owner", "start", "table")
 
     def __init__(self, table: IntArray) -> None:
         self.table = table
-        self.component, self.start, self.end, self.first, self.last, self.need, self.area, self.before, self.owner = (
-            table
-        )
+        self.component, self.start, self.end, self.first, self.last, self.need, self.area, self.owner = table
 
     def take(self, which: IntArray | BoolArray) -> Pieces:
         """Some of the pieces."""
@@ -160,7 +108,7 @@ class Holdings:
     """The pieces of all ranks, and what each rank's cost, while pairs of ranks divide theirs.
 
     Several drafts of a placement may be worked on side by side, which takes little longer than one: rank r of draft d
-    is here d * cp_size + r, and component c is d * num_components + c. Mutable on purpose: it is the working state of
+    is here d * cp_size + r, and each has components of its own. Mutable on purpose: it is the working state of
     one search and never leaves it. Its arrays are replaced, never changed.
     """
 
@@ -170,8 +118,7 @@ class Holdings:
         self.profile, self.area_below = profile, profile.area_below()
         self.cp_size, self.num_drafts, self.allowed = drafts[0].cp_size, len(drafts), allowed
         self.num_ranks, self.total_seqlen = self.cp_size * self.num_drafts, drafts[0].total_seqlen
-        self.low = np.tile(components, self.num_drafts)
-        self.high = np.tile(np.append(components[1:], self.total_seqlen), self.num_drafts)
+        self.num_components = len(components) * self.num_drafts
         tables = []
         for d, draft in enumerate(drafts):
             starts = np.unique(np.concatenate([draft.starts, components]))
@@ -196,8 +143,7 @@ class Holdings:
     def _make(self, component: IntArray, start: IntArray, end: IntArray, owner: IntArray) -> Pieces:
         first, last = self.profile.density(start), self.profile.density(end - 1)
         area = self.area_below(end) - self.area_below(start)
-        before = np.where(first <= last, start - self.low[component], self.high[component] - end)
-        return Pieces(np.array((component, start, end, first, last, np.maximum(first, last), area, before, owner)))
+        return Pieces(np.array((component, start, end, first, last, np.maximum(first, last), area, owner)))
 
     def _costs_of(self, pieces: Pieces) -> tuple[FloatArray, FloatArray]:
         """Keys that each rank needs, its own included, plus the price of its pieces; keys it receives; [num_ranks]."""
@@ -208,10 +154,10 @@ class Holdings:
 
     def partners(self, rng: np.random.Generator) -> IntArray:
         """Pairs of different ranks of one draft: holders of one component as far as possible, at random."""
-        key = np.unique(self.pieces.owner * len(self.low) + self.pieces.component)
-        owner, component = np.divmod(key, len(self.low))
+        key = np.unique(self.pieces.owner * self.num_components + self.pieces.component)
+        owner, component = np.divmod(key, self.num_components)
         # Each rank takes part for one component that it shares, if there is any: that which comes first today.
-        order = rng.random(len(self.low)) + (np.bincount(component, minlength=len(self.low)) < 2)
+        order = rng.random(self.num_components) + (np.bincount(component, minlength=self.num_components) < 2)
         of = np.full(self.num_ranks, 2.0)
         np.minimum.at(of, owner, order[component])
         draft = np.arange(self.num_ranks) // self.cp_size
@@ -234,7 +180,6 @@ class Holdings:
         *,
         temperature: float = 0.0,
         rng: np.random.Generator | None = None,
-        sharing: _Sharing | None = None,
         at_any_price: bool = False,
     ) -> bool:
         """Divide what each pair of `ranks` holds, where that gains or costs not much more than the temperature.
@@ -242,24 +187,16 @@ class Holdings:
         Args:
             ranks: pairs, [M, 2]; no rank is in two of them, and both are of one draft.
             rng: for the temperature, and for which pieces are looked at; without it the longest are.
-            sharing: who needs what now, if rows sent are to count; needs a single pair.
             at_any_price: divide wherever it is allowed.
 
         Returns:
             Whether any pair's was divided; what the pairs of each draft gained is added to `gained`.
         """
         joined, others = self._join(ranks, rng)
-        sending = None if sharing is None else _sending(joined, ranks, sharing, self.most_received[0])
-        pool = _pool(joined, len(ranks))
-        divisions = best_divisions(pool, self.allowed, temperature=temperature, rng=rng, sending=sending)
+        divisions = best_divisions(_pool(joined, len(ranks)), self.allowed, temperature=temperature, rng=rng)
         new = self._divided(joined, ranks, divisions)
         costs, received = self._costs_of(new)
-        gain = self.costs[ranks] - costs[ranks]
-        if sharing is not None:
-            for sign, pieces in ((1, joined.held), (-1, new)):
-                sent = _sums(pieces.owner, sharing.sent(pieces, ranks), self.num_ranks)
-                gain += sign * sending_price(sent[ranks], self.most_received[0])
-        pair_gain = gain.sum(axis=1)
+        pair_gain = (self.costs[ranks] - costs[ranks]).sum(axis=1)
         taken = divisions.found
         if not at_any_price:
             patience = 0.0 if rng is None else temperature * rng.standard_exponential(len(ranks))
@@ -292,7 +229,6 @@ class Holdings:
         pieces = held.take(opens)
         pieces.end[:], pieces.last[:] = held.end[last], held.last[last]
         pieces.need[:], pieces.area[:] = np.maximum.reduceat(held.need, opens), np.add.reduceat(held.area, opens)
-        pieces.before[:] = np.minimum.reduceat(held.before, opens)
         pair, side_joined = pair[opens], np.minimum.reduceat(side, opens)
         both = side_joined < np.maximum.reduceat(side, opens)
         # What lies on both ranks has to be divided; then any, long pieces more often.
@@ -321,49 +257,6 @@ class Holdings:
         return Pieces.concat(whole, self._make(np.tile(cut.component, 2), starts, ends, np.concatenate(owners)))
 
 
-class _Sharing(NamedTuple):
-    """Keys of each component that its holders need, by which rows sent are counted.
-
-    A piece of t tokens with b nearer to the sparse end sends min(max(need - b, 0), t) rows to a rank, so to all ranks
-    G(b + t) - G(b), where G(x) is the sum of min(need, x) over the component's holders.
-    """
-
-    holders: IntArray  # component * cp_size + rank, ascending
-    needs: IntArray  # of each of these
-    levels: IntArray  # component * stride + need, ascending
-    below: IntArray  # sums of the needs before each level
-    first: IntArray  # where each component's levels begin
-    stride: int
-    cp_size: int
-
-    @classmethod
-    def of(cls, state: Holdings) -> _Sharing:
-        component, owner, needs = _needs(state.pieces)
-        by_component = np.lexsort((owner, component))
-        component, owner, needs = component[by_component], owner[by_component], needs[by_component]
-        stride = state.total_seqlen + 1
-        levels = np.sort(component * stride + needs)
-        below = np.append(0, np.cumsum(levels % stride))
-        first = np.searchsorted(levels, np.arange(len(state.low) + 1) * stride)
-        return cls(component * state.cp_size + owner, needs, levels, below, first, stride, state.cp_size)
-
-    def sent(self, pieces: Pieces, but: IntArray) -> IntArray:
-        """Rows of each piece that go to other ranks than but[i], all [num_pieces] with `but` [num_pieces or 1, any]."""
-        component, tokens, before = pieces.component, pieces.end - pieces.start, pieces.before
-
-        def up_to(x: IntArray) -> IntArray:
-            at = np.searchsorted(self.levels, component * self.stride + x)
-            result: IntArray = self.below[at] - self.below[self.first[component]] + x * (self.first[component + 1] - at)
-            return result
-
-        key = component[:, None] * self.cp_size + but
-        at = np.minimum(np.searchsorted(self.holders, key), len(self.holders) - 1)
-        need = np.where(self.holders[at] == key, self.needs[at], 0)
-        not_sent = np.minimum(np.maximum(need - before[:, None], 0), tokens[:, None]).sum(axis=1)
-        result: IntArray = up_to(before + tokens) - up_to(before) - not_sent
-        return result
-
-
 def _needs(pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:
     """Component, rank and keys needed, for each component that a rank holds some of; by rank, then component."""
     stride = int(pieces.component.max(initial=0)) + 1
@@ -386,19 +279,14 @@ def _sums(place: IntArray, values: IntArray, size: int) -> FloatArray:
     return np.bincount(place, values, size).astype(np.float64)
 
 
-def _padded(joined: _Joined, num_pairs: int, values: IntArray) -> FloatArray:
-    """Values of the free pieces, [num_pairs, _MOST_FREE]; values: of all pieces."""
-    is_free = joined.slot < _MOST_FREE
-    result = np.zeros((num_pairs, _MOST_FREE))
-    result[joined.pair[is_free], joined.slot[is_free]] = values[is_free]
-    return result
-
-
 def _pool(joined: _Joined, num_pairs: int) -> Pool:
     pieces, is_kept = joined.pieces, joined.slot >= _MOST_FREE
+    place = joined.pair[~is_kept], joined.slot[~is_kept]
 
     def padded(values: IntArray) -> FloatArray:
-        return _padded(joined, num_pairs, values)
+        result = np.zeros((num_pairs, _MOST_FREE))
+        result[place] = values[~is_kept]
+        return result
 
     component = padded(pieces.component + 1) - 1
     kept = pieces.take(is_kept)
@@ -431,10 +319,3 @@ def _kept_need(component: FloatArray, rank: IntArray, kept: Pieces) -> FloatArra
     at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
     # A pair without that many pieces has component -1, which looks like the last one of the rank before: harmless.
     return np.where(key[at] == wanted, need[at], 0).astype(np.float64)
-
-
-def _sending(joined: _Joined, ranks: IntArray, sharing: _Sharing, free: float) -> Sending:
-    """What the pieces of a pair send to other ranks."""
-    sent = sharing.sent(joined.pieces, ranks)
-    kept = joined.slot >= _MOST_FREE
-    return Sending(_padded(joined, 1, sent), _sums(joined.side[kept], sent[kept], 2)[None], free)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..placement import Placement
-from ..routes import Intervals, merge_intervals, rows_sent
+from ..routes import Intervals, merge_intervals
 from ..slices import IntArray, SliceTable
 
 
@@ -22,13 +22,6 @@ def kv_rows_received(table: SliceTable, placement: Placement) -> IntArray:
     owned = _covered(needed, placement.owners, placement.starts, placement.ends)
     np.subtract.at(rows, placement.owners, owned)
     return rows
-
-
-def kv_rows_sent(table: SliceTable, placement: Placement) -> IntArray:
-    """Key rows that each rank sends, [cp_size]: once for each rank that needs them and does not own them."""
-    tasks, _ = table.split_q(placement.ends[:-1])
-    needed = merge_intervals(placement.owner_of(tasks.q0), tasks.k0, tasks.k1)
-    return rows_sent(needed, placement, placement)
 
 
 def _covered(needed: Intervals, ranks: IntArray, starts: IntArray, ends: IntArray) -> IntArray:
