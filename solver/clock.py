@@ -1,4 +1,7 @@
-"""Time on every rank while a pass of the attention op is replayed with given kernel and transfer times.
+"""Time on every rank while both passes of the attention op are replayed with given kernel and transfer times.
+
+Forward and backward are replayed side by side, as both do the same but for what backward has more: gradients that go
+home, and work left till last. In forward these take no time.
 
 The clock follows the attention op. The exchanges of the first two stages are issued at the start; after
 that a rank issues the exchange of stage s + 1, computes stage s, waits; in backward it also sends each
@@ -57,20 +60,28 @@ class PassTimeline(NamedTuple):
         return self.seconds - self.busy
 
 
+class Leg(NamedTuple):
+    """Seconds of an exchange in one direction, [2, ..., cp_size], forward and backward.
+
+    pack: what leaves. transfer: 0 where a rank moves nothing. reduce: what came home.
+    """
+
+    pack: FloatArray
+    transfer: FloatArray
+    reduce: FloatArray | None = None
+
+
 class Wire(Protocol):
     """The exchange of one stage, on every rank."""
 
     @property
-    def active(self) -> bool:
-        """Whether any rank moves a row."""
+    def there(self) -> Leg:
+        """The way there: of queries, or keys."""
         ...
 
-    def seconds(self, row_bytes: int) -> FloatArray:
-        """The transfer, once it has begun; 0 where a rank moves nothing."""
-        ...
-
-    def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
-        """Seconds to pack what leaves and to take in what comes (home: the way back)."""
+    @property
+    def home(self) -> Leg:
+        """The way back: of partial results, or gradients."""
         ...
 
     def started(self, ready: FloatArray) -> FloatArray:
@@ -79,16 +90,26 @@ class Wire(Protocol):
 
 
 class Arrival(NamedTuple):
-    """When an exchange is here on each rank, and the seconds that taking it in costs then, [cp_size]."""
+    """When an exchange is here on each rank, the seconds that taking it in costs then, and whether forward has it."""
 
     at: FloatArray
-    reduction: FloatArray
+    reduce: FloatArray | None
+    in_forward: bool
+
+
+class _Span(NamedTuple):
+    """A `PassSpan` of both passes, or of backward alone."""
+
+    name: str
+    starts: FloatArray
+    ends: FloatArray
+    in_forward: bool
 
 
 class Clock:
-    """Time on every rank while a pass is replayed.
+    """Time on every rank while both passes are replayed.
 
-    shape: [..., cp_size]; several passes may be replayed at once. num_hops: of an exchange; so many
+    shape: [2, ..., cp_size], the passes first; several ways may be replayed at once. num_hops: of an exchange; so many
     exchanges of one kind are under way at once. transfer_load: as in `Hardware`; a rank owes that share of its
     transfers' time, and pays with the next compute or by waiting.
     """
@@ -99,32 +120,36 @@ class Clock:
         self.now = np.zeros(shape)
         self.link_free = np.zeros(shape)
         self.owed = np.zeros(shape)
-        self.compute: list[PassSpan] = []
-        self.copies: list[PassSpan] = []
-        self.transfers: list[PassSpan] = []
+        self.compute: list[_Span] = []
+        self.copies: list[_Span] = []
+        self.transfers: list[_Span] = []
 
-    def timeline(self) -> PassTimeline:
-        return PassTimeline(tuple(self.compute), tuple(self.copies), tuple(self.transfers), self.now)
+    def timeline(self, *, backward: bool) -> PassTimeline:
+        """One pass of a clock of one way."""
+        spans = (
+            tuple(
+                PassSpan(span.name, span.starts[int(backward)], span.ends[int(backward)])
+                for span in kind
+                if backward or span.in_forward
+            )
+            for kind in (self.compute, self.copies, self.transfers)
+        )
+        return PassTimeline(*spans, self.now[int(backward)])
 
     def run(
-        self,
-        kernels: Sequence[dict[str, FloatArray]],
-        queries: Wire,
-        stages: Sequence[Wire],
-        *,
-        out_bytes: int,
-        kv_bytes: int,
-        home_bytes: int,
-        dkv_bytes: int,
+        self, kernels: Sequence[dict[str, FloatArray]], queries: Wire | None, stages: Sequence[Wire | None]
     ) -> None:
-        """Replay one pass; dkv_bytes 0: no gradients go home. kernels: seconds of each stage's work, by side: "own",
-        "guest", and in the first stage "late", the own work that is left till last.
+        """Replay both passes.
+
+        kernels: seconds of each stage's work, [2, ..., cp_size], by side: "own", "guest", and in the first stage
+            "late", the own work that backward leaves till last.
+        queries, stages: exchanges; None where no rank moves a row.
         """
 
         def fetch(number: int) -> Arrival | None:
-            return self._send(f"keys {number}", stages[number - 1], kv_bytes) if number <= len(stages) else None
+            return self._send(f"keys {number}", stages[number - 1]) if number <= len(stages) else None
 
-        guests = self._send("queries", queries, out_bytes)
+        guests = self._send("queries", queries)
         ahead = max(2, self.depth)
         fetches = deque(fetch(number) for number in range(1, ahead + 1))
         homeward: deque[Arrival | None] = deque()
@@ -140,51 +165,53 @@ class Clock:
                     self._take(guests)
                 self._compute(f"stage {number}" + " guests" * (side == "guest"), sides[side])
                 if side == "guest" and number == len(kernels) - 1:
-                    homeward.append(self._send("results", queries, home_bytes, home=True))
-            if number and dkv_bytes:
+                    homeward.append(self._send("results", queries, home=True))
+            if number:
                 while len(homeward) >= self.depth:
                     self._take(homeward.popleft())
-                homeward.append(self._send(f"gradients {number}", stages[number - 1], dkv_bytes, home=True))
+                homeward.append(self._send(f"gradients {number}", stages[number - 1], home=True, in_forward=False))
         if "late" in kernels[0]:
-            self._compute("stage 0 late", kernels[0]["late"])
+            self._compute("stage 0 late", kernels[0]["late"], in_forward=False)
         for arrival in homeward:
             self._take(arrival)
 
-    def _compute(self, name: str, seconds: FloatArray) -> None:
+    def _compute(self, name: str, seconds: FloatArray, *, in_forward: bool = True) -> None:
         """A kernel, and what transfers take from it meanwhile; ranks without work go on."""
-        working = seconds > 0
-        self._spend(self.compute, name, seconds + np.where(working, self.owed, 0.0))
-        self.owed = np.where(working, 0.0, self.owed)
+        if self.transfer_load:
+            working = seconds > 0
+            seconds = seconds + np.where(working, self.owed, 0.0)
+            self.owed = np.where(working, 0.0, self.owed)
+        self._spend(self.compute, name, seconds, in_forward=in_forward)
 
-    def _spend(self, spans: list[PassSpan], name: str, seconds: FloatArray) -> None:
+    def _spend(self, spans: list[_Span], name: str, seconds: FloatArray, *, in_forward: bool) -> None:
         """Every rank is busy for so long."""
-        spans.append(PassSpan(name, self.now, self.now + seconds))
-        self.now = self.now + seconds
+        now = self.now + seconds
+        spans.append(_Span(name, self.now, now, in_forward))
+        self.now = now
 
     def _take(self, arrival: Arrival | None) -> None:
         """Wait for an exchange, if there is one, and take it in."""
         if arrival is None:
             return
-        self.owed = np.maximum(self.owed - np.maximum(arrival.at - self.now, 0.0), 0.0)
+        if self.transfer_load:
+            self.owed = np.maximum(self.owed - np.maximum(arrival.at - self.now, 0.0), 0.0)
         self.now = np.maximum(self.now, arrival.at)
-        if arrival.reduction.any():
-            self._spend(self.copies, "reduce", arrival.reduction)
+        if arrival.reduce is not None:
+            self._spend(self.copies, "reduce", arrival.reduce, in_forward=arrival.in_forward)
 
-    def _send(self, name: str, wire: Wire, row_bytes: int, *, home: bool = False) -> Arrival | None:
+    def _send(self, name: str, wire: Wire | None, *, home: bool = False, in_forward: bool = True) -> Arrival | None:
         """Issue an exchange now; None where no rank moves a row."""
-        if not wire.active:
+        if wire is None:
             return None
-        pack, unpack = wire.packing(row_bytes, home=home)
-        self._spend(self.copies, "pack", pack)
+        pack, transfer, reduce = wire.home if home else wire.there
+        self._spend(self.copies, "pack", pack, in_forward=in_forward)
         begin = np.maximum(self.now, self.link_free)
-        starts = wire.started(begin)
-        seconds = wire.seconds(row_bytes)
-        self.owed = self.owed + self.transfer_load * seconds
-        ends = starts + seconds
         # Where a rank moves nothing it waits for no one.
-        idle = ends == starts
-        starts, ends = np.where(idle, begin, starts), np.where(idle, begin, ends)
+        moves = transfer > 0
+        ends = np.where(moves, wire.started(begin) + transfer, begin)
         self.link_free = ends
-        self.transfers.append(PassSpan(name, begin, ends))
+        if self.transfer_load:
+            self.owed = self.owed + self.transfer_load * transfer
+        self.transfers.append(_Span(name, begin, ends, in_forward))
         # Received rows are used where they lie; only what comes home is reduced.
-        return Arrival(np.where(idle, self.now, ends), unpack if home else np.zeros_like(unpack))
+        return Arrival(np.where(moves, ends, self.now), reduce, in_forward)

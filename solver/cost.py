@@ -263,10 +263,19 @@ class Hardware:
         self, areas: FloatArray, num_slices: FloatArray, heads: Heads, *, backward: bool = False
     ) -> FloatArray:
         """Time of the local kernel on `areas` visible pairs in `num_slices` slices; 0 without slices."""
-        flop = heads.backward_flop if backward else heads.forward_flop
-        rate = self.backward_flops if backward else self.forward_flops
-        busy = self.launch_s + num_slices * self.slice_s + areas * (flop / rate)
-        return np.where(num_slices > 0, busy, 0.0)
+        return self._busy(areas * self._pair_seconds(heads)[int(backward)], num_slices)
+
+    def both_kernels_seconds(self, areas: FloatArray, num_slices: FloatArray, heads: Heads) -> FloatArray:
+        """The same of forward and of backward, [2, ...]; areas, num_slices: [1 or 2, ...], the passes first."""
+        of_pair = np.reshape(self._pair_seconds(heads), (2,) + (1,) * (areas.ndim - 1))
+        return self._busy(areas * of_pair, num_slices)
+
+    def _busy(self, seconds: FloatArray, num_slices: FloatArray) -> FloatArray:
+        return np.where(num_slices > 0, self.launch_s + num_slices * self.slice_s + seconds, 0.0)
+
+    def _pair_seconds(self, heads: Heads) -> tuple[float, float]:
+        """Of a visible pair, forward and backward."""
+        return heads.forward_flop / self.forward_flops, heads.backward_flop / self.backward_flops
 
     def merge_seconds(
         self, rows: FloatArray, keys: FloatArray, heads: Heads, *, backward: bool = False
@@ -276,6 +285,10 @@ class Hardware:
         key = heads.num_kv * (heads.head_dim + heads.head_dim_v) if backward else 0
         seconds: FloatArray = (rows * row + keys * key) * (_FP32 / self.copy_bytes_per_s)
         return seconds
+
+    def both_merges_seconds(self, rows: FloatArray, keys: FloatArray, heads: Heads) -> FloatArray:
+        """The same of forward and of backward, [2, ...]."""
+        return np.stack([self.merge_seconds(rows, keys, heads, backward=backward) for backward in (False, True)])
 
 
 # Attention rates: FA3 on H100, causal, 32K tokens: 679 forward and 586 backward TFLOP/s, as published

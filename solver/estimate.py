@@ -7,13 +7,13 @@ costs a millisecond or two, at any number of ranks and stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .clock import LATE_SHARE, Clock
+from .clock import LATE_SHARE, Clock, Leg
 from .cost import FloatArray, Hardware, Heads
 from .placement import Placement
 from .routes import Intervals, LinkRows, merge_intervals, rows_missing, rows_owned, runs_needed
@@ -131,13 +131,7 @@ def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable
     """
     best: Staging | None = None
     in_vain = 0
-    for count in counts:
-        edges = np.array(_EDGES if count > 2 else (1,))
-        weights = np.ones((count, len(edges), 1), dtype=np.int64)
-        weights[1:-1] = edges[:, None]
-        seconds = _step_seconds(load, heads, hardware, weights / np.maximum(weights.sum(axis=0), 1))
-        at = int(seconds.argmin())
-        found = Staging(tuple(weights[:, at, 0].tolist()), float(seconds[at]))
+    for found in _stagings(_Step(load, heads, hardware), list(counts)):
         if best is None or found.seconds < best.seconds * (1 - _STAGE_GAIN):
             best, in_vain = found, 0
         else:
@@ -148,76 +142,110 @@ def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable
     return best
 
 
-def _step_seconds(load: Load, heads: Heads, hardware: Hardware, shares: FloatArray) -> FloatArray:
-    """Both passes of the slowest rank, [n], for n ways to share the remote keys between stages, [stages, n, 1]."""
-    row = heads.row_bytes()
-    shape = (shares.shape[1], len(load.areas))
-    queries = _EstimatedWire(load.queries, np.ones((1, 1)), hardware, load.two_level)
-    stages = [_EstimatedWire(load.keys, share, hardware, load.two_level) for share in shares]
-    own = np.broadcast_to(load.own_share, shape)
-    sides = {"own": 1 - load.guest_share, **({"guest": load.guest_share} if queries.active else {})}
+def _stagings(step: _Step, counts: list[int]) -> Iterator[Staging]:
+    """The best of each number of stages."""
+    if counts[:2] == [1, 2]:
+        # One stage is two of which the first is empty: both are issued at the start. So one clock times both.
+        shares = np.array([[[0.0], [0.5]], [[1.0], [0.5]]])
+        for count, seconds in zip((1, 2), step.seconds(shares).tolist(), strict=True):
+            yield Staging((1,) * count, seconds)
+        counts = counts[2:]
+    for count in counts:
+        edges = np.array(_EDGES if count > 2 else (1,))
+        weights = np.ones((count, len(edges), 1), dtype=np.int64)
+        weights[1:-1] = edges[:, None]
+        seconds = step.seconds(weights / np.maximum(weights.sum(axis=0), 1))
+        at = int(seconds.argmin())
+        yield Staging(tuple(weights[:, at, 0].tolist()), float(seconds[at]))
 
-    late = (load.late[0] * LATE_SHARE, load.late[1] * LATE_SHARE)
-    far_slices = [load.far_slices * share + (load.cuts if len(shares) > 1 else load.gaps) for share in shares]
 
-    def kernel(part: FloatArray, slices: np.ndarray[Any, Any], *, backward: bool) -> FloatArray:
-        """Seconds on a part of the pairs."""
+class _Step:
+    """The step of a load, to be timed with any stages; what does not depend on them is reckoned once."""
+
+    def __init__(self, load: Load, heads: Heads, hardware: Hardware) -> None:
+        self.load, self.heads, self.hardware = load, heads, hardware
+        self.row = row = heads.row_bytes()
+        self.queries = self._wires(load.queries, np.ones((1, 1, 1)), (row.q, row.q_again, row.partial, row.dq))
+        # The shares of its own queries' pairs, and of those of queries that it receives, if any rank does.
+        guests = {} if self.queries == [None] else {"guest": load.guest_share}
+        self.sides = {"own": 1 - load.guest_share, **guests}
+        self.home = self._home()
+
+    def _home(self) -> dict[str, FloatArray]:
+        """Seconds of both passes on keys that are owned, [2, 1, cp_size], by side."""
+        load, own_slices = self.load, self.load.own_slices
+        shares = {side: load.own_share * share for side, share in self.sides.items()}
+        if not load.keys.any():
+            return {side: self._kernel(share[None, None], own_slices) for side, share in shares.items()}
+        late = np.array((0.0, LATE_SHARE))[:, None, None]
+        parts = {**shares, "own": shares["own"] * (1 - late), "late": shares["own"] * late}
+        slices = {"own": own_slices * (1 - late), "late": own_slices * late}
+        kernels = {
+            side: self._kernel(np.broadcast_to(part, (2, 1, len(load.areas))), slices.get(side, own_slices))
+            for side, part in parts.items()
+        }
+        # What comes last is added to what came first.
+        merged = (rows * LATE_SHARE for rows in load.late)
+        kernels["late"][1] += self.hardware.merge_seconds(*merged, self.heads, backward=True)
+        return kernels
+
+    def seconds(self, shares: FloatArray) -> FloatArray:
+        """Both passes of the slowest rank, [n], for n ways to share the remote keys between stages, [stages, n, 1]."""
+        load, row = self.load, self.row
+        several = (shares > 0).sum(axis=0) > 1
+        slices = load.far_slices * shares + np.where(several, load.cuts, load.gaps)
+        merging = self.hardware.both_merges_seconds(load.merged, load.fetched * shares, self.heads)
+        parts = (1 - load.own_share) * shares
+        far = {
+            side: self._kernel((parts * share)[None], slices[None]) + share * merging * (shares > 0)
+            for side, share in self.sides.items()
+        }
+        kernels = [{side: seconds[:, stage] for side, seconds in far.items()} for stage in range(len(shares))]
+        clock = Clock((2, shares.shape[1], len(load.areas)), load.num_hops, self.hardware.transfer_load)
+        stages = self._wires(load.keys, shares, (row.kv, row.kv_again, 0, row.dkv))
+        clock.run([self.home, *kernels], *self.queries, stages)
+        total: FloatArray = clock.now.max(axis=2).sum(axis=0)
+        return total
+
+    def _kernel(self, part: FloatArray, slices: np.ndarray[Any, Any]) -> FloatArray:
+        """Seconds of both passes on a part of the pairs, [1 or 2, ...]."""
         slices = np.where(part > 0, np.maximum(slices, 1), 0)
-        return hardware.kernel_seconds(load.areas * part, slices, heads, backward=backward)
+        return self.hardware.both_kernels_seconds(self.load.areas * part, slices, self.heads)
 
-    total = np.zeros(shape[0])
-    for backward in (False, True):
-        kernels = [{name: kernel(own * side, load.own_slices, backward=backward) for name, side in sides.items()}]
-        if backward and len(shares):
-            for name, part in (("own", 1 - LATE_SHARE), ("late", LATE_SHARE)):
-                kernels[0][name] = kernel(own * sides["own"] * part, load.own_slices * part, backward=True)
-            # What comes last is added to what came first.
-            kernels[0]["late"] = kernels[0]["late"] + hardware.merge_seconds(*late, heads, backward=True)
-        for share, slices in zip(shares, far_slices, strict=True):
-            merging = hardware.merge_seconds(load.merged, load.fetched * share, heads, backward=backward)
-            kernels.append({
-                name: kernel((1 - own) * share * side, slices, backward=backward) + side * merging
-                for name, side in sides.items()
-            })
-        clock = Clock(shape, load.num_hops, hardware.transfer_load)
-        clock.run(
-            kernels,
-            queries,
-            stages,
-            out_bytes=row.q_again if backward else row.q,
-            kv_bytes=row.kv_again if backward else row.kv,
-            home_bytes=row.dq if backward else row.partial,
-            dkv_bytes=row.dkv if backward else 0,
-        )
-        total += clock.now.max(axis=1)
-    return total
+    def _wires(
+        self, rows: LinkRows, shares: FloatArray, row_bytes: tuple[int, int, int, int]
+    ) -> list[_EstimatedWire | None]:
+        """The exchange of each of these shares of the rows, [stages, n, 1].
+
+        row_bytes: of a row on its way there in forward and backward, and home in forward and backward.
+        """
+        if not rows.any():
+            return [None] * len(shares)
+        hardware = self.hardware
+        weights = np.reshape(row_bytes, (4, 1, 1, 1)) * shares
+        near = hardware.within.seconds(rows.within * weights)
+        far = hardware.across.seconds(rows.across * weights)
+        seconds = near + far if self.load.two_level else np.maximum(near, far)
+        if rows.before is not None:
+            link = hardware.across if rows.across.any() else hardware.within
+            seconds += link.seconds(rows.before * weights)
+        packed = rows.within if self.load.two_level else rows.within + rows.across
+        packing = packed * (weights / hardware.copy_bytes_per_s)
+        there, home = (slice(0, 2), slice(2, 4))
+        return [
+            _EstimatedWire(
+                Leg(packing[there, stage], seconds[there, stage]),
+                Leg(packing[home, stage], seconds[home, stage], packing[home, stage]),
+            )
+            for stage in range(len(shares))
+        ]
 
 
 class _EstimatedWire(NamedTuple):
-    """A share of the rows, [n, 1], and no peers in particular."""
+    """A share of the rows, and no peers in particular."""
 
-    rows: LinkRows
-    share: FloatArray
-    hardware: Hardware
-    two_level: bool
-
-    @property
-    def active(self) -> bool:
-        return bool(self.rows.within.any() or self.rows.across.any())
-
-    def seconds(self, row_bytes: int) -> FloatArray:
-        near = self.hardware.within.seconds(self.rows.within * self.share * row_bytes)
-        far = self.hardware.across.seconds(self.rows.across * self.share * row_bytes)
-        seconds = near + far if self.two_level else np.maximum(near, far)
-        if self.rows.before is not None:
-            link = self.hardware.across if self.rows.across.any() else self.hardware.within
-            seconds += link.seconds(self.rows.before * self.share * row_bytes)
-        return seconds
-
-    def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
-        rows = self.rows.within if self.two_level else self.rows.within + self.rows.across
-        seconds: FloatArray = rows * self.share * (row_bytes / self.hardware.copy_bytes_per_s)
-        return seconds, seconds
+    there: Leg
+    home: Leg
 
     def started(self, ready: FloatArray) -> FloatArray:
         """Halfway between when it is ready and when all are: not all of them trade with one another."""

@@ -202,6 +202,11 @@ class Plan:
         )
         return RowsMoved(received.astype(np.int64), sent.astype(np.int64))
 
+    @property
+    def num_hops(self) -> int:
+        """Hops of an exchange."""
+        return 1 + (1 < self.ranks_per_node < self.cp_size) + self.relays
+
     def hops(self, routes: RouteTable) -> tuple[RouteTable, ...]:
         """The hops in which rows travel these routes of the plan: `hop_tables`."""
         return hop_tables(routes, cp_size=self.cp_size, ranks_per_node=self.ranks_per_node, relays=self.relays)
@@ -257,7 +262,7 @@ class Draft:
             ValueError: cp_size is no multiple of ranks_per_node.
         """
         load = self._load(hardware, ranks_per_node)
-        if not load.keys.within.any() and not load.keys.across.any():
+        if not load.keys.any():
             return choose_stages(load, costs.heads, hardware, (0,))
         counts = (num_stages,) if num_stages is not None else range(1, self._most_stages() + 1)
         nodes = self._relay_nodes(hardware, ranks_per_node)

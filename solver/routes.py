@@ -131,6 +131,10 @@ class LinkRows(NamedTuple):
     across: IntArray
     before: IntArray | None = None
 
+    def any(self) -> bool:
+        """Whether any rank moves a row."""
+        return bool(self.within.any() or self.across.any())
+
 
 def link_rows(needed: Intervals, placement: Placement, ranks_per_node: int, *, once_per_node: bool) -> LinkRows:
     """What bringing each rank the rows that it needs and does not own takes of its links.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clock import LATE_SHARE, Clock, PassTimeline
+from .clock import LATE_SHARE, Clock, Leg, PassTimeline
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
 from .routes import Intervals, RouteTable, merge_intervals
@@ -39,56 +39,50 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
         heads: of the call; None is 32 query and 8 key heads of 128 in 16 bits.
     """
     heads = Heads() if heads is None else heads
-    works = _stage_works(plan)
     row = heads.row_bytes()
-    queries = _Wire.of(plan, plan.q_routes, hardware)
-    stages = [_Wire.of(plan, plan.kv_routes.of_stage(stage), hardware) for stage in range(plan.num_stages)]
-
-    def kernel(work: StageWork, *, backward: bool, first: bool) -> FloatArray:
-        seconds = hardware.kernel_seconds(work.areas, work.slices, heads, backward=backward)
-        if first:
-            return seconds
-        return seconds + hardware.merge_seconds(work.rows, work.keys, heads, backward=backward)
-
-    def kernels(backward: bool) -> list[dict[str, FloatArray]]:
-        seconds = [
-            {side: kernel(work, backward=backward, first=number == 0) for side, work in sides.items()}
-            for number, sides in enumerate(works)
-        ]
-        if backward and plan.num_stages:
-            home = works[0]["own"]
-            for side, share in (("own", 1 - LATE_SHARE), ("late", LATE_SHARE)):
-                part = StageWork(home.areas * share, home.slices * share, home.rows * share, home.keys * share)
-                seconds[0][side] = kernel(part, backward=True, first=side == "own")
-        return seconds
-
-    num_hops = len(queries.hops)
-    forward = Clock((plan.cp_size,), num_hops, hardware.transfer_load)
-    forward.run(kernels(False), queries, stages, out_bytes=row.q, kv_bytes=row.kv, home_bytes=row.partial, dkv_bytes=0)
-    backward = Clock((plan.cp_size,), num_hops, hardware.transfer_load)
-    backward.run(
-        kernels(True),
-        queries,
-        stages,
-        out_bytes=row.q_again,
-        kv_bytes=row.kv_again,
-        home_bytes=row.dq,
-        dkv_bytes=row.dkv,
-    )
-    return StepTimeline(forward.timeline(), backward.timeline())
+    queries = _wires(plan, plan.q_routes, 1, hardware, (row.q, row.q_again, row.partial, row.dq))
+    stages = _wires(plan, plan.kv_routes, plan.num_stages, hardware, (row.kv, row.kv_again, 0, row.dkv))
+    clock = Clock((2, plan.cp_size), plan.num_hops, hardware.transfer_load)
+    clock.run(_kernels(plan, hardware, heads), *queries, stages)
+    return StepTimeline(clock.timeline(backward=False), clock.timeline(backward=True))
 
 
-class StageWork(NamedTuple):
-    """Pairs and slices of each rank in one stage, and how many rows of queries and of keys these touch, [cp_size]."""
+def _kernels(plan: Plan, hardware: Hardware, heads: Heads) -> list[dict[str, FloatArray]]:
+    """Seconds of both passes of each stage's work, [2, cp_size], by side."""
+    seconds = {}
+    for side, work in _stage_works(plan).items():
+        seconds[side] = hardware.both_kernels_seconds(work.areas[None], work.slices[None], heads)
+        seconds[side][:, 1:] += hardware.both_merges_seconds(work.rows[1:], work.keys[1:], heads)
+        if side == "own" and plan.num_stages:
+            first, last = work.at_home(1 - LATE_SHARE), work.at_home(LATE_SHARE)
+            seconds[side][1, 0] = hardware.kernel_seconds(first.areas, first.slices, heads, backward=True)
+            late = hardware.kernel_seconds(last.areas, last.slices, heads, backward=True)
+            # What comes last is added to what came first.
+            late += hardware.merge_seconds(last.rows, last.keys, heads, backward=True)
+    kernels = [{side: each[:, stage] for side, each in seconds.items()} for stage in range(plan.num_stages + 1)]
+    if plan.num_stages:
+        kernels[0]["late"] = np.stack([np.zeros_like(late), late])
+    return kernels
+
+
+class _Work(NamedTuple):
+    """What each rank has to do in each stage, that of own keys first, [num_stages + 1, cp_size].
+
+    areas, slices: pairs and slices. rows, keys: so many rows of queries and of keys these touch.
+    """
 
     areas: FloatArray
     slices: FloatArray
     rows: FloatArray
     keys: FloatArray
 
+    def at_home(self, share: float) -> _Work:
+        """A share of the work on own keys, [cp_size]."""
+        return _Work(*(column[0] * share for column in self))
 
-def _stage_works(plan: Plan) -> list[dict[str, StageWork]]:
-    """The first stage's work, then each remote stage's: on own queries, and on received ones where any are."""
+
+def _stage_works(plan: Plan) -> dict[str, _Work]:
+    """On own queries, and on received ones where any are."""
     placement, routes, size = plan.k_placement, plan.kv_routes, plan.cp_size
     # Stages are told apart by their ranks' numbers, and cut together: rank r of stage s is s * cp_size + r.
     arrive = merge_intervals((routes.stages + 1) * size + routes.dsts, routes.starts, routes.ends)
@@ -100,14 +94,10 @@ def _stage_works(plan: Plan) -> list[dict[str, StageWork]]:
         guests = merge_intervals(plan.q_routes.dsts, plan.q_routes.starts, plan.q_routes.ends)
         stride = plan.q_placement.total_seqlen + 1
         rows = {side: _cut(*rows["own"], held, 0, stride) for side, held in (("own", own), ("guest", guests))}
-    works = {side: _work_on(plan, *tasks, keys) for side, tasks in rows.items()}
-    return [
-        {side: StageWork(*(column[stage] for column in work)) for side, work in works.items()}
-        for stage in range(plan.num_stages + 1)
-    ]
+    return {side: _work_on(plan, *tasks, keys) for side, tasks in rows.items()}
 
 
-def _work_on(plan: Plan, tasks: IntArray, ranks: IntArray, keys: Intervals) -> StageWork:
+def _work_on(plan: Plan, tasks: IntArray, ranks: IntArray, keys: Intervals) -> _Work:
     """The work of each rank's tasks on the keys of each stage, [num_stages + 1, cp_size]."""
     stages, size = plan.num_stages + 1, plan.cp_size
     numbers = (np.arange(stages)[:, None] * size + ranks).ravel()
@@ -119,7 +109,7 @@ def _work_on(plan: Plan, tasks: IntArray, ranks: IntArray, keys: Intervals) -> S
     def per_rank(numbers: IntArray, counts: IntArray) -> FloatArray:
         return np.bincount(numbers, counts, stages * size).astype(np.float64).reshape(stages, size)
 
-    return StageWork(
+    return _Work(
         areas=per_rank(owner, table.areas()),
         slices=per_rank(owner, np.ones_like(owner)),
         rows=per_rank(q_rows.ranks, q_rows.ends - q_rows.starts),
@@ -148,7 +138,7 @@ def _cut(
 
 
 class _Hop(NamedTuple):
-    """Rows that each rank receives and sends in one collective, by kind of link, [cp_size]."""
+    """Rows that each rank receives and sends in a collective of each stage, by kind of link, [num_stages, cp_size]."""
 
     received_within: IntArray
     sent_within: IntArray
@@ -156,58 +146,74 @@ class _Hop(NamedTuple):
     sent_across: IntArray
 
     @classmethod
-    def of(cls, routes: RouteTable, cp_size: int, ranks_per_node: int) -> _Hop:
+    def of(cls, routes: RouteTable, num_stages: int, cp_size: int, ranks_per_node: int) -> _Hop:
         rows = (routes.ends - routes.starts).astype(np.float64)
         rows = np.where(routes.srcs == routes.dsts, 0.0, rows)
         far = rows * (routes.srcs // ranks_per_node != routes.dsts // ranks_per_node)
-        near = rows - far
-        counts = [np.bincount(side, part, cp_size) for part in (near, far) for side in (routes.dsts, routes.srcs)]
-        return cls(*(count.astype(np.int64) for count in counts))
+        sides, size = [routes.stages * cp_size + side for side in (routes.dsts, routes.srcs)], num_stages * cp_size
+        counts = [np.bincount(side, part, size) for part in (rows - far, far) for side in sides]
+        return cls(*(count.astype(np.int64).reshape(num_stages, cp_size) for count in counts))
 
-    def seconds(self, row_bytes: int, hardware: Hardware) -> FloatArray:
+    @property
+    def received(self) -> IntArray:
+        return self.received_within + self.received_across
+
+    @property
+    def sent(self) -> IntArray:
+        return self.sent_within + self.sent_across
+
+    def seconds(self, row_bytes: FloatArray, hardware: Hardware) -> FloatArray:
         """Both directions and both kinds of link work at once: the slowest decides."""
-        near = np.maximum(self.received_within, self.sent_within) * float(row_bytes)
-        far = np.maximum(self.received_across, self.sent_across) * float(row_bytes)
+        near = np.maximum(self.received_within, self.sent_within) * row_bytes
+        far = np.maximum(self.received_across, self.sent_across) * row_bytes
         return np.maximum(hardware.within.seconds(near), hardware.across.seconds(far))
 
 
 class _Wire(NamedTuple):
-    """The exchange of one stage: its hops, and who waits for whom."""
+    """The exchange of one stage, and who waits for whom: ranks[i] for each of others[first[i]:first[i + 1]]."""
 
-    hops: tuple[_Hop, ...]
-    pairs: IntArray
-    hardware: Hardware
-
-    @classmethod
-    def of(cls, plan: Plan, routes: RouteTable, hardware: Hardware) -> _Wire:
-        size = plan.cp_size
-        tables = plan.hops(routes)
-        pairs = np.unique(routes.dsts * size + routes.srcs)
-        return cls(tuple(_Hop.of(table, size, hardware.ranks_per_node) for table in tables), pairs, hardware)
-
-    @property
-    def active(self) -> bool:
-        return len(self.pairs) > 0
-
-    def seconds(self, row_bytes: int) -> FloatArray:
-        total: FloatArray = np.sum([hop.seconds(row_bytes, self.hardware) for hop in self.hops], axis=0)
-        return total
-
-    def packing(self, row_bytes: int, *, home: bool) -> tuple[FloatArray, FloatArray]:
-        """Seconds to pack what leaves and to take in what comes (home: the way back)."""
-        out, into = self.hops[0], self.hops[-1]
-        row_seconds = np.float64(row_bytes / self.hardware.copy_bytes_per_s)
-        sent: FloatArray = (out.sent_within + out.sent_across) * row_seconds
-        received: FloatArray = (into.received_within + into.received_across) * row_seconds
-        return (received, sent) if home else (sent, received)
+    there: Leg
+    home: Leg
+    ranks: IntArray
+    first: IntArray
+    others: IntArray
 
     def started(self, ready: FloatArray) -> FloatArray:
         """When all peers are ready."""
-        dsts, srcs = np.divmod(self.pairs, len(ready))
         starts = ready.copy()
-        np.maximum.at(starts, dsts, ready[srcs])
-        np.maximum.at(starts, srcs, ready[dsts])
+        latest = np.maximum.reduceat(ready[:, self.others], self.first, axis=1)
+        starts[:, self.ranks] = np.maximum(starts[:, self.ranks], latest)
         return starts
+
+
+def _wires(
+    plan: Plan, routes: RouteTable, num_stages: int, hardware: Hardware, row_bytes: tuple[int, int, int, int]
+) -> list[_Wire | None]:
+    """The exchange of each stage.
+
+    row_bytes: of a row on its way there in forward and backward, and home in forward and backward.
+    """
+    if not len(routes):
+        return [None] * num_stages
+    size, weights = plan.cp_size, np.reshape(row_bytes, (4, 1, 1)).astype(np.float64)
+    hops = [_Hop.of(table, num_stages, size, hardware.ranks_per_node) for table in plan.hops(routes)]
+    seconds = np.sum([hop.seconds(weights, hardware) for hop in hops], axis=0)
+    copying = weights / hardware.copy_bytes_per_s
+    sent, received = hops[0].sent * copying, hops[-1].received * copying
+    wires: list[_Wire | None] = []
+    for stage in range(num_stages):
+        of_stage = routes.of_stage(stage)
+        if not len(of_stage):
+            wires.append(None)
+            continue
+        pairs = np.unique(np.concatenate([of_stage.dsts * size + of_stage.srcs, of_stage.srcs * size + of_stage.dsts]))
+        ranks, others = np.divmod(pairs, size)
+        ranks, first = np.unique(ranks, return_index=True)
+        # What leaves is packed, and what comes home is taken in.
+        there = Leg(sent[:2, stage], seconds[:2, stage])
+        home = Leg(received[2:, stage], seconds[2:, stage], sent[2:, stage])
+        wires.append(_Wire(there, home, ranks, first, others))
+    return wires
 
 
 def traffic_matrix(plan: Plan, heads: Heads, *, bins: int | None = None) -> FloatArray:
