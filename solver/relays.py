@@ -80,12 +80,21 @@ def hop_tables(routes: RouteTable, *, cp_size: int, ranks_per_node: int, relays:
     sends = _Sends(routes.dsts + base, routes.srcs + base, routes.starts, routes.ends)
     if not nodes:
         return tuple(part.table(cp_size) for part in _levelled(sends, cp_size))
-    across, within = _by_nodes(sends, ranks_per_node)
-    return tuple(part.table(cp_size) for part in (*_levelled(across, cp_size), within))
+    across, near, fanned = _by_nodes(sends, ranks_per_node)
+    before, across = _levelled(across, cp_size)
+    # What its owner's node needs is passed on there while other rows cross between nodes.
+    passed, within = _levelled(near, cp_size, fanned)
+    return tuple(part.table(cp_size) for part in (before, _joined(across, passed), within))
 
 
-def _by_nodes(sends: _Sends, ranks_per_node: int) -> tuple[_Sends, _Sends]:
-    """Each row once to each node that needs it, evenly to its ranks, and from these to those that need it."""
+def _joined(sends: _Sends, others: _Sends) -> _Sends:
+    return _Sends(*(np.concatenate(pair) for pair in zip(sends, others, strict=True)))
+
+
+def _by_nodes(sends: _Sends, ranks_per_node: int) -> tuple[_Sends, _Sends, _Sends]:
+    """Each row once to each other node that needs it, evenly to its ranks; what its owner's node needs; and from the
+    ranks that it came to in others to those that need it.
+    """
     node = sends.dsts // ranks_per_node
     crosses = node != sends.srcs // ranks_per_node
     far, near = sends.take(crosses), sends.take(~crosses)
@@ -116,22 +125,28 @@ def _by_nodes(sends: _Sends, ranks_per_node: int) -> tuple[_Sends, _Sends]:
     fanned = _Sends(
         far.dsts[row], landing[at], np.maximum(far.starts[row], starts[at]), np.minimum(far.ends[row], ends[at])
     )
-    return across, _Sends(*(np.concatenate(pair) for pair in zip(near, fanned, strict=True)))
+    return across, near, fanned
 
 
-def _levelled(sends: _Sends, cp_size: int) -> tuple[_Sends, _Sends]:
-    """The same in two hops: what owners of too much send to those that pass it on, then all that is delivered."""
-    size = (int(max(sends.srcs.max(initial=0), sends.dsts.max(initial=0))) // cp_size + 1) * cp_size
-    load, taken = (np.bincount(side, sends.rows, size) for side in (sends.srcs, sends.dsts))
+def _levelled(sends: _Sends, cp_size: int, others: _Sends | None = None) -> tuple[_Sends, _Sends]:
+    """The same in two hops: what owners of too much send to those that pass it on, then all that is delivered.
+
+    others: what is delivered besides, and not passed on.
+    """
+    whole = sends if others is None else _joined(sends, others)
+    rows = whole.rows * (whole.srcs != whole.dsts)
+    size = (int(max(whole.srcs.max(initial=0), whole.dsts.max(initial=0))) // cp_size + 1) * cp_size
+    load, taken = (np.bincount(side, rows, size) for side in (whole.srcs, whole.dsts))
     room = np.repeat(taken.reshape(-1, cp_size).max(axis=1), cp_size)
     busy = (load > room)[sends.srcs]
     if not busy.any():
-        return sends.take(busy), sends
+        return sends.take(busy), whole
     blocks = _Blocks.of(sends.take(busy))
     passed = blocks.to_relieve(load - room)
     parts = _deal(blocks, passed, np.minimum(load, room), room)
     first, delivered = blocks.hops(passed, parts)
-    return first, _Sends(*(np.concatenate(pair) for pair in zip(sends.take(~busy), delivered, strict=True)))
+    delivered = _joined(sends.take(~busy), delivered)
+    return first, delivered if others is None else _joined(delivered, others)
 
 
 class _Blocks(NamedTuple):
@@ -184,7 +199,7 @@ class _Blocks(NamedTuple):
         rest = (self.starts + passed)[self.block]
         direct = _Sends(self.dst, self.srcs[self.block], rest, self.ends[self.block])
         direct = direct.take(direct.rows > 0)
-        return first, _Sends(*(np.concatenate(pair) for pair in zip(direct, onward, strict=True)))
+        return first, _joined(direct, onward)
 
 
 def _to_relieve(srcs: IntArray, rows: IntArray, counts: IntArray, excess: FloatArray) -> IntArray:
@@ -237,7 +252,10 @@ def relayed_link_rows(
         node = np.arange(placement.cp_size) // ranks_per_node
         # A rank passes on its share of what lands in its node, to all who need it there but itself.
         passed_on = far_in * (ranks_per_node - 1) / ranks_per_node
-        near_in, near_out = near_in + passed_on, near_out + _per_rank(passed_on, node)
+        near_in, all_out = near_in + passed_on, near_out + _per_rank(passed_on, node)
+        # Of what it owns a rank sends each row once at least; others in its node send what it is relieved of.
+        spared = np.minimum(np.maximum(all_out - near_in.max(), 0), np.maximum(near_out - placement.num_tokens, 0))
+        near_out = all_out - spared + _per_rank(spared, node)
         of_ranks, nodes = by_node(needed, placement, ranks_per_node)
         of_node = merge_intervals(*of_ranks)
         landed = np.bincount(of_node.ranks, rows_from_others(of_node, nodes), nodes.cp_size)

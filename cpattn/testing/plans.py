@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 
 from cpattn import AttnMaskSpec
-from cpattn.solver import Exchange, Plan, SliceTable
+from cpattn.solver import Exchange, Plan, RankPlan, SliceTable
 
 
 def require_exact_plan(plan: Plan, spec: AttnMaskSpec) -> None:
@@ -43,15 +43,25 @@ def hop(exchanges: list[Exchange], rows: list[np.ndarray]) -> list[np.ndarray]:
     return received
 
 
+def nodes_sent_to(rank: int, exchange: Exchange, per_node: int) -> set[int]:
+    """The nodes of the other ranks that it sends to."""
+    return {to // per_node for to, rows in enumerate(exchange.send_splits) if rows and to != rank}
+
+
+def require_hops_across(ranks: list[RankPlan], per_node: int) -> None:
+    """Hops before the last are for other nodes."""
+    for mine in ranks:
+        for hops in (mine.queries, *(stage.kv for stage in mine.stages)):
+            for exchange in hops[:-1]:
+                assert mine.rank // per_node not in nodes_sent_to(mine.rank, exchange, per_node)
+
+
 def exchanged(hops: list[tuple[Exchange, ...]], rows: list[np.ndarray], per_node: int) -> list[np.ndarray]:
     """The same over all hops of each rank; a later hop may pass on what the one before brought."""
     assert len({len(mine) for mine in hops}) == 1, "ranks have different numbers of hops"
     every = [list(exchanges) for exchanges in zip(*hops, strict=True)]
     sendable = rows
     for exchanges, following in itertools.pairwise(every):
-        for rank, exchange in enumerate(exchanges) if 1 < per_node < len(rows) else ():
-            across = {to // per_node for to, rows_ in enumerate(exchange.send_splits) if rows_ and to != rank}
-            assert rank // per_node not in across, "hops before the last are for other nodes"
         landed = hop(exchanges, sendable)
         sendable = [np.concatenate(pair) for pair in zip(rows, landed, strict=True)]
         for mine, came, exchange in zip(rows, landed, following, strict=True):
@@ -59,6 +69,10 @@ def exchanged(hops: list[tuple[Exchange, ...]], rows: list[np.ndarray], per_node
             assert set(range(len(mine), len(mine) + len(came))) <= passed_on, "a row lands for nothing"
     if len(every) == 1:
         assert not any(exchange.send_splits[rank] for rank, exchange in enumerate(every[0])), "sent to itself"
+    if 1 < per_node < len(rows):
+        assert all(nodes_sent_to(*each, per_node) <= {each[0] // per_node} for each in enumerate(every[-1])), (
+            "the last hop leaves a node"
+        )
     return hop(every[-1], sendable)
 
 
@@ -89,6 +103,8 @@ def replay(plan: Plan, shape: tuple[int, int]) -> np.ndarray:
         np.testing.assert_array_equal(mine.q_runs, plan.q_placement.runs_of(rank))
         assert len(mine.stages) == plan.num_stages + 1
     per_node = plan.ranks_per_node
+    if not plan.relays:
+        require_hops_across(ranks, per_node)
     guests = exchanged([mine.queries for mine in ranks], queries, per_node)
     count = np.zeros(shape, dtype=int)
     arrived = [set(tokens.tolist()) for tokens in keys]
