@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .slices import IntArray, SliceTable, expand_counts
+from .slices import IntArray, SliceTable, distinct, expand_counts
 
 # Cutting at every edge of a slice may make this many times as many blocks.
 _MOST_SMALLER = 2
@@ -87,8 +87,8 @@ def _blocks(table: SliceTable, num_rows: int, tile_rows: int) -> tuple[IntArray,
     opens = np.concatenate([[True], q0[1:] >= reach[:-1]])[: len(q0)]
     closes = np.concatenate([opens[1:], [True]])[: len(q0)]
     ends = np.array([0, num_rows])
-    everywhere = np.unique(np.concatenate([ends, table.q0, table.q1]))
-    apart = np.unique(np.concatenate([ends, q0[opens], reach[closes]]))
+    everywhere = distinct(np.concatenate([ends, table.q0, table.q1]))
+    apart = distinct(np.concatenate([ends, q0[opens], reach[closes]]))
     counts = -(-np.diff(everywhere) // tile_rows)
     mixed = bool(counts.sum() > _MOST_SMALLER * (-(-np.diff(apart) // tile_rows)).sum())
     cuts, counts = (apart, -(-np.diff(apart) // tile_rows)) if mixed else (everywhere, counts)

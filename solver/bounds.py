@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .cost import Hardware, Heads, RowCosts
 from .place.components import find_components
 from .place.density import DensityProfile
-from .slices import IntArray, SliceTable, expand_counts
+from .slices import IntArray, SliceTable, distinct, expand_counts
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -132,7 +132,7 @@ def kv_rows_bound(table: SliceTable, *, total_seqlen: int, cp_size: int, limits:
     starts, _ = find_components(table, total_seqlen)
     coarse, steps = _zone_rows(table, profile, sparsest, np.append(starts, total_seqlen), cp_size, limits)
     pooled = _pooled_rows(profile, sparsest, starts, steps, cp_size, limits)
-    edges = np.unique(np.concatenate([[0, total_seqlen], table.k0, table.k1, starts]))
+    edges = distinct(np.concatenate([[0, total_seqlen], table.k0, table.k1, starts]))
     if len(edges) > len(starts) + 1:
         fine, _ = _zone_rows(table, profile, sparsest, edges, cp_size, limits)
         owner = np.searchsorted(starts, edges[:-1], side="right") - 1
@@ -159,9 +159,9 @@ def _pooled_rows(
     most_seen = np.zeros(len(starts), dtype=np.int64)
     owner = np.searchsorted(starts, pieces.starts, side="right") - 1
     np.maximum.at(most_seen, owner, np.maximum(pieces.first, at_end))
-    one_rank = np.delete(most_seen, np.unique(steps.zones))
+    one_rank = np.delete(most_seen, distinct(steps.zones))
     apart = np.sort(np.concatenate([steps.values, one_rank]))
-    z = np.unique(np.concatenate([np.linspace(0, most_seen.max(), _THRESHOLDS).astype(np.int64), apart]))
+    z = distinct(np.concatenate([np.linspace(0, most_seen.max(), _THRESHOLDS).astype(np.int64), apart]))
     # Only cells all of whose tokens see more than z.
     cell = np.searchsorted(sparsest.density[:-1], z, side="right")
     tokens, pairs = sparsest.counts[-1] - sparsest.counts[cell], sparsest.area[-1] - sparsest.area[cell]

@@ -29,7 +29,7 @@ from .placement import Placement, place_contiguous, place_zigzag
 from .plan import DEFAULT_COSTS, Draft, Plan
 from .routes import rows_missing, runs_needed, tokens_needed
 from .schedule import Schedule, bisect_tasks, place_for_schedule
-from .slices import IntArray, SliceTable
+from .slices import IntArray, SliceTable, distinct
 
 # The joint imbalance that swaps aim at, and the largest that is accepted for the sake of less traffic.
 JOINT_LIMIT, WORST_JOINT = 1.02, 1.08
@@ -244,7 +244,7 @@ def _even_out(
     """
     cp_size, total = placement.cp_size, placement.total_seqlen
     grain = max(1, total // (cp_size * _SWAP_PIECES))
-    ends = np.unique(np.concatenate([placement.ends, np.arange(grain, total, grain)]))
+    ends = distinct(np.concatenate([placement.ends, np.arange(grain, total, grain)]))
     lengths = np.diff(ends, prepend=0)
     owners = placement.owner_of(ends - 1)
     pairs = np.stack([_piece_areas(mask, ends, total) for mask in masks])
@@ -321,7 +321,7 @@ def weighted_profile(masks: Sequence[SliceTable], weights: Sequence[float], tota
     """The weighted sum of the masks' densities, scaled to integers (the smallest weight counts 64)."""
     scale = 64 / min(weights)
     profiles = [DensityProfile.from_table(mask, total_seqlen) for mask in masks]
-    cuts = np.unique(np.concatenate([profile.starts for profile in profiles]))
+    cuts = distinct(np.concatenate([profile.starts for profile in profiles]))
     profiles = [profile.cut(cuts) for profile in profiles]
     base = profiles[0]
     counts = [round(weight * scale) for weight in weights]

@@ -28,7 +28,7 @@ from .routes import (
     rows_sent,
     two_level_routes,
 )
-from .slices import IntArray, expand_counts
+from .slices import IntArray, distinct, expand_counts
 
 # A row is dealt to at most about so many ranks that pass it on in parts, of at least so many rows.
 _MOST_PARTS, _LEAST_PART = 32, 16
@@ -53,7 +53,8 @@ class _Sends(NamedTuple):
 
     def table(self, cp_size: int) -> RouteTable:
         """As routes: sorted, and those of one pair of ranks that touch in one."""
-        order = np.lexsort((self.starts, self.srcs, self.dsts))
+        width, length = (int(most.max(initial=0)) + 1 for most in (self.srcs, self.ends))
+        order = np.argsort((self.dsts * width + self.srcs) * length + self.starts)
         dsts, srcs, starts, ends = (column[order] for column in self)
         if not len(order):
             return RouteTable.empty()
@@ -166,10 +167,12 @@ class _Blocks(NamedTuple):
     def of(cls, sends: _Sends) -> _Blocks:
         stride = int(sends.ends.max()) + 1
         base = sends.srcs * stride
-        cuts = np.unique(np.concatenate([base + sends.starts, base + sends.ends]))
+        cuts = distinct(np.concatenate([base + sends.starts, base + sends.ends]))
         first, last = np.searchsorted(cuts, base + sends.starts), np.searchsorted(cuts, base + sends.ends)
         row, nth = expand_counts(last - first)
-        used, block = np.unique(first[row] + nth, return_inverse=True)
+        between = first[row] + nth
+        some = np.bincount(between) > 0
+        used, block = np.flatnonzero(some), (np.cumsum(some) - 1)[between]
         dst = sends.dsts[row]
         # Each block begins with another of its ranks, so that what is rounded off does not always fall to the same.
         order = np.lexsort(((dst * 40503 + block * 30011) % 65521, block))
@@ -286,7 +289,7 @@ class _Passed(NamedTuple):
 
 def _rows_passed(needed: Intervals, groups: Placement, placement: Placement, excess: FloatArray) -> _Passed:
     """What travels on if each rank sends its excess less; the intervals' ranks are groups, as in `rows_sent`."""
-    cuts = np.unique(np.concatenate([needed.starts, needed.ends, placement.starts, placement.ends]))
+    cuts = distinct(np.concatenate([needed.starts, needed.ends, placement.starts, placement.ends]))
     at, rows = cuts[:-1], np.diff(cuts)
     opened, closed = (np.bincount(np.searchsorted(cuts, edge), minlength=len(cuts)) for edge in needed[1:])
     group = groups.owners[np.searchsorted(groups.ends, at, side="right")]

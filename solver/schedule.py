@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .placement import Placement
 from .routes import Intervals, merge_intervals, tokens_needed
-from .slices import K0, K1, Q0, Q1, IntArray, SliceTable, expand_counts, pairs_in_rows
+from .slices import K0, K1, Q0, Q1, IntArray, SliceTable, distinct, expand_counts, pairs_in_rows
 
 
 class Schedule(NamedTuple):
@@ -194,7 +194,7 @@ def place_for_schedule(
     round, an interval's tokens are shared evenly among its users with room.
     """
     queries, keys = tokens_needed(schedule.tasks, schedule.task_ranks)
-    cuts = np.unique(np.concatenate([[0, total_seqlen], *queries[1:], *keys[1:]]))
+    cuts = distinct(np.concatenate([[0, total_seqlen], *queries[1:], *keys[1:]]))
     q_pairs, k_pairs = _uses(queries, cuts, cp_size), _uses(keys, cuts, cp_size)
     both = np.intersect1d(q_pairs, k_pairs, assume_unique=True)
     dearer, other = (q_pairs, k_pairs) if q_cost >= k_cost else (k_pairs, q_pairs)
@@ -252,7 +252,7 @@ def _cap_running(group: IntArray, amount: IntArray, limit: IntArray) -> IntArray
 def _fill(left: IntArray, room: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     """The tokens that are left, in order, into the room that is left, in order."""
     tokens, places = np.cumsum(left), np.cumsum(room)
-    ends = np.unique(np.concatenate([tokens, places]))
+    ends = distinct(np.concatenate([tokens, places]))
     ends = ends[ends > 0]
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
     interval = np.searchsorted(tokens, starts, side="right")

@@ -15,7 +15,7 @@ from .clock import LATE_SHARE, Clock, Leg, PassTimeline
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
 from .routes import Intervals, RouteTable, merge_intervals
-from .slices import IntArray, SliceTable, expand_counts
+from .slices import IntArray, SliceTable, distinct, expand_counts
 
 
 class StepTimeline(NamedTuple):
@@ -206,7 +206,7 @@ def _wires(
         if not len(of_stage):
             wires.append(None)
             continue
-        pairs = np.unique(np.concatenate([of_stage.dsts * size + of_stage.srcs, of_stage.srcs * size + of_stage.dsts]))
+        pairs = distinct(np.concatenate([of_stage.dsts * size + of_stage.srcs, of_stage.srcs * size + of_stage.dsts]))
         ranks, others = np.divmod(pairs, size)
         ranks, first = np.unique(ranks, return_index=True)
         # What leaves is packed, and what comes home is taken in.

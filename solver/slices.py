@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -212,7 +212,7 @@ class SliceTable:
         Cuts are where a slice begins, or at multiples of `grain`.
         """
         end = int(self.q1.max(initial=0))
-        places = np.unique(np.concatenate([self.q0, np.arange(0, end, grain), [end]]))
+        places = distinct(np.concatenate([self.q0, np.arange(0, end, grain), [end]]))
         pieces = self.split_q(places).table
         below = np.zeros(len(places) + 1)
         at = np.searchsorted(places, pieces.q0, side="right")
@@ -279,6 +279,12 @@ def expand_counts(counts: IntArray) -> tuple[IntArray, IntArray]:
     ends = np.cumsum(counts)
     position = np.arange(len(owner)) - np.repeat(ends - counts, counts)
     return owner, position
+
+
+def distinct(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The values in ascending order, each once, [n] -> [m]: tens of times as fast as `np.unique`, which hashes them."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 def merge_neighbours(table: SliceTable) -> SliceTable:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .rounds import colour_rounds
-from .slices import UNBOUNDED, SliceTable
+from .slices import UNBOUNDED, SliceTable, distinct
 
 # Cells of rows and key ranges beyond which a table is left as it is.
 MAX_CELLS = 1 << 14
@@ -73,7 +73,7 @@ def _joined(steps: list[_Step]) -> list[_Step]:
 
 def _rows(table: SliceTable) -> list[_Step] | None:
     """Cut at every row where a rectangle begins or ends, with key ranges that follow on each other joined."""
-    cuts = np.unique(np.concatenate([table.q0, table.q1]))
+    cuts = distinct(np.concatenate([table.q0, table.q1]))
     if int((np.searchsorted(cuts, table.q1) - np.searchsorted(cuts, table.q0)).sum()) > MAX_CELLS:
         return None
     pieces = sorted(tuple(row[:4]) for row in table.split_q(cuts).table.data.tolist())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..slices import IntArray, SliceTable
+from ..slices import IntArray, SliceTable, distinct
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,7 @@ class DensityProfile:
         """The same profile with its pieces also cut at the token indices `cuts`."""
         total = int(self.ends[-1]) if len(self) else 0
         inner = cuts[(cuts > 0) & (cuts < total)]
-        starts = np.unique(np.concatenate([self.starts, inner])).astype(np.int64)
+        starts = distinct(np.concatenate([self.starts, inner])).astype(np.int64)
         piece = np.searchsorted(self.starts, starts, side="right") - 1
         ends = np.append(starts[1:], total)[: len(starts)].astype(np.int64)
         first = self.first[piece] + self.slopes[piece] * (starts - self.starts[piece])

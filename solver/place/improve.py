@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..placement import Placement
-from ..slices import IntArray
+from ..slices import IntArray, distinct
 from .density import DensityProfile
 from .divide import PIECE_PRICE, Allowed, BoolArray, Divisions, FloatArray, Pool, best_divisions
 from .even import NUM_PARTNERS
@@ -121,7 +121,7 @@ class Holdings:
         self.num_components = len(components) * self.num_drafts
         tables = []
         for d, draft in enumerate(drafts):
-            starts = np.unique(np.concatenate([draft.starts, components]))
+            starts = distinct(np.concatenate([draft.starts, components]))
             component = np.searchsorted(components, starts, side="right") - 1 + d * len(components)
             ends = np.append(starts[1:], self.total_seqlen)
             tables.append(np.array((component, starts, ends, draft.owner_of(starts) + d * self.cp_size)))
@@ -154,7 +154,7 @@ class Holdings:
 
     def partners(self, rng: np.random.Generator) -> IntArray:
         """Pairs of different ranks of one draft: holders of one component as far as possible, at random."""
-        key = np.unique(self.pieces.owner * self.num_components + self.pieces.component)
+        key = distinct(self.pieces.owner * self.num_components + self.pieces.component)
         owner, component = np.divmod(key, self.num_components)
         # Each rank takes part for one component that it shares, if there is any: that which comes first today.
         order = rng.random(self.num_components) + (np.bincount(component, minlength=self.num_components) < 2)

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 
 from ..placement import Placement, place_contiguous
-from ..slices import SliceTable
+from ..slices import SliceTable, distinct
 from .balance import AREA_LIMIT, AREA_LIMIT_ONE_COMPONENT, UNIT_MS, place_balanced
 from .density import DensityProfile
 from .measure import rank_areas
@@ -100,7 +100,7 @@ def _divided(
         begins = np.append(0, ends[:-1])
         share = DensityProfile(begins, ends, profile.first[mine], profile.slopes[mine], profile.areas[mine])
         placement = place(share, int(ends[-1]))
-        cuts = np.unique(np.concatenate([placement.ends, ends]))
+        cuts = distinct(np.concatenate([placement.ends, ends]))
         piece = np.searchsorted(ends, cuts - 1, side="right")
         all_ends.append(starts[piece] + cuts - begins[piece])
         all_owners.append(node * ranks_per_node + placement.owner_of(cuts - 1))
