@@ -34,15 +34,15 @@ TILES_SECONDS = 0.9
 # many milliseconds for each level of their bisection, or where nobody computes in such a share of the step.
 _TILES_SHARE, _TILES_MS, _TILES_LOST = 0.5, 0.75, 0.35
 # To simulate a plan takes about so many milliseconds, and so many for each stage and for each route.
-_CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.3, 0.3, 1e-3
+_CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.4, 0.16, 4e-4
 # It may gain such a share of a step, of which a model has as many as layers.
-_CHECK_GAIN, _LAYERS = 0.05, 32
+_CHECK_GAIN, _LAYERS = 0.12, 32
 # What is estimated to take so many times as long as the best may still be faster; and where rows travel on.
 _NEAR, _NEAR_RELAYS = 1.04, 1.08
 # What is so much slower in as many stages as the best has is not faster in another number of them.
 _HOPELESS = 1.2
 # Plain layouts are looked at where there is so much to gain.
-_PLAIN_MS = 2.0
+_PLAIN_MS = 1.5
 # Links between nodes that are slower than those inside by no more than this are not worth a placement of their own.
 _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
@@ -50,7 +50,7 @@ _PLAIN_SECONDS = 0.98
 # Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
 _LAYERS_PAID = _LAYERS // 2
 # Routes of a plan up to which it is simulated to be compared with others.
-_MOST_SIMULATED = 1 << 14
+_MOST_SIMULATED = 1 << 17
 
 
 def make_dispatch_plan(
