@@ -12,6 +12,7 @@ from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .estimate import Staging
 from .place.balance import place_balanced
 from .place.components import find_components
+from .place.cross import place_cross
 from .place.equal import chunk_of_equal, equal_and_even, require_divisible
 from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
@@ -47,6 +48,8 @@ _PLAIN_MS = 1.5
 _LINKS_ALIKE = 2.0
 # A plain layout is taken where it is estimated to be so much faster than a balanced one.
 _PLAIN_SECONDS = 0.98
+# Uneven tokens, by which other layers take longer, are accepted where that makes attention so much faster.
+_UNEVEN_SECONDS = 0.95
 # Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
 _LAYERS_PAID = _LAYERS // 2
 # Routes of a plan up to which it is simulated to be compared with others.
@@ -125,14 +128,19 @@ def make_dispatch_plan(
             placements = (equal_and_even(slices, placement) for placement in placements)
         drafts = [Draft.of(keys_schedule(slices, placement), placement, placement) for placement in placements]
     else:
-        placed = _place_by_name(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size, layout)
+        if layout == "balanced" and total_seqlen_k is not None and cp_size > 1:
+            pairs = list(place_cross(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size))
+        else:
+            pairs = [_place_by_name(total_seqlen, total_seqlen_k, cp_size, layout)]
         if equal_shards:
-            placed = share_equally(placed[0]), share_equally(placed[1])
-        drafts = [Draft.of(keys_schedule(slices, placed[0]), *placed)]
-    best = _fastest([asked.staged(draft) for draft in drafts], asked)
+            pairs = [(share_equally(queries), share_equally(keys)) for queries, keys in pairs]
+        drafts = [Draft.of(keys_schedule(slices, queries), queries, keys) for queries, keys in pairs]
+    staged = [asked.staged(draft) for draft in drafts]
+    best = _fastest(staged, asked) if total_seqlen_k is None else _even_or_faster(staged, asked)
     best = _or_renumbered(best, asked) if can_tile else best
-    if schedule == "auto" and can_tile:
-        best = _fastest_of(best, [*_plain(best, slices, asked, equal_shards), *_tiled(best, slices, asked)], asked)
+    if schedule == "auto" and layout == "balanced":
+        tiled = _tiled(best, slices, asked) if can_tile else ()
+        best = _fastest_of(best, [*_plain(best, slices, asked, equal_shards), *tiled], asked)
     return asked.plan(or_stages(best, asked))
 
 
@@ -222,6 +230,13 @@ def _fastest(staged: list[Staged], asked: Asked) -> Staged:
     return min(staged, key=asked.simulated if small else lambda one: one.seconds)
 
 
+def _even_or_faster(staged: list[Staged], asked: Asked) -> Staged:
+    """Cross-attention: the last, whose tokens are even, unless the first is clearly faster."""
+    pieces, even = staged[0], staged[-1]
+    faster = pieces.seconds < _UNEVEN_SECONDS * even.seconds and _fastest([pieces, even], asked) is pieces
+    return pieces if faster else even
+
+
 def _or_renumbered(best: Staged, asked: Asked) -> Staged:
     """Where rows travel on over nodes that the placement did not know, ranks that need the same keys share a node."""
     if best.staging.relays < 2 or asked.ranks_per_node is not None:
@@ -250,13 +265,15 @@ def _plain(best: Staged, slices: SliceTable, asked: Asked, equal_shards: bool) -
     """
     if asked.gain_ms(best) < _PLAIN_MS:
         return
-    size = best.draft.q_placement.total_seqlen, best.draft.q_placement.cp_size
+    cp_size = best.draft.q_placement.cp_size
+    totals = best.draft.q_placement.total_seqlen, best.draft.k_placement.total_seqlen
     for place in (place_contiguous, place_zigzag):
-        placement = share_equally(place(*size)) if equal_shards else place(*size)
-        plain = keys_schedule(slices, placement)
-        areas = np.bincount(plain.task_ranks, plain.tasks.areas(), size[1]).astype(np.float64)
+        placed = [place(total, cp_size) for total in totals]
+        queries, keys = map(share_equally, placed) if equal_shards else placed
+        plain = keys_schedule(slices, queries)
+        areas = np.bincount(plain.task_ranks, plain.tasks.areas(), cp_size).astype(np.float64)
         if asked.least(areas) < _PLAIN_SECONDS * best.seconds:
-            yield asked.rival(Draft.of(plain, placement, placement), best)
+            yield asked.rival(Draft.of(plain, queries, keys), best)
 
 
 def _tiled(best: Staged, slices: SliceTable, asked: Asked) -> Iterator[Staged]:
@@ -366,41 +383,9 @@ def _place_balanced(
 
 
 def _place_by_name(
-    slices: SliceTable,
-    total_seqlen: int,
-    total_seqlen_k: int | None,
-    cp_size: int,
-    chunk_size: int,
-    layout: Layout,
+    total_seqlen: int, total_seqlen_k: int | None, cp_size: int, layout: Layout
 ) -> tuple[Placement, Placement]:
-    """Placements of queries and keys of a layout, or of cross-attention."""
-    if layout == "balanced" and cp_size > 1:
-        assert total_seqlen_k is not None, "self-attention is placed by its balance"
-        return place_cross(slices, total_seqlen, total_seqlen_k, cp_size, chunk_size)
+    """Placements of queries and keys in a plain layout."""
     by_name = place_zigzag if layout == "zigzag" else place_contiguous
     q_placement = by_name(total_seqlen, cp_size)
     return q_placement, q_placement if total_seqlen_k is None else by_name(total_seqlen_k, cp_size)
-
-
-def place_cross(
-    slices: SliceTable, seqlen_q: int, seqlen_k: int, cp_size: int, chunk_size: int
-) -> tuple[Placement, Placement]:
-    """Placements for cross-attention: queries in contiguous pieces of even area, keys beside them.
-
-    Queries and keys are separate sequences, so the keys can lie where they are used: key token j
-    goes to the rank whose queries begin to see it, in pieces of equal length. Queries are cut where
-    area and token count, each weighted half, reach the next rank's share.
-    """
-    cuts = np.arange(0, seqlen_q + chunk_size, chunk_size).clip(max=seqlen_q)
-    pieces, _ = slices.split_q(cuts)
-    chunk = np.searchsorted(cuts, pieces.q0, side="right") - 1
-    areas = np.bincount(chunk, pieces.areas(), len(cuts) - 1)
-    tokens = np.diff(cuts).astype(np.float64)
-    weight = tokens / max(tokens.sum(), 1.0) + areas / max(areas.sum(), 1.0)
-    filled = np.concatenate([[0.0], np.cumsum(weight)])
-    targets = filled[-1] * np.arange(1, cp_size) / cp_size
-    ends = np.interp(targets, filled, cuts).astype(np.int64)
-    q_placement = Placement.from_runs(
-        np.append(ends, seqlen_q), np.arange(cp_size), cp_size=cp_size
-    )
-    return q_placement, place_contiguous(seqlen_k, cp_size)

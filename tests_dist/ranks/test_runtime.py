@@ -155,6 +155,18 @@ def test_what_peers_refuse(name):
         assert_exact(got, oracle(spec, inputs), name)
 
 
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_cross_attention_dealt_out(cp_size):
+    """Queries that see many keys are dealt out with those that see few, or none; an empty document."""
+    spec = AttnMaskSpec.cross([131, 1, 0, 30], [61, 40, 3, 9], causal=True)
+    inputs = make_inputs(spec, heads=(6, 2), head_dim=8, dtype=torch.float64)
+    options = {"chunk_size": 4, "num_stages": 2, "schedule": "keys"}
+    plan = cpattn.make_plan(spec, cp_size=cp_size, num_heads_q=6, num_heads_kv=2, head_dim=8, **options).plan
+    assert len(plan.q_placement.ends) > cp_size
+    for got in run_on_ranks(cp_size, run_attention, spec, inputs, key_options=options):
+        assert_exact(got, oracle(spec, inputs), "cross-attention dealt out")
+
+
 def first_rank_only(spec: AttnMaskSpec, inputs: Inputs, **options: Any) -> Results | None:
     got = run_attention(spec, inputs, **options)
     return got if dist.get_rank() == 0 else None
