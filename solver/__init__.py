@@ -15,6 +15,7 @@ from .cost import (
     row_costs,
 )
 from .dispatch import LAYOUTS, SCHEDULES, Layout, ScheduleKind, keys_schedule, make_dispatch_plan
+from .draft import Draft, assemble_plan
 from .fragments import Convolution, FragmentTable, Mixer, Recurrence
 from .head_split import (
     HeadPart,
@@ -30,13 +31,11 @@ from .kernel_tiles import BANDED, CAUSAL, FULL, INV_CAUSAL, KernelTile, kernel_t
 from .place.equal import require_divisible
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import (
-    Draft,
     Exchange,
     Plan,
     RankPlan,
     RankStage,
     Runs,
-    assemble_plan,
     exchange_of,
     fetched_at_once,
     received_runs,

@@ -63,12 +63,14 @@ class PassTimeline(NamedTuple):
 class Leg(NamedTuple):
     """Seconds of an exchange in one direction, [2, ..., cp_size], forward and backward.
 
-    pack: what leaves. transfer: 0 where a rank moves nothing. reduce: what came home.
+    pack: what leaves. transfer: 0 where a rank moves nothing. reduce: what came home. hops: inside nodes and between
+    them, of each hop in turn; (): hops of different exchanges do not travel at once.
     """
 
     pack: FloatArray
     transfer: FloatArray
     reduce: FloatArray | None = None
+    hops: tuple[tuple[FloatArray, FloatArray], ...] = ()
 
 
 class Wire(Protocol):
@@ -119,6 +121,7 @@ class Clock:
         self.transfer_load = transfer_load
         self.now = np.zeros(shape)
         self.link_free = np.zeros(shape)
+        self.kind_free = [np.zeros(shape), np.zeros(shape)]
         self.owed = np.zeros(shape)
         self.compute: list[_Span] = []
         self.copies: list[_Span] = []
@@ -203,15 +206,27 @@ class Clock:
         """Issue an exchange now; None where no rank moves a row."""
         if wire is None:
             return None
-        pack, transfer, reduce = wire.home if home else wire.there
+        pack, transfer, reduce, hops = wire.home if home else wire.there
         self._spend(self.copies, "pack", pack, in_forward=in_forward)
-        begin = np.maximum(self.now, self.link_free)
+        begin = self.now if hops else np.maximum(self.now, self.link_free)
+        starts = wire.started(begin)
         # Where a rank moves nothing it waits for no one.
         moves = transfer > 0
-        ends = np.where(moves, wire.started(begin) + transfer, begin)
+        ends = np.where(moves, self._hop_by_hop(starts, hops) if hops else starts + transfer, begin)
         self.link_free = ends
         if self.transfer_load:
             self.owed = self.owed + self.transfer_load * transfer
         self.transfers.append(_Span(name, begin, ends, in_forward))
         # Received rows are used where they lie; only what comes home is reduced.
         return Arrival(np.where(moves, ends, self.now), reduce, in_forward)
+
+    def _hop_by_hop(self, now: FloatArray, hops: tuple[tuple[FloatArray, FloatArray], ...]) -> FloatArray:
+        """When the last of these hops is made, of which each waits for the links that it takes."""
+        for hop in hops:
+            for free, seconds in zip(self.kind_free, hop, strict=True):
+                now = np.where(seconds > 0, np.maximum(now, free), now)
+            self.kind_free = [
+                np.where(seconds > 0, now + seconds, free) for free, seconds in zip(self.kind_free, hop, strict=True)
+            ]
+            now = now + np.maximum(*hop)
+        return now

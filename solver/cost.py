@@ -184,6 +184,8 @@ class Hardware:
     transports: what exchanges of several sparsities and sizes took by either transport; none: not measured.
     transfer_load: share of a transfer's time by which it delays the compute that hides it: its copies run on the same
         cores, or a communication kernel takes multiprocessors; in [0, 1].
+    overlaps_hops: whether hops inside nodes and hops between them, of different exchanges, travel at once, as with
+        gloo; NCCL runs the collectives of a communicator one after the other.
     """
 
     name: str
@@ -198,6 +200,7 @@ class Hardware:
     source: str = ""
     transports: tuple[TransportTimes, ...] = ()
     transfer_load: float = 0.0
+    overlaps_hops: bool = False
 
     def __post_init__(self) -> None:
         rates = {name: getattr(self, name) for name in ("forward_flops", "backward_flops", "copy_bytes_per_s")}

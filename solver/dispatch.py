@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
+from .draft import DEFAULT_COSTS, MAX_STAGES, Draft
 from .estimate import Staging
 from .place.balance import place_balanced
 from .place.components import find_components
@@ -17,7 +18,7 @@ from .place.equal import chunk_of_equal, equal_and_even, require_divisible
 from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import DEFAULT_COSTS, MAX_STAGES, Draft, Plan
+from .plan import Plan
 from .routes import rows_missing
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .simulate import simulate
@@ -110,7 +111,7 @@ def make_dispatch_plan(
             f"schedule {schedule!r} with layout {layout!r} and total_seqlen_k {total_seqlen_k}: use one of "
             f"{', '.join(SCHEDULES)}; 'tiles' needs layout 'balanced' and self-attention"
         )
-    asked = Asked(costs, hardware, ranks_per_node, num_stages, relays)
+    asked = Asked(costs, hardware, ranks_per_node, num_stages, relays, {})
     if schedule == "tiles":
         return asked.plan(asked.staged(_tiles(slices, total_seqlen, cp_size, costs)))
     if layout == "balanced" and total_seqlen_k is None:
@@ -165,16 +166,17 @@ class Staged(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What plans are chosen by, and what was asked for."""
+    """What plans are chosen by, and what was asked for. simulated_seconds: of plans that were simulated."""
 
     costs: RowCosts
     hardware: Hardware
     ranks_per_node: int | None
     num_stages: int | None
     relays: bool | None
+    simulated_seconds: dict[Staged, float]
 
     def staged(self, draft: Draft) -> Staged:
-        return Staged(draft.staging(*self), draft)
+        return Staged(draft.staging(*self[:5]), draft)
 
     def rival(self, draft: Draft, best: Staged) -> Staged:
         """Staged like the best at hand, and as it suits itself only if it comes near that."""
@@ -187,7 +189,9 @@ class Asked(NamedTuple):
 
     def simulated(self, staged: Staged) -> float:
         """Seconds of both passes by simulation."""
-        return simulate(self.plan(staged), self.hardware, self.costs.heads).seconds
+        if staged not in self.simulated_seconds:
+            self.simulated_seconds[staged] = simulate(self.plan(staged), self.hardware, self.costs.heads).seconds
+        return self.simulated_seconds[staged]
 
     def least(self, areas: FloatArray) -> float:
         """Seconds in which ranks compute these areas of both passes alone: no plan of theirs is done before."""

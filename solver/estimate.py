@@ -7,7 +7,7 @@ costs a millisecond or two, at any number of ranks and stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class Staging(NamedTuple):
     relays: int = 0
 
 
-def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable[int]) -> Staging:
+def choose_stages(step: Step, counts: Iterable[int]) -> Staging:
     """Number and sizes of the stages by the estimated time of both passes.
 
     The first keys and the last gradients have only parts of the work on own keys to hide behind: so the first and the
@@ -131,7 +131,8 @@ def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable
     """
     best: Staging | None = None
     in_vain = 0
-    for found in _stagings(_Step(load, heads, hardware), list(counts)):
+    for count in counts:
+        found = step.staged(count)
         if best is None or found.seconds < best.seconds * (1 - _STAGE_GAIN):
             best, in_vain = found, 0
         else:
@@ -142,27 +143,11 @@ def choose_stages(load: Load, heads: Heads, hardware: Hardware, counts: Iterable
     return best
 
 
-def _stagings(step: _Step, counts: list[int]) -> Iterator[Staging]:
-    """The best of each number of stages."""
-    if counts[:2] == [1, 2]:
-        # One stage is two of which the first is empty: both are issued at the start. So one clock times both.
-        shares = np.array([[[0.0], [0.5]], [[1.0], [0.5]]])
-        for count, seconds in zip((1, 2), step.seconds(shares).tolist(), strict=True):
-            yield Staging((1,) * count, seconds)
-        counts = counts[2:]
-    for count in counts:
-        edges = np.array(_EDGES if count > 2 else (1,))
-        weights = np.ones((count, len(edges), 1), dtype=np.int64)
-        weights[1:-1] = edges[:, None]
-        seconds = step.seconds(weights / np.maximum(weights.sum(axis=0), 1))
-        at = int(seconds.argmin())
-        yield Staging(tuple(weights[:, at, 0].tolist()), float(seconds[at]))
-
-
-class _Step:
-    """The step of a load, to be timed with any stages; what does not depend on them is reckoned once."""
+class Step:
+    """The step of a load, timed with any stages; what does not depend on them is reckoned once, and times are kept."""
 
     def __init__(self, load: Load, heads: Heads, hardware: Hardware) -> None:
+        self._timed: dict[int, Staging] = {}
         self.load, self.heads, self.hardware = load, heads, hardware
         self.row = row = heads.row_bytes()
         self.queries = self._wires(load.queries, np.ones((1, 1, 1)), (row.q, row.q_again, row.partial, row.dq))
@@ -170,6 +155,25 @@ class _Step:
         guests = {} if self.queries == [None] else {"guest": load.guest_share}
         self.sides = {"own": 1 - load.guest_share, **guests}
         self.home = self._home()
+
+    def staged(self, count: int) -> Staging:
+        """The best weights of so many stages, and the time of both passes."""
+        if count not in self._timed:
+            self._timed.update(self._one_or_two() if count in (1, 2) else {count: self._several(count)})
+        return self._timed[count]
+
+    def _one_or_two(self) -> dict[int, Staging]:
+        """One stage is two of which the first is empty: both are issued at the start. So one clock times both."""
+        shares = np.array([[[0.0], [0.5]], [[1.0], [0.5]]])
+        return {count: Staging((1,) * count, seconds) for count, seconds in enumerate(self.seconds(shares).tolist(), 1)}
+
+    def _several(self, count: int) -> Staging:
+        edges = np.array(_EDGES if count > 2 else (1,))
+        weights = np.ones((count, len(edges), 1), dtype=np.int64)
+        weights[1:-1] = edges[:, None]
+        seconds = self.seconds(weights / np.maximum(weights.sum(axis=0), 1))
+        at = int(seconds.argmin())
+        return Staging(tuple(weights[:, at, 0].tolist()), float(seconds[at]))
 
     def _home(self) -> dict[str, FloatArray]:
         """Seconds of both passes on keys that are owned, [2, 1, cp_size], by side."""

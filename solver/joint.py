@@ -19,6 +19,7 @@ import numpy as np
 
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .dispatch import Asked, Layout, Staged, check_sizes, keys_schedule, or_stages, row_ms
+from .draft import DEFAULT_COSTS, Draft
 from .place.balance import place_balanced
 from .place.density import DensityProfile
 from .place.equal import chunk_of_equal, require_divisible
@@ -26,7 +27,7 @@ from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .place.queues import place_by_density
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import DEFAULT_COSTS, Draft, Plan
+from .plan import Plan
 from .routes import rows_missing, runs_needed, tokens_needed
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import IntArray, SliceTable, distinct
@@ -118,7 +119,7 @@ def make_joint_plans(
         placement = by_name[layout](total_seqlen, cp_size)
         candidates = [_Candidate.of(masks, share_equally(placement) if equal_shards else placement)]
 
-    asked = Asked(costs, hardware, ranks_per_node, num_stages, relays)
+    asked = Asked(costs, hardware, ranks_per_node, num_stages, relays, {})
 
     def timed(candidate: _Candidate) -> _Timed:
         where = candidate.placement

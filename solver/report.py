@@ -12,9 +12,10 @@ import numpy as np
 from .bounds import Limits, bytes_bound, kv_rows_bound, step_time_bound
 from .cost import DEFAULT_HARDWARE, Hardware, Heads
 from .dispatch import keys_schedule
+from .draft import assemble_plan
 from .place.measure import kv_rows_received, rank_areas
 from .placement import Placement, place_contiguous, place_zigzag
-from .plan import Plan, assemble_plan
+from .plan import Plan
 from .simulate import simulate
 from .slices import IntArray, SliceTable, merge_neighbours
 

@@ -162,11 +162,11 @@ class _Hop(NamedTuple):
     def sent(self) -> IntArray:
         return self.sent_within + self.sent_across
 
-    def seconds(self, row_bytes: FloatArray, hardware: Hardware) -> FloatArray:
-        """Both directions and both kinds of link work at once: the slowest decides."""
+    def seconds(self, row_bytes: FloatArray, hardware: Hardware) -> tuple[FloatArray, FloatArray]:
+        """On links inside nodes and between them, both directions of which work at once."""
         near = np.maximum(self.received_within, self.sent_within) * row_bytes
         far = np.maximum(self.received_across, self.sent_across) * row_bytes
-        return np.maximum(hardware.within.seconds(near), hardware.across.seconds(far))
+        return hardware.within.seconds(near), hardware.across.seconds(far)
 
 
 class _Wire(NamedTuple):
@@ -197,7 +197,11 @@ def _wires(
         return [None] * num_stages
     size, weights = plan.cp_size, np.reshape(row_bytes, (4, 1, 1)).astype(np.float64)
     hops = [_Hop.of(table, num_stages, size, hardware.ranks_per_node) for table in plan.hops(routes)]
-    seconds = np.sum([hop.seconds(weights, hardware) for hop in hops], axis=0)
+    by_kind = [hop.seconds(weights, hardware) for hop in hops]
+    # Both kinds of link work at once: the slowest decides.
+    seconds = np.sum([np.maximum(*kinds) for kinds in by_kind], axis=0)
+    if not hardware.overlaps_hops or len(hops) == 1:
+        by_kind = []
     copying = weights / hardware.copy_bytes_per_s
     sent, received = hops[0].sent * copying, hops[-1].received * copying
     wires: list[_Wire | None] = []
@@ -210,8 +214,10 @@ def _wires(
         ranks, others = np.divmod(pairs, size)
         ranks, first = np.unique(ranks, return_index=True)
         # What leaves is packed, and what comes home is taken in.
-        there = Leg(sent[:2, stage], seconds[:2, stage])
-        home = Leg(received[2:, stage], seconds[2:, stage], sent[2:, stage])
+        out = tuple((near[:2, stage], far[:2, stage]) for near, far in by_kind)
+        back = tuple((near[2:, stage], far[2:, stage]) for near, far in reversed(by_kind))
+        there = Leg(sent[:2, stage], seconds[:2, stage], hops=out)
+        home = Leg(received[2:, stage], seconds[2:, stage], sent[2:, stage], back)
         wires.append(_Wire(there, home, ranks, first, others))
     return wires
 

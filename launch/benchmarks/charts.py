@@ -28,7 +28,7 @@ from cpattn.launch.benchmarks.workloads import plan_on_nodes
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import HARDWARE, Heads, Plan, SliceTable, simulate
 from cpattn.solver.dispatch import keys_schedule
-from cpattn.solver.plan import assemble_plan
+from cpattn.solver.draft import assemble_plan
 from cpattn.solver.report import place_min_heap
 
 MACHINE, HEADS = HARDWARE["h100"], Heads(64, 8, 128, 128)

@@ -25,8 +25,8 @@ from cpattn.solver import (
     simulate,
     tokens_needed,
 )
-from cpattn.solver.estimate import Load, choose_stages
-from cpattn.solver.plan import Draft
+from cpattn.solver.draft import Draft
+from cpattn.solver.estimate import Load, Step, choose_stages
 from cpattn.solver.routes import LinkRows
 
 TOTAL = 1 << 17
@@ -55,7 +55,7 @@ def load(area: float, rows: int, cp_size: int = 16) -> Load:
 
 def stages(area: float, rows: int, *, latency: float = 1e-5) -> tuple[int, ...]:
     hardware = Hardware("x", 1e14, 1e14, 0.0, 1e-5, 1e12, Link(latency, 1e11), Link(latency, 1e10), 16)
-    return choose_stages(load(area, rows), Heads(), hardware, range(1, 9)).weights
+    return choose_stages(Step(load(area, rows), Heads(), hardware), range(1, 9)).weights
 
 
 def test_stages_follow_the_transfer() -> None:
@@ -73,8 +73,8 @@ def test_the_first_and_the_last_stage_are_small_where_nothing_hides_them() -> No
 
 def test_the_number_of_stages_can_be_given() -> None:
     for count in (1, 2, 5):
-        assert len(choose_stages(load(2e9, 100_000), Heads(), DEFAULT_HARDWARE, (count,)).weights) == count
-    assert choose_stages(load(2e9, 0), Heads(), DEFAULT_HARDWARE, (0,)).weights == ()
+        assert len(choose_stages(Step(load(2e9, 100_000), Heads(), DEFAULT_HARDWARE), (count,)).weights) == count
+    assert choose_stages(Step(load(2e9, 0), Heads(), DEFAULT_HARDWARE), (0,)).weights == ()
 
 
 MASKS = {

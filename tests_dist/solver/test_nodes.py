@@ -14,9 +14,9 @@ from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.masks.spec import lower_mask
 from cpattn.solver import DEFAULT_HARDWARE, Plan, SliceTable, dispatch, make_dispatch_plan, simulate, two_level_routes
 from cpattn.solver.dispatch import keys_schedule
+from cpattn.solver.draft import DEFAULT_COSTS, Draft, assemble_plan
 from cpattn.solver.place.balance import AREA_LIMIT, rank_areas
 from cpattn.solver.place.nodes import place_on_nodes
-from cpattn.solver.plan import DEFAULT_COSTS, Draft, assemble_plan
 from tests_dist.solver.test_balance import random_masks
 
 TOTAL, RANKS, PER_NODE = 1 << 18, 32, 8

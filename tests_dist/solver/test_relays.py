@@ -13,8 +13,8 @@ from cpattn import AttnMaskSpec, make_plan
 from cpattn.launch.benchmarks.workloads import document_lengths
 from cpattn.masks.spec import lower_mask
 from cpattn.solver import DEFAULT_HARDWARE, Heads, Plan, RouteTable, make_dispatch_plan, relays, simulate
+from cpattn.solver.draft import Draft
 from cpattn.solver.estimate import Staging
-from cpattn.solver.plan import Draft
 from cpattn.solver.schedule import Schedule
 from cpattn.testing.plans import require_exact_plan
 from tests_dist.support.strategies import random_spec
