@@ -216,6 +216,8 @@ class Hardware:
                 raise ValueError(f"hardware {self.name!r}: {name} is {value!r}: a time is a finite number, at least 0")
         if not _is_number(self.transfer_load) or not 0 <= self.transfer_load <= 1:
             raise ValueError(f"hardware {self.name!r}: transfer_load is {self.transfer_load!r}: a share, from 0 to 1")
+        if not isinstance(self.overlaps_hops, bool):
+            raise ValueError(f"hardware {self.name!r}: overlaps_hops is {self.overlaps_hops!r}: true or false")
         nodes = self.ranks_per_node
         if not isinstance(nodes, Integral) or isinstance(nodes, bool) or nodes < 1:
             raise ValueError(f"hardware {self.name!r}: ranks_per_node is {nodes!r}: an int of at least 1")
@@ -352,6 +354,7 @@ HARDWARE: dict[str, Hardware] = {
         source="one core of an x86-64 server in fp32 and gloo over its loopback, rounded from `cpattn calibrate`; "
         "copies in part into fresh memory; a core for each rank, none for its transfers; links between hosts assumed",
         transfer_load=0.5,
+        overlaps_hops=True,
     ),
 }
 

@@ -113,6 +113,19 @@ def test_two_levels_relieve_the_slow_link() -> None:
     assert nodes.forward.seconds.max() < 0.5 * flat.forward.seconds.max()
 
 
+def test_hops_over_different_links_travel_at_once_where_the_hardware_says_so() -> None:
+    """The hop between nodes of one stage and the hop inside them of another; those over one link take turns."""
+    mine = plan(AttnMaskSpec.varlen([1024], causal=False), 4, ranks_per_node=2, num_stages=4, layout="contiguous")
+    hardware = replace(SLOW, ranks_per_node=2, within=Link(0.0, 1e5), across=Link(0.0, 1e5), forward_flops=1e15)
+    taking_turns, at_once = (
+        simulate(mine, replace(hardware, overlaps_hops=at_once), Heads(1, 1, 1, 1)).forward for at_once in (False, True)
+    )
+    # Of 768 rows a rank takes 256 between nodes and 512 inside: of its neighbour, and what landed there.
+    row = 4 / 1e5
+    assert taking_turns.seconds.max() >= 768 * row
+    assert 512 * row <= at_once.seconds.max() < 768 * row
+
+
 def test_traffic_matrix_counts_every_byte() -> None:
     mine, heads = plan(AttnMaskSpec.causal(1000), 5, schedule="tiles"), Heads()
     row = heads.row_bytes()
