@@ -11,6 +11,7 @@ import numpy as np
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, RowCosts
 from .draft import DEFAULT_COSTS, MAX_STAGES, Draft
 from .estimate import Staging
+from .place.apart import lay_apart
 from .place.balance import place_balanced
 from .place.components import find_components
 from .place.cross import place_cross
@@ -378,12 +379,14 @@ def _place_balanced(
     Others: as of `place_balanced`.
     """
     size = {"total_seqlen": total_seqlen, "cp_size": cp_size, "chunk_size": chunk_size, "search_effort": search_effort}
-    on_nodes = list(place_on_nodes(slices, **size, ranks_per_node=ranks_per_node, row_ms=row_ms))
-    yield from on_nodes
+    apart = lay_apart(slices, total_seqlen)
+    slices = apart.table if apart else slices
+    found = list(place_on_nodes(slices, **size, ranks_per_node=ranks_per_node, row_ms=row_ms))
     # Placed as on one level, documents are spread over nodes: not worth the time where that is slow.
     alike = _LINKS_ALIKE * hardware.across.bytes_per_s >= hardware.within.bytes_per_s
-    if not on_nodes or alike or len(find_components(slices, total_seqlen)[0]) == 1:
-        yield place_balanced(slices, **size, row_ms=row_ms)
+    if not found or alike or len(find_components(slices, total_seqlen)[0]) == 1:
+        found.append(place_balanced(slices, **size, row_ms=row_ms))
+    return map(apart.back, found) if apart else iter(found)
 
 
 def _place_by_name(

@@ -141,6 +141,15 @@ PEERS_FAIL = {
     "cross-attention": (AttnMaskSpec.cross([50, 1, 0, 31], [7, 90, 3, 64]), (2, 1)),
     "cross-attention without queries": (AttnMaskSpec.cross([0], [9]), (1, 1)),
     "cross-attention without keys": (AttnMaskSpec.cross([9], [0]), (1, 1)),
+    "blocks that take turns": (
+        AttnMaskSpec(
+            [[0, 40], [80, 121], [40, 80], [121, 170]],
+            [[0, 40], [0, 40], [40, 80], [40, 80]],
+            ["causal", "full", "causal", "full"],
+            170,
+        ),
+        (4, 2),
+    ),
     "more ranks than key heads": (AttnMaskSpec.varlen([30, 1, 61]), (3, 1)),
     "three groups of heads": (AttnMaskSpec.varlen([30, 1, 61]), (9, 3)),
 }
