@@ -37,6 +37,7 @@ from cpattn.solver import (
     kv_rows_bound,
     make_dispatch_plan,
     row_costs,
+    simulate,
 )
 from cpattn.solver.place.measure import kv_rows_received, rank_areas
 from cpattn.solver.report import place_min_heap, received_bytes
@@ -170,6 +171,7 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
         **_min_heap(table, seqlen, ranks, chunk),
         "cpu_seconds": seconds,
         "memory_mb": memory / 1024,
+        "predicted_ms": 1e3 * simulate(plan, heads=costs.heads).seconds,
         "routes": len(plan.kv_routes) + len(plan.q_routes),
         "stages": plan.num_stages,
     }
@@ -211,9 +213,9 @@ def board(out: Callable[[str], None]) -> list[dict[str, Any]]:
     out("\n## Keys only\n")
     out(
         "| mask | ranks | rival: imbalance, rows | ours | rows / rival | goal | bound / rival | rows / bound | "
-        "worst / rival's (goal) | most sent / received | CPU s | MB | met |"
+        "worst / rival's (goal) | most sent / received | predicted ms | CPU s | MB | met |"
     )
-    out("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    out("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for goal in GOALS:
         if goal.schedule != "keys":
             continue
@@ -228,7 +230,7 @@ def board(out: Callable[[str], None]) -> list[dict[str, Any]]:
             f"| {goal.mask} {_named(goal.seqlen)} | {goal.ranks} | {goal.rival_imbalance:.3f}, {goal.rival_rows:,} | "
             f"{got['imbalance']:.4f}, {got['kv_rows']:,} | {ratio:.3f} | {goal.rows} | "
             f"{got['kv_rows_bound'] / goal.rival_rows:.3f} | {got['kv_rows'] / max(got['kv_rows_bound'], 1):.2f} | "
-            f"{worst:.2f} ({goal.worst or '-'}) | {got['kv_rows_sent_worst'] / max(got['kv_rows_worst'], 1):.1f} | "
+            f"{worst:.2f} ({goal.worst or '-'}) | {got['sent_over_received']:.2f} | {got['predicted_ms']:.2f} | "
             f"{got['cpu_seconds']:.3f} | {got['memory_mb']:.0f} | {_verdict(met)} |"
         )
     out("\n## Queries may move: bytes, forward and backward, heads 32:8, dim 128\n")
