@@ -20,7 +20,6 @@ from .place.equal import equal_shards as share_equally
 from .place.nodes import place_on_nodes
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import Plan
-from .routes import rows_missing
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .simulate import simulate
 from .slices import SliceTable
@@ -163,7 +162,7 @@ class Staged(NamedTuple):
 
     @property
     def queries_travel(self) -> bool:
-        return bool(rows_missing(self.draft.queries, self.draft.q_placement).any())
+        return bool(self.draft.queries_missing.any())
 
 
 class Asked(NamedTuple):

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from .cost import DEFAULT_HARDWARE, Hardware, Heads, RowCosts, row_costs
 from .estimate import Load, Staging, Step, choose_stages
@@ -17,10 +20,13 @@ from .plan import Plan, how_rows_travel
 from .relays import numbers_by_need, relayed_link_rows
 from .routes import (
     Intervals,
+    LinkRows,
     link_rows,
     make_routes,
+    merge_intervals,
     most_shared_stages,
     rows_missing,
+    rows_owned,
     rows_sent,
     runs_needed,
     tokens_needed,
@@ -39,7 +45,7 @@ _SLOWER_WAY = 1.3
 SENDS_MUCH, RELAYS_SECONDS = 1.2, 0.99
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """Who computes which task (disjoint) and who owns what, with the rows that follow, before routes are made.
 
@@ -68,10 +74,25 @@ class Draft:
         placement = Placement.from_runs(placement.ends, number[placement.owners], cp_size=placement.cp_size)
         return Draft.of(Schedule(self.tasks, number[self.task_ranks]), placement, placement)
 
+    @cached_property
+    def keys_owned(self) -> IntArray:
+        """Rows of each of `keys` that its rank owns."""
+        return rows_owned(self.keys, self.k_placement)
+
+    @cached_property
+    def keys_missing(self) -> IntArray:
+        """Rows of keys that travel to each rank, [cp_size]."""
+        rows = self.keys.ends - self.keys.starts - self.keys_owned
+        return np.bincount(self.keys.ranks, rows, self.k_placement.cp_size).astype(np.int64)
+
+    @cached_property
+    def queries_missing(self) -> IntArray:
+        """Rows of queries that travel to each rank, [cp_size]."""
+        return rows_missing(self.queries, self.q_placement)
+
     def bytes_moved(self, costs: RowCosts) -> int:
         """Bytes that travel in both passes, over all ranks."""
-        q_rows, kv_rows = rows_missing(self.queries, self.q_placement), rows_missing(self.keys, self.k_placement)
-        return int(q_rows.sum()) * costs.q + int(kv_rows.sum()) * costs.kv
+        return int(self.queries_missing.sum()) * costs.q + int(self.keys_missing.sum()) * costs.kv
 
     def staging(
         self,
@@ -115,7 +136,7 @@ class Draft:
         if nodes > 1 or self.k_placement.cp_size <= 2:
             return nodes > 1
         sent = rows_sent(self.keys, self.k_placement, self.k_placement).max()
-        return bool(sent > SENDS_MUCH * rows_missing(self.keys, self.k_placement).max())
+        return bool(sent > SENDS_MUCH * self.keys_missing.max())
 
     def _relay_nodes(self, hardware: Hardware, ranks_per_node: int | None) -> int:
         """Ranks of the nodes over which rows travel on: the plan's, else the hardware's; 1 where there are none."""
@@ -137,16 +158,51 @@ class Draft:
 
     def _counted(self, nodes: int, two_level: bool, relays: bool) -> Load:
         """What each rank computes and moves over such nodes."""
-        sides = ((self.queries, self.q_placement), (self.keys, self.k_placement))
-        if relays:
-            queries, keys = (relayed_link_rows(*side, nodes, once_per_node=two_level) for side in sides)
-        else:
-            queries, keys = (link_rows(*side, nodes, once_per_node=two_level) for side in sides)
+        def on_links(needed: Intervals, placement: Placement, missing: IntArray) -> LinkRows:
+            if not missing.any():
+                return LinkRows(missing, missing)
+            count = relayed_link_rows if relays else link_rows
+            return count(needed, placement, nodes, once_per_node=two_level)
+
+        queries = on_links(self.queries, self.q_placement, self.queries_missing)
+        keys = on_links(self.keys, self.k_placement, self.keys_missing)
         # Only what links carry depends on how rows travel.
         ways: dict[str, Any] = {"queries": queries, "keys": keys, "two_level": two_level, "relays": relays}
         if known := next(iter(self._steps.values()), None):
             return replace(known.load, **ways)
-        return Load.of(self.tasks, self.task_ranks, self.queries, self.keys, self.q_placement, self.k_placement, **ways)
+        return self._load(**ways)
+
+    def _load(self, **ways: Any) -> Load:
+        """What each rank computes; ways: how rows travel, the fields `queries`, `keys`, `two_level` and `relays`."""
+        tasks, ranks, keys, size = self.tasks, self.task_ranks, self.keys, self.q_placement.cp_size
+        q_needed, k_needed = (np.bincount(need.ranks, need.ends - need.starts, size) for need in (self.queries, keys))
+        owned_by_task = rows_owned(Intervals(ranks, tasks.k0, tasks.k1), self.k_placement)
+        sees_own, far = owned_by_task > 0, tasks.k1 - tasks.k0 - owned_by_task
+        # As many rows as see the first so many keys.
+        last = np.clip(tasks.k0 + far - tasks.lo, tasks.q0, tasks.q1)
+        merged = merge_intervals(ranks, tasks.q0, np.where(far > 0, last, tasks.q0))
+        seen = merge_intervals(ranks[sees_own], tasks.q0[sees_own], tasks.q1[sees_own])
+        owned = rows_owned(seen, self.q_placement) if self.queries_missing.any() else seen.ends - seen.starts
+        at_home = np.bincount(seen.ranks, owned, size)
+        # Each sender's rows are divided between stages: two edges, at which as many slices are cut as see one row.
+        senders = np.minimum(np.bincount(keys.ranks, runs_needed(keys, self.k_placement)[1], size), size - 1)
+        fetched = np.bincount(keys.ranks[self.keys_owned < keys.ends - keys.starts], minlength=size)
+        gaps = np.clip(fetched + np.bincount(self.k_placement.owners, minlength=size) - 2, 0, senders)
+        missing, tokens = self.keys_missing, self.k_placement.num_tokens
+        seen_by = np.bincount(ranks, far, size) / np.maximum(missing, 1)
+        return Load(
+            areas=np.bincount(ranks, tasks.areas(), size).astype(np.int64),
+            own_slices=np.bincount(ranks, sees_own, size).astype(np.int64),
+            far_slices=np.bincount(ranks, far > 0, size).astype(np.int64),
+            gaps=gaps * seen_by,
+            cuts=senders * seen_by,
+            merged=np.bincount(merged.ranks, merged.ends - merged.starts, size).astype(np.float64),
+            fetched=missing.astype(np.float64),
+            own_share=tokens / np.maximum(tokens + missing, 1),
+            guest_share=self.queries_missing / np.maximum(q_needed, 1),
+            late=(at_home.astype(np.float64), (k_needed - missing).astype(np.float64)),
+            **ways,
+        )
 
     def num_runs(self) -> int:
         """Runs of the placement that ranks need keys of: routes of one stage, and those at home."""

@@ -15,9 +15,8 @@ import numpy as np
 
 from .clock import LATE_SHARE, Clock, Leg
 from .cost import FloatArray, Hardware, Heads
-from .placement import Placement
-from .routes import Intervals, LinkRows, merge_intervals, rows_missing, rows_owned, runs_needed
-from .slices import IntArray, SliceTable
+from .routes import LinkRows
+from .slices import IntArray
 
 # Factors by which the first and the last stage may be smaller than the others.
 _EDGES = (1, 2, 4)
@@ -58,52 +57,6 @@ class Load:
     @property
     def num_hops(self) -> int:
         return 1 + self.two_level + self.relays
-
-    @classmethod
-    def of(
-        cls,
-        tasks: SliceTable,
-        task_ranks: IntArray,
-        queries: Intervals,
-        keys: Intervals,
-        q_placement: Placement,
-        k_placement: Placement,
-        /,
-        **ways: Any,
-    ) -> Load:
-        """That of ranks which compute these tasks and need these rows.
-
-        ways: how these travel: the fields `keys`, `queries`, `two_level` and `relays`.
-        """
-        q_missing, k_missing = rows_missing(queries, q_placement), rows_missing(keys, k_placement)
-        size = q_placement.cp_size
-        q_needed, k_needed = (np.bincount(need.ranks, need.ends - need.starts, size) for need in (queries, keys))
-        owned = k_placement.num_tokens
-        owned_by_task = rows_owned(Intervals(task_ranks, tasks.k0, tasks.k1), k_placement)
-        far = tasks.k1 - tasks.k0 - owned_by_task
-        # As many rows as see the first so many keys.
-        last = np.clip(tasks.k0 + far - tasks.lo, tasks.q0, tasks.q1)
-        merged = merge_intervals(task_ranks, tasks.q0, np.where(far > 0, last, tasks.q0))
-        seen = merge_intervals(task_ranks[owned_by_task > 0], *(x[owned_by_task > 0] for x in (tasks.q0, tasks.q1)))
-        at_home = np.bincount(seen.ranks, rows_owned(seen, q_placement), size)
-        # Each sender's rows are divided between stages: two edges, at which as many slices are cut as see one row.
-        senders = np.minimum(np.bincount(keys.ranks, runs_needed(keys, k_placement)[1], size), size - 1)
-        fetched = np.bincount(keys.ranks[rows_owned(keys, k_placement) < keys.ends - keys.starts], minlength=size)
-        gaps = np.clip(fetched + np.bincount(k_placement.owners, minlength=size) - 2, 0, senders)
-        seen_by = np.bincount(task_ranks, far, size) / np.maximum(k_missing, 1)
-        return cls(
-            areas=np.bincount(task_ranks, tasks.areas(), size).astype(np.int64),
-            own_slices=np.bincount(task_ranks, owned_by_task > 0, size).astype(np.int64),
-            far_slices=np.bincount(task_ranks, far > 0, size).astype(np.int64),
-            gaps=gaps * seen_by,
-            cuts=senders * seen_by,
-            merged=np.bincount(merged.ranks, merged.ends - merged.starts, size).astype(np.float64),
-            fetched=k_missing.astype(np.float64),
-            own_share=owned / np.maximum(owned + k_missing, 1),
-            guest_share=q_missing / np.maximum(q_needed, 1),
-            late=(at_home.astype(np.float64), (k_needed - k_missing).astype(np.float64)),
-            **ways,
-        )
 
 
 class Staging(NamedTuple):

@@ -28,7 +28,7 @@ from .place.nodes import place_on_nodes
 from .place.queues import place_by_density
 from .placement import Placement, place_contiguous, place_zigzag
 from .plan import Plan
-from .routes import rows_missing, runs_needed, tokens_needed
+from .routes import runs_needed, tokens_needed
 from .schedule import Schedule, bisect_tasks, place_for_schedule
 from .slices import IntArray, SliceTable, distinct
 
@@ -140,7 +140,7 @@ def _renumbered(masks: Sequence[SliceTable], staged: Sequence[Staged]) -> list[_
     over_nodes = [one.draft for one in staged if one.staging.relays > 1]
     if not over_nodes or any(one.queries_travel for one in staged):
         return []
-    most = max(over_nodes, key=lambda draft: int(rows_missing(draft.keys, draft.k_placement).sum()))
+    most = max(over_nodes, key=lambda draft: int(draft.keys_missing.sum()))
     return [_Candidate.of(masks, most.renumbered().k_placement)]
 
 

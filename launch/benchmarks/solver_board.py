@@ -31,6 +31,7 @@ from cpattn.launch.benchmarks.workloads import WORKLOADS, document_lengths
 from cpattn.masks.spec import AttnMaskSpec, lower_mask
 from cpattn.solver import (
     Limits,
+    Plan,
     RowCosts,
     SliceTable,
     bytes_bound,
@@ -143,9 +144,6 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
     kv, q = plan.kv_routes.rows_received(ranks), plan.q_routes.rows_received(ranks)
     (came, sent), q_sent = plan.key_rows_moved(), plan.q_routes.rows_sent(ranks)
-    limits = Limits.of_plan(plan)
-    rows_bound = kv_rows_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits)
-    any_bound = bytes_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits, costs=costs)
     received = received_bytes(q, q_sent, kv, sent, costs.heads)
     return {
         "mask": mask,
@@ -165,9 +163,7 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
         "q_rows": int(q.sum()),
         "bytes": int(q.sum()) * costs.q + int(kv.sum()) * costs.kv,
         "bytes_worst": int(received.max()),
-        "kv_rows_bound": rows_bound.total,
-        "kv_rows_worst_bound": rows_bound.worst,
-        "bytes_bound": any_bound.total,
+        **_bounds(plan, table, seqlen, ranks, costs),
         **_min_heap(table, seqlen, ranks, chunk),
         "cpu_seconds": seconds,
         "memory_mb": memory / 1024,
@@ -175,6 +171,14 @@ def measure(mask: str, seqlen: int, ranks: int, schedule: Any, seed: int = 0, se
         "routes": len(plan.kv_routes) + len(plan.q_routes),
         "stages": plan.num_stages,
     }
+
+
+def _bounds(plan: Plan, table: SliceTable, seqlen: int, ranks: int, costs: RowCosts) -> dict[str, Any]:
+    """What no plan within the same limits moves less than."""
+    limits = Limits.of_plan(plan)
+    rows = kv_rows_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits)
+    any_bytes = bytes_bound(table, total_seqlen=seqlen, cp_size=ranks, limits=limits, costs=costs)
+    return {"kv_rows_bound": rows.total, "kv_rows_worst_bound": rows.worst, "bytes_bound": any_bytes.total}
 
 
 def _min_heap(table: SliceTable, seqlen: int, ranks: int, chunk: int) -> dict[str, Any]:
