@@ -37,10 +37,11 @@ TILES_SECONDS = 0.9
 _TILES_SHARE, _TILES_MS, _TILES_LOST = 0.5, 0.75, 0.35
 # To simulate a plan takes about so many milliseconds, and so many for each stage and for each route.
 _CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.4, 0.16, 4e-4
-# It may gain such a share of a step, of which a model has as many as layers.
-_CHECK_GAIN, _LAYERS = 0.12, 32
+# It may gain such a share of a step, of which a model has as many as layers; and it takes no longer than this, beside
+# what plans for hundreds of ranks take otherwise.
+_CHECK_GAIN, _LAYERS, _MOST_CHECK_MS = 0.12, 32, 10.0
 # What is estimated to take so many times as long as the best may still be faster; and where rows travel on.
-_NEAR, _NEAR_RELAYS = 1.04, 1.08
+_NEAR, _NEAR_RELAYS = 1.04, 1.05
 # What is so much slower in as many stages as the best has is not faster in another number of them.
 _HOPELESS = 1.2
 # Plain layouts are looked at where there is so much to gain.
@@ -54,7 +55,7 @@ _UNEVEN_SECONDS = 0.95
 # Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
 _LAYERS_PAID = _LAYERS // 2
 # Routes of a plan up to which it is simulated to be compared with others.
-_MOST_SIMULATED = 1 << 17
+_MOST_SIMULATED = 1 << 14
 
 
 def make_dispatch_plan(
@@ -216,7 +217,8 @@ class Asked(NamedTuple):
         expected: share of the step that the estimate says is gained.
         """
         check_ms = sum(map(_check_ms, staged))
-        return check_ms < max(_CHECK_GAIN, expected) * min(1e3 * _LAYERS * one.seconds for one in staged)
+        layer_ms = 1e3 * min(one.seconds for one in staged)
+        return check_ms < min(_MOST_CHECK_MS, max(_CHECK_GAIN, expected) * _LAYERS * layer_ms)
 
 
 def _tiles(slices: SliceTable, total_seqlen: int, cp_size: int, costs: RowCosts) -> Draft:
@@ -245,8 +247,8 @@ def _or_renumbered(best: Staged, asked: Asked) -> Staged:
     """Where rows travel on over nodes that the placement did not know, ranks that need the same keys share a node."""
     if best.staging.relays < 2 or asked.ranks_per_node is not None:
         return best
-    alike = asked._replace(num_stages=len(best.staging.weights), relays=True)
-    near = alike.staged(best.draft.renumbered())
+    asked = asked._replace(relays=True)
+    near = asked.rival(best.draft.renumbered(), best)
     return near if near.seconds < best.seconds else best
 
 

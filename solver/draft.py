@@ -152,9 +152,9 @@ class Draft:
         # Hops go by the plan's nodes; on one level a row takes the link that the hardware has between two ranks.
         nodes = per_node if two_level else hardware.ranks_per_node
         by = heads, hardware, nodes, two_level, relays
-        if by not in self._steps:
-            self._steps[by] = Step(self._counted(nodes, two_level, relays), heads, hardware)
-        return self._steps[by]
+        if (step := self._steps.get(by)) is None:
+            step = self._steps[by] = Step(self._counted(nodes, two_level, relays), heads, hardware)
+        return step
 
     def _counted(self, nodes: int, two_level: bool, relays: bool) -> Load:
         """What each rank computes and moves over such nodes."""
