@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cpattn.solver import UNBOUNDED, IntArray, Placement, SliceTable
+from cpattn.solver.place.balance import AREA_LIMIT
 from cpattn.solver.place.components import TokenPool, find_components
 from cpattn.solver.place.density import DensityProfile
 from cpattn.solver.place.divide import Allowed
@@ -39,7 +40,7 @@ def documents() -> SliceTable:
 def peeled(table: SliceTable, total: int) -> Placement:
     """The placement that one peeling makes."""
     pool = TokenPool(DensityProfile.from_table(table, total), *find_components(table, total))
-    return place_peeled(pool, cp_size=RANKS, chunk_size=CHUNK, area_slack=0.0195, lean=0.8)
+    return place_peeled(pool, cp_size=RANKS, chunk_size=CHUNK, most_area=AREA_LIMIT * table.area() / RANKS, lean=0.8)
 
 
 def divided(table: SliceTable, before: Placement) -> Placement:
@@ -48,7 +49,7 @@ def divided(table: SliceTable, before: Placement) -> Placement:
     tokens, areas = before.num_tokens, rank_areas(table, before)
     allowed = Allowed(int(tokens.min()), int(tokens.min()) + CHUNK, max(1.02 * areas.mean(), float(areas.max())))
     profile, (components, _) = DensityProfile.from_table(table, total), find_components(table, total)
-    return repack(Holdings([before], profile, components, allowed), num_rounds=24)[0]
+    return repack(Holdings([before], profile, components, allowed), num_rounds=24)
 
 
 def draw(path: Path) -> None:

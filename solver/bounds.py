@@ -191,7 +191,7 @@ def _zone_rows(
     banded = b1 > b0
     count, width, zone, b0, b1 = (a[banded] for a in (b1 - b0, width, zone, b0, b1))
     if len(count):
-        below = profile.area_below()
+        below = profile.area_below
         need = _ranks_needed(count, below(b1) - below(b0), sparsest, cp_size, limits)
         np.maximum.at(rows, zone, (need - 1.0) * (width - 1))
     return rows, steps
@@ -232,7 +232,7 @@ def _thresholds(
     seen = DensityProfile.from_table(pieces.shift(zone * total, zone * total), num_zones * total)
     seen = _only(seen, (seen.first > 0) | (seen.slopes != 0))
     # Cut where the mask's own profile bends, so that areas of sub-runs come from one piece of it.
-    starts, ends, below = seen.starts, seen.ends, profile.area_below()
+    starts, ends, below = seen.starts, seen.ends, profile.area_below
     owner = starts // total
     of_zone = np.searchsorted(owner, np.arange(num_zones + 1))
     sub_starts, sub_ends = starts - owner * total, ends - owner * total
@@ -308,7 +308,7 @@ def bytes_bound(
     """
     if not len(table) or cp_size == 1:
         return BytesBound(0.0, 0.0)
-    below = DensityProfile.from_table(table, total_seqlen).area_below()
+    below = DensityProfile.from_table(table, total_seqlen).area_below
     starts, ends = find_components(table, total_seqlen)
     n, area = (ends - starts).astype(np.float64), (below(ends) - below(starts)).astype(np.float64)
     share = np.minimum(area, max(limits.max_area, 1))

@@ -18,9 +18,10 @@ All of it is counted in iterations and computed from shared data, so all ranks g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from .density import DensityProfile
 from .divide import Allowed
 from .even import even_out
 from .improve import Holdings, relieve_heaviest, repack
-from .measure import kv_rows_received, rank_areas
+from .measure import kv_rows_received
 from .peel import place_peeled
 from .queues import place_by_density, place_in_levels
 
@@ -44,11 +45,11 @@ AREA_LIMIT_ONE_COMPONENT = 1.004
 _MOST_COMPONENTS_PER_RANK = 16
 # Ranks of all drafts that are divided at once, where ranks are few: that takes hardly longer than one draft.
 _MOST_DRAFTED = 64
+# How lean peelings are; others than the first are tried where several drafts are worked on.
+_LEAN = (0.8, 1.0, 0.0, 0.4)
 # A unit of search effort: so many times a rank divides what it holds, and about so many milliseconds. The default
 # is never more than one.
-_UNIT_DIVISIONS, UNIT_MS = 3072, 100.0
-# How lean peelings are, in the order in which they are tried.
-_LEAN = (0.8, 1.0, 0.0, 0.4)
+_UNIT_DIVISIONS, UNIT_MS = 5120, 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,27 +74,24 @@ class _Problem:
         return join_small(*found, self.chunk_size // 2) if many else found
 
     @cached_property
-    def limit(self) -> float:
-        """Largest area over the mean."""
-        alone = self.num_components == 1
-        return min(self.area_limit, AREA_LIMIT_ONE_COMPONENT) if alone else self.area_limit
+    def most_area(self) -> float:
+        """Largest area of a rank that counts as balanced."""
+        limit = min(self.area_limit, AREA_LIMIT_ONE_COMPONENT) if self.num_components == 1 else self.area_limit
+        return limit * (float(self.profile.areas.sum()) / self.cp_size)
 
     @property
     def num_components(self) -> int:
         return len(self.components[0])
 
-    @property
-    def mean_area(self) -> float:
-        return float(self.profile.areas.sum()) / self.cp_size
-
     def score(self, placement: Placement) -> _Scored:
         """Balance first, then rows, then the worst rank's rows."""
-        areas = rank_areas(self.table, placement)
-        imbalance = float(areas.max()) / max(float(areas.mean()), 1.0)
-        uneven = int(np.ptp(placement.num_tokens)) > max(self.chunk_size, 1)
-        excess = max(imbalance - self.limit, 0.0) + (1e6 if uneven else 0.0)
+        areas = np.diff(self.profile.area_below(placement.ends), prepend=0)
+        area = float(np.bincount(placement.owners, areas, self.cp_size).max())
+        excess = max(area / max(self.most_area, 1.0), 1.0) - 1.0
+        if np.ptp(placement.num_tokens) > max(self.chunk_size, 1):
+            excess = math.inf
         rows = kv_rows_received(self.table, placement)
-        return _Scored((excess, int(rows.sum()), int(rows.max())), imbalance, placement)
+        return _Scored((excess, int(rows.sum()), int(rows.max())), area, placement)
 
     def of_one_component(self, contiguous: _Scored) -> Iterator[_Scored]:
         """The placements that may suit a mask of one component."""
@@ -108,46 +106,48 @@ class _Problem:
 
     def peeled(self, lean: float) -> _Scored:
         """Long components split from their dense end, made even."""
-        pool, slack = TokenPool(self.profile, *self.components), self.limit - 1.0005
+        pool = TokenPool(self.profile, *self.components)
         size = {"cp_size": self.cp_size, "chunk_size": self.chunk_size}
-        return self.evened(self.score(place_peeled(pool, **size, area_slack=slack, lean=lean)))
+        return self.evened(self.score(place_peeled(pool, **size, most_area=self.most_area, lean=lean)))
 
     def evened(self, scored: _Scored) -> _Scored:
         """The placement with its heaviest ranks within the limit, where that works."""
+        num_moves = 2 * self.cp_size
         if scored.key[0] <= 0:
             return scored
-        area, num_moves = (self.limit - 0.0003) * self.mean_area, 2 * self.cp_size
         if self.num_components == 1:
-            return self.score(even_out(scored.placement, self.profile, limit=area, max_exchanges=num_moves))
-        return self.score(relieve_heaviest(self._state(scored.placement, area=area), num_rounds=24))
+            limit = {"limit": self.most_area, "max_exchanges": num_moves}
+            return self.score(even_out(scored.placement, self.profile, **limit))
+        return self.score(relieve_heaviest(self._state([scored], self.most_area), num_rounds=num_moves))
 
-    def repacked(self, starts: list[_Scored], effort: float) -> _Scored:
-        """The best of the placements with what pairs of ranks hold divided anew, no less balanced."""
+    def repacked(self, best: _Scored, contiguous: _Scored, effort: float) -> _Scored:
+        """The placement, or another one, with what pairs of ranks hold divided anew, no less balanced."""
         num_drafts = max(_MOST_DRAFTED // self.cp_size, 1)
         num_rounds = int(effort * _UNIT_DIVISIONS / (num_drafts * self.cp_size)) + 1
-        drafts = [starts[i % len(starts)].placement for i in range(num_drafts)]
-        # Costs are a guess for most masks, but packed documents.
-        return min(map(self.score, repack(self._state(*drafts), num_rounds=num_rounds)), key=_key)
+        others = [*(partial(self.peeled, lean) for lean in _LEAN[1:]), partial(self.evened, contiguous)]
+        found = [other() for other in others[: int(effort * (num_drafts - 1))]]
+        starts = [best, *(other for other in found if other.key[0] <= best.key[0])]
+        drafts = [starts[i % len(starts)] for i in range(num_drafts)]
+        area = max(self.most_area, *(draft.area for draft in drafts))
+        return self.score(repack(self._state(drafts, area), num_rounds=num_rounds))
 
-    def _state(self, *drafts: Placement, area: float | None = None) -> Holdings:
-        """Drafts to work on, with bounds for every rank's share that they keep, as wide as they may be.
-
-        area: the largest that a rank may come to, if these need not keep it.
-        """
-        tokens = np.concatenate([draft.num_tokens for draft in drafts])
+    def _state(self, drafts: list[_Scored], area: float) -> Holdings:
+        """Drafts to work on, with bounds for every rank's tokens that they keep, as wide as they may be."""
+        tokens = np.concatenate([draft.placement.num_tokens for draft in drafts])
         least = min(int(tokens.min()), self.total_seqlen // self.cp_size - self.chunk_size // 2)
         least = max(least, int(tokens.max()) - self.chunk_size)
-        if area is None:
-            largest = max(float(rank_areas(self.table, draft).max()) for draft in dict.fromkeys(drafts))
-            area = max(largest, (self.limit - 0.0001) * self.mean_area)
-        return Holdings(drafts, self.profile, self.components[0], Allowed(least, least + self.chunk_size, area))
+        allowed = Allowed(least, least + self.chunk_size, area)
+        return Holdings([draft.placement for draft in drafts], self.profile, self.components[0], allowed)
 
 
 class _Scored(NamedTuple):
-    """A placement with what it is judged by: the smallest `key` (excess, rows, most rows of a rank) wins."""
+    """A placement, its largest area of a rank, and what it is judged by: the smallest `key` wins.
+
+    key: area over the limit, as a share of it; rows; most rows of a rank.
+    """
 
     key: tuple[float, int, int]
-    imbalance: float
+    area: float
     placement: Placement
 
 
@@ -188,17 +188,11 @@ def place_balanced(
     if problem.num_components == 1:
         return min([start, *problem.of_one_component(start)], key=_key).placement
     found = [start, problem.peeled(_LEAN[0])]
-    row_share = min(found, key=_key).key[1] / cp_size
-    effort = search_effort or min(row_share * row_ms / UNIT_MS, 1.0)
-    num_more = int(effort * _MOST_DRAFTED / cp_size)
-    found += [problem.peeled(lean) for lean in _LEAN[1 : 1 + num_more]]
-    if (num_more or effort >= 1) and start.key[0] > 0 and start.key[1] < total_seqlen:
-        found.append(problem.evened(start))
     if min(found, key=_key).key[0] > 0:
         found.append(problem.score(place_by_density(problem.profile, total_seqlen=total_seqlen, cp_size=cp_size)))
-    found.sort(key=_key)
-    best = found[0]
-    if not best.key[1]:
+    best = min(found, key=_key)
+    rows = best.key[1]
+    if not rows:
         return best.placement
-    starts = [scored for scored in found if scored.key[0] <= best.key[0]]
-    return min(best, problem.repacked(starts, effort), key=_key).placement
+    effort = search_effort or min(rows / cp_size * row_ms / UNIT_MS, 1.0)
+    return min(best, problem.repacked(best, start, effort), key=_key).placement

@@ -65,8 +65,8 @@ class TokenPool:
 
     def __init__(self, profile: DensityProfile, starts: IntArray, ends: IntArray) -> None:
         """starts, ends: components, in order, from token 0 to the last one; tiny ones may be joined."""
-        self.ramp: AreaRamp = profile.ramp()
-        below = profile.area_below()
+        self.ramp: AreaRamp = profile.ramp
+        below = profile.area_below
         below_starts, below_ends = below(starts), below(ends)
         areas = below_ends - below_starts
         # Components whose first half is the denser one have their top at the start.

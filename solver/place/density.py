@@ -11,13 +11,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from ..slices import IntArray, SliceTable, distinct
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class DensityProfile:
     """Keys seen by each query token, in linear pieces.
 
@@ -103,23 +104,23 @@ class DensityProfile:
         result: IntArray = self.first[i] + self.slopes[i] * (tokens - self.starts[i])
         return result
 
-    def area_below(self) -> Callable[[IntArray], IntArray]:
-        """Visible pairs of all queries before a token, as a function on arrays of tokens."""
-        before = np.append(0, np.cumsum(self.areas))
+    @cached_property
+    def prefix(self) -> IntArray:
+        """Visible pairs of all queries before each piece, and all pairs, [num_pieces + 1]."""
+        return np.append(0, np.cumsum(self.areas))
 
-        def below(token: IntArray) -> IntArray:
-            i = np.clip(np.searchsorted(self.starts, token, side="right") - 1, 0, len(self) - 1)
-            t = token - self.starts[i]
-            result: IntArray = before[i] + self.first[i] * t + self.slopes[i] * (t * (t - 1) // 2)
-            return result
+    def area_below(self, tokens: IntArray) -> IntArray:
+        """Visible pairs of all queries before each token."""
+        i = np.searchsorted(self.starts[1:], tokens, side="right")
+        t = tokens - self.starts[i]
+        result: IntArray = self.prefix[i] + self.first[i] * t + self.slopes[i] * (t * (t - 1) // 2)
+        return result
 
-        return below
-
+    @cached_property
     def ramp(self) -> AreaRamp:
         """The same profile as plain Python lists, for many single look-ups."""
-        prefix = np.concatenate([[0], np.cumsum(self.areas)])
-        total = int(self.ends[-1]) if len(self) else 0
-        return AreaRamp(self.starts.tolist(), self.first.tolist(), self.slopes.tolist(), prefix.tolist(), total)
+        columns = (self.starts, self.first, self.slopes, self.prefix)
+        return AreaRamp(*(column.tolist() for column in columns), int(self.ends[-1]) if len(self) else 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

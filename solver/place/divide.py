@@ -111,21 +111,24 @@ class _Bounds(NamedTuple):
 
 
 class _Subsets(NamedTuple):
-    """Members of all S = 2**F subsets of F pieces, 0 or 1, [S, F]; and the subsets without each piece, [F, S / 2]."""
+    """All S = 2**F subsets of F pieces, by their bits."""
 
-    members: FloatArray
-    without: IntArray
-    apart: FloatArray  # members of the subsets without each piece, [F, S / 2, F]
-    other: BoolArray  # pieces that are not the same one, [F, F]
+    members: FloatArray  # 0 or 1, [S, F]
+    without: IntArray  # the subsets without each piece, [F, S / 2]
+    apart: FloatArray  # members of the subsets without each piece, [F, F, S / 2]; the piece comes second
+    counts: FloatArray  # for rank a and b, whether it has a piece and none of a set, [2, S sets, F, S subsets]
     earlier: BoolArray  # [i, j]: whether j comes before i
 
 
 @lru_cache(maxsize=16)
 def _subsets(n: int) -> _Subsets:
-    members = (np.arange(1 << n)[:, None] >> np.arange(n)) & 1
+    every = np.arange(1 << n)
+    members = (every[:, None] >> np.arange(n)) & 1
     without = np.stack([np.flatnonzero(members[:, i] == 0) for i in range(n)])
-    other, earlier = ~np.eye(n, dtype=np.bool_), np.tri(n, k=-1, dtype=np.bool_)
-    return _Subsets(members.astype(np.float64), without, members[without].astype(np.float64), other, earlier)
+    counts_a = members.T[None] * ((every[:, None] & every) == 0)[:, None]
+    counts = np.stack([counts_a, counts_a[..., ::-1]]).astype(np.float64)  # rank b has what is not in the subset
+    apart = members[without].transpose(2, 0, 1).astype(np.float64)
+    return _Subsets(members.astype(np.float64), without, apart, counts, np.tri(n, k=-1, dtype=np.bool_))
 
 
 def _fewest_tokens(
@@ -155,33 +158,21 @@ def _fewest_tokens(
 
 def _rows(pool: Pool) -> tuple[FloatArray, FloatArray]:
     """Keys needed by both ranks, less a constant, for each subset, [M, S]; and by rank a of the component of each
-    piece, for each subset without it, [M, F, 1 or S / 2].
+    piece, for each subset without it, [M, F, S / 2].
 
     Of the pieces of a component that a rank takes, the densest counts, if it needs more than what the rank keeps.
     """
     num_free = pool.tokens.shape[1]
-    members, without, apart, other, earlier = _subsets(num_free)
-    more_a = np.maximum(pool.need - pool.kept_need[:, 0], 0)
-    more_b = np.maximum(pool.need - pool.kept_need[:, 1], 0)
-    rows: FloatArray = (more_a - more_b) @ members.T + more_b.sum(axis=1)[:, None]
-    alike = (pool.component[:, :, None] == pool.component[:, None, :]) & (pool.component[:, :, None] >= 0) & other
-    if not alike.any():
-        return rows, pool.kept_need[:, 0, :, None]
+    _, without, apart, counts, earlier = _subsets(num_free)
+    alike = (pool.component[:, :, None] == pool.component[:, None, :]) & (pool.component[:, :, None] >= 0)
     # Ties go to the piece that comes first.
     denser = pool.need[:, None, :] > pool.need[:, :, None]
     denser |= (pool.need[:, None, :] == pool.need[:, :, None]) & earlier
     above = ((alike & denser) << np.arange(num_free)).sum(axis=2)
-    pair, piece = np.nonzero(above)
-    mask, subset, member = above[pair, piece][:, None], np.arange(len(members)), members.T[piece]
-    hidden_a = np.where(subset & mask, member, 0) * more_a[pair, piece][:, None]
-    hidden_b = np.where(~subset & mask, 1 - member, 0) * more_b[pair, piece][:, None]
-    opens = np.flatnonzero(np.append(True, pair[1:] != pair[:-1]))
-    rows[pair[opens]] -= np.add.reduceat(hidden_a + hidden_b, opens, axis=0)
+    more = np.maximum(pool.need[:, None] - pool.kept_need, 0)
+    for_a, for_b = (more[:, side, None] @ counts[side, above, np.arange(num_free)] for side in (0, 1))
     need_a = np.repeat(pool.kept_need[:, 0, :, None], without.shape[1], axis=2)
-    pair, piece = np.nonzero(alike.any(axis=2))
-    others = alike[pair, piece] * pool.need[pair]
-    need = need_a[pair, piece]
+    others = alike * pool.need[:, None, :]
     for i in range(num_free):
-        np.maximum(need, apart[piece, :, i] * others[:, i : i + 1], out=need)
-    need_a[pair, piece] = need
-    return rows, need_a
+        np.maximum(need_a, others[:, :, i, None] * apart[i], out=need_a)
+    return (for_a + for_b)[:, 0], need_a

@@ -21,7 +21,7 @@ def even_out(placement: Placement, profile: DensityProfile, *, limit: float, max
     run end of a rank with room. Each exchange settles a rank or uses up a run, so a few per rank are
     enough. Rows moved may grow by the keys that the tokens given away see.
     """
-    ramp = profile.ramp()
+    ramp = profile.ramp
     holdings = placement.runs_by_rank()
     areas = np.array([sum(ramp.below(end) - ramp.below(start) for start, end in runs) for runs in holdings])
     stuck = np.zeros(len(areas), dtype=np.bool_)  # ranks that nobody can help

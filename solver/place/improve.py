@@ -28,26 +28,24 @@ from .even import NUM_PARTNERS
 # Pieces of two ranks that are divided anew; the others stay where they are.
 _MOST_FREE = 5
 # First temperature of repacking, as a share of the rows that a rank needs on average.
-_TEMPERATURE = 0.003
+_TEMPERATURE = 0.002
 
 
-def repack(state: Holdings, *, num_rounds: int) -> list[Placement]:
-    """The two cheapest drafts with pairs of ranks divided anew; balanced if they were, and with no more to pay.
+def repack(state: Holdings, *, num_rounds: int) -> Placement:
+    """The cheapest draft with pairs of ranks divided anew; balanced if it was, and with no more to pay.
 
     No rank comes to receive more than the one of its draft that received most.
 
     Args:
-        num_rounds: how often all ranks are paired; the best that each draft came to is kept.
+        num_rounds: how often all ranks are paired; the best that any draft came to is kept.
     """
     rng = np.random.default_rng(0)
     hot = _TEMPERATURE * float(state.costs.mean())
-    costs = state.costs.reshape(state.num_drafts, -1).sum(axis=1)
-    best, kept = np.zeros(state.num_drafts), [state.pieces] * state.num_drafts
+    best = state.cheapest()
     for i in range(num_rounds):
         state.divide(state.partners(rng), temperature=hot * (1 - i / num_rounds) ** 2, rng=rng)
-        kept = [state.pieces if gain > old else then for gain, old, then in zip(state.gained, best, kept, strict=True)]
-        best = np.maximum(best, state.gained)
-    return [state.placement(d, kept[d]) for d in np.argsort(costs - best, kind="stable")[:2].tolist()]
+        best = min(best, state.cheapest(), key=lambda found: found[0])
+    return state.placement(*best[1:])
 
 
 def relieve_heaviest(state: Holdings, *, num_rounds: int) -> Placement:
@@ -62,8 +60,9 @@ def relieve_heaviest(state: Holdings, *, num_rounds: int) -> Placement:
         pairs = np.stack([heavy[: len(light)], light[: len(heavy)]], axis=-1)
         if not len(pairs) or in_vain == NUM_PARTNERS:
             break
-        # Where it takes several to relieve a rank, each takes a part.
-        state.allowed = state.allowed._replace(area=np.maximum(limit, area[pairs] @ (0.75, 0.25)))
+        # Where it takes several to relieve a rank, each takes a part: half of what would make them even.
+        part = (area[pairs[:, 0]] + area[pairs].mean(axis=1)) / 2
+        state.allowed = state.allowed._replace(area=np.maximum(limit, part))
         in_vain = 0 if state.divide(pairs, rng=rng, at_any_price=True) else in_vain + 1
     return state.placement()
 
@@ -115,19 +114,15 @@ class Holdings:
     def __init__(
         self, drafts: Sequence[Placement], profile: DensityProfile, components: IntArray, allowed: Allowed
     ) -> None:
-        self.profile, self.area_below = profile, profile.area_below()
-        self.cp_size, self.num_drafts, self.allowed = drafts[0].cp_size, len(drafts), allowed
+        """components: their first tokens, ascending."""
+        self.profile, self.allowed = profile, allowed
+        self.cp_size, self.num_drafts = drafts[0].cp_size, len(drafts)
         self.num_ranks, self.total_seqlen = self.cp_size * self.num_drafts, drafts[0].total_seqlen
         self.num_components = len(components) * self.num_drafts
-        tables = []
-        for d, draft in enumerate(drafts):
-            starts = distinct(np.concatenate([draft.starts, components]))
-            component = np.searchsorted(components, starts, side="right") - 1 + d * len(components)
-            ends = np.append(starts[1:], self.total_seqlen)
-            tables.append(np.array((component, starts, ends, draft.owner_of(starts) + d * self.cp_size)))
-        self.pieces = self._make(*np.concatenate(tables, axis=1))
+        tables = {draft: _cut(draft, components) for draft in dict.fromkeys(drafts)}
+        step = np.array((len(components), 0, 0, self.cp_size))[:, None]
+        self.pieces = self._make(*np.concatenate([tables[draft] + d * step for d, draft in enumerate(drafts)], axis=1))
         self.costs, received = self._costs_of(self.pieces)
-        self.gained = np.zeros(self.num_drafts)
         # Where queries see fewer keys than their component has, this may count less than nothing.
         worst = np.maximum(received.reshape(self.num_drafts, -1).max(axis=1), 0.0)
         self.most_received = np.repeat(worst, self.cp_size)
@@ -140,9 +135,14 @@ class Holdings:
             pieces.end[low:high], pieces.owner[low:high] - draft * self.cp_size, cp_size=self.cp_size
         )
 
+    def cheapest(self) -> tuple[float, int, Pieces]:
+        """The cost of the cheapest draft as it is now, which one that is, and the pieces of all."""
+        costs = self.costs.reshape(self.num_drafts, -1).sum(axis=1)
+        return float(costs.min()), int(costs.argmin()), self.pieces
+
     def _make(self, component: IntArray, start: IntArray, end: IntArray, owner: IntArray) -> Pieces:
         first, last = self.profile.density(start), self.profile.density(end - 1)
-        area = self.area_below(end) - self.area_below(start)
+        area = self.profile.area_below(end) - self.profile.area_below(start)
         return Pieces(np.array((component, start, end, first, last, np.maximum(first, last), area, owner)))
 
     def _costs_of(self, pieces: Pieces) -> tuple[FloatArray, FloatArray]:
@@ -156,23 +156,14 @@ class Holdings:
         """Pairs of different ranks of one draft: holders of one component as far as possible, at random."""
         key = distinct(self.pieces.owner * self.num_components + self.pieces.component)
         owner, component = np.divmod(key, self.num_components)
+        shared = np.bincount(component, minlength=self.num_components) > 1
         # Each rank takes part for one component that it shares, if there is any: that which comes first today.
-        order = rng.random(self.num_components) + (np.bincount(component, minlength=self.num_components) < 2)
-        of = np.full(self.num_ranks, 2.0)
-        np.minimum.at(of, owner, order[component])
-        draft = np.arange(self.num_ranks) // self.cp_size
-        of[of >= 1] = 2.0
-        chance = rng.random(self.num_ranks)
-        pairs = []
-        ranks = np.arange(self.num_ranks)
-        for alike in (of, np.zeros_like(of)):
-            ranks = ranks[np.lexsort((chance[ranks], alike[ranks], draft[ranks]))]
-            group = _opens(alike[ranks] + 4 * draft[ranks])
-            nth = np.arange(len(ranks)) - np.repeat(group, np.diff(np.append(group, len(ranks))))
-            second = np.flatnonzero(nth % 2)
-            pairs.append(np.stack([ranks[second - 1], ranks[second]], axis=-1))
-            ranks = np.delete(ranks, np.concatenate([second - 1, second]))
-        return np.concatenate(pairs)
+        order = np.where(shared, rng.random(self.num_components), 1.0)
+        first = np.ones(self.num_ranks)
+        np.minimum.at(first, owner, order[component])
+        # Where an odd number takes part for a component, the last is paired with the next one's first.
+        ranks = np.lexsort((rng.random(self.num_ranks), first, np.arange(self.num_ranks) // self.cp_size))
+        return ranks.reshape(self.num_drafts, -1)[:, : self.cp_size // 2 * 2].reshape(-1, 2)
 
     def divide(
         self,
@@ -190,18 +181,18 @@ class Holdings:
             at_any_price: divide wherever it is allowed.
 
         Returns:
-            Whether any pair's was divided; what the pairs of each draft gained is added to `gained`.
+            Whether any pair's was divided.
         """
         joined, others = self._join(ranks, rng)
         divisions = best_divisions(_pool(joined, len(ranks)), self.allowed, temperature=temperature, rng=rng)
         new = self._divided(joined, ranks, divisions)
         costs, received = self._costs_of(new)
-        pair_gain = (self.costs[ranks] - costs[ranks]).sum(axis=1)
+        gain = (self.costs[ranks] - costs[ranks]).sum(axis=1)
         taken = divisions.found
         if not at_any_price:
             patience = 0.0 if rng is None else temperature * rng.standard_exponential(len(ranks))
             # The busiest receiver sets the time of the exchange.
-            taken &= (pair_gain > -patience) & (received[ranks] <= self.most_received[ranks]).all(axis=1)
+            taken &= (gain > -patience) & (received[ranks] <= self.most_received[ranks]).all(axis=1)
         # A piece whose density is no straight line may break a limit.
         taken &= _sums(new.owner, new.area, self.num_ranks)[ranks].max(axis=1) <= self.allowed.area
         changed = np.zeros(self.num_ranks, dtype=np.bool_)
@@ -210,7 +201,6 @@ class Holdings:
         order = np.argsort(together.start + together.owner // self.cp_size * self.total_seqlen)
         self.pieces = together.take(order)
         self.costs = np.where(changed, costs, self.costs)
-        self.gained = self.gained + _sums(ranks[taken, 0] // self.cp_size, pair_gain[taken], self.num_drafts)
         return bool(taken.any())
 
     def _join(self, ranks: IntArray, rng: np.random.Generator | None) -> tuple[_Joined, Pieces]:
@@ -257,6 +247,13 @@ class Holdings:
         return Pieces.concat(whole, self._make(np.tile(cut.component, 2), starts, ends, np.concatenate(owners)))
 
 
+def _cut(draft: Placement, components: IntArray) -> IntArray:
+    """Component, start, end and owner of each piece, [4, num_pieces]."""
+    starts = distinct(np.concatenate([draft.starts, components]))
+    component = np.searchsorted(components, starts, side="right") - 1
+    return np.array((component, starts, np.append(starts[1:], draft.total_seqlen), draft.owner_of(starts)))
+
+
 def _needs(pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:
     """Component, rank and keys needed, for each component that a rank holds some of; by rank, then component."""
     stride = int(pieces.component.max(initial=0)) + 1
@@ -280,25 +277,17 @@ def _sums(place: IntArray, values: IntArray, size: int) -> FloatArray:
 
 
 def _pool(joined: _Joined, num_pairs: int) -> Pool:
-    pieces, is_kept = joined.pieces, joined.slot >= _MOST_FREE
-    place = joined.pair[~is_kept], joined.slot[~is_kept]
-
-    def padded(values: IntArray) -> FloatArray:
-        result = np.zeros((num_pairs, _MOST_FREE))
-        result[place] = values[~is_kept]
-        return result
-
-    component = padded(pieces.component + 1) - 1
-    kept = pieces.take(is_kept)
+    is_kept = joined.slot >= _MOST_FREE
+    free, kept = joined.pieces.take(~is_kept), joined.pieces.take(is_kept)
+    columns = np.zeros((6, num_pairs, _MOST_FREE))
+    columns[0] = -1
+    sparse, rise = np.minimum(free.first, free.last), np.abs(free.last - free.first)
+    values = np.array((free.component, free.end - free.start, free.area, free.need, sparse, rise))
+    columns[:, joined.pair[~is_kept], joined.slot[~is_kept]] = values
     rank, size = 2 * joined.pair[is_kept] + joined.side[is_kept], 2 * num_pairs
     return Pool(
-        component,
-        padded(pieces.end - pieces.start),
-        padded(pieces.area),
-        padded(pieces.need),
-        padded(np.minimum(pieces.first, pieces.last)),
-        padded(np.abs(pieces.last - pieces.first)),
-        _kept_need(component, rank, kept),
+        *columns,
+        _kept_need(columns[0], rank, kept),
         _sums(rank, kept.end - kept.start, size).reshape(-1, 2),
         _sums(rank, kept.area, size).reshape(-1, 2),
     )

@@ -26,8 +26,6 @@ from .density import last_within
 
 # Components looked at for one choice. More find better fits and cost time; results hardly change past that.
 _LOOKAHEAD = 64
-# Gaps longer than this many next fillers are filled without choosing.
-_RUN_AHEAD = 1.6
 
 
 @dataclass(slots=True)
@@ -40,30 +38,29 @@ class _Budget:
     floor: float
 
 
-def place_peeled(pool: TokenPool, *, cp_size: int, chunk_size: int, area_slack: float, lean: float) -> Placement:
+def place_peeled(pool: TokenPool, *, cp_size: int, chunk_size: int, most_area: float, lean: float) -> Placement:
     """Owner of every token; token counts lie within one chunk of each other.
 
     Empties `pool`.
 
     Args:
-        area_slack: largest area of a rank over the mean, less one; kept where the fillers allow it.
+        most_area: largest area of a rank; kept where the fillers allow it.
         lean: 0 to 1, how far the token counts of early ranks are kept low (they hold dense pieces). Different ones
             suit different masks.
     """
-    return _Peeler(pool, cp_size, chunk_size, area_slack, lean).place()
+    return _Peeler(pool, cp_size, chunk_size, most_area, lean).place()
 
 
 class _Peeler:
     """Working state of one run of `place_peeled`."""
 
-    def __init__(self, pool: TokenPool, cp_size: int, chunk_size: int, area_slack: float, lean: float) -> None:
+    def __init__(self, pool: TokenPool, cp_size: int, chunk_size: int, most_area: float, lean: float) -> None:
         self.pool, self.cp_size = pool, cp_size
         self.tokens_left, self.area_left = pool.hi[-1], sum(pool.areas)
-        self.mean_area, self.mean_tokens = self.area_left / cp_size, self.tokens_left / cp_size
-        self.area_limit = self.mean_area * (1 + area_slack)
+        self.most_area = most_area
         self.least = max(0, self.tokens_left // cp_size - chunk_size // 2)
         self.most = self.least + chunk_size
-        self.lean_mean = self.mean_tokens + lean * (self.most - self.mean_tokens)
+        self.lean_mean = self.tokens_left / cp_size * (1 - lean) + lean * self.most
         self.rank = 0
         self.budget = _Budget(0, 0, 0.0, 0.0)
         self.area_price = 0.0  # rows that one pair of area is worth on this rank
@@ -86,8 +83,8 @@ class _Peeler:
             return _Budget(self.tokens_left, self.tokens_left, self.area_left, self.area_left)
         least = max(self.least, self.tokens_left - rest * self.most, int(self.tokens_left - rest * self.lean_mean))
         most = min(self.most, self.tokens_left - rest * self.least)
-        floor = max(0.0, self.area_left - rest * self.area_limit)
-        return _Budget(min(least, most), most, self.area_limit, floor)
+        floor = max(0.0, self.area_left - rest * self.most_area)
+        return _Budget(min(least, most), most, self.most_area, floor)
 
     def _give(self, start: int, end: int, area: int) -> None:
         self.runs.append((end, self.rank))
@@ -126,82 +123,43 @@ class _Peeler:
         self.area_price = need / max(budget.area, 1.0)
         while True:
             gap = budget.least - pool.top_tokens(top, budget.area)
-            fillers = self._choose_fillers(top, gap, need) if gap > 0 else []
-            if not fillers:
+            filler = self._filler(top, gap, need) if gap > 0 else None
+            if filler is None:
                 break
-            for i in fillers:
-                self._give(*pool.take_all(i))
+            self._give(*pool.take_all(filler))
         count = pool.top_tokens(top, budget.area)
         if count >= budget.least:
             self._take_top(top, min(count, budget.most))
         else:
             self._close(top, budget.least - count)
 
-    def _choose_fillers(self, top: int, gap: int, need: int) -> list[int]:
-        """Components to take whole into the gap; none when a closing piece is better."""
-        pool, budget = self.pool, self.budget
-        others = [entry for entry in pool.by_density[: _LOOKAHEAD + 1] if entry[2] != top]
-        if not others:
-            return []
-        density, size, i = others[0]
-        if gap >= _RUN_AHEAD * size and density < need and pool.areas[i] <= budget.area:
-            return self._run_ahead([i for _, _, i in others], gap)
-        items = [
-            # A filler also takes area from the top, so it closes less of the gap than its size.
-            (size * (1 - density / need), i)
-            for density, size, i in others
-            if density < need and pool.areas[i] <= budget.area and size <= budget.most
-        ]
-        return self._best_filler(top, gap, sorted(items))
+    def _filler(self, top: int, gap: int, need: int) -> int | None:
+        """A component to take whole into the gap: the sparsest where it fits, else that which costs the top least area.
 
-    def _run_ahead(self, others: list[int], gap: int) -> list[int]:
-        """The next fillers in order: one, or as many small ones as a quarter of the gap holds."""
-        count, size, area = 0, 0, 0
-        for i in others:
-            size, area = size + self.pool.size(i), area + self.pool.areas[i]
-            if 4 * size > gap or area > self.budget.area:
-                break
-            count += 1
-        return others[: max(count, 1)]
-
-    def _best_filler(self, top: int, gap: int, items: list[tuple[float, int]]) -> list[int]:
-        """One of `items` (gap closed, component), or none, so that the least area is lost to the top.
-
-        Fillers that close more than the gap leave area unused; that counts as lost, and is allowed
-        as long as the later ranks can take what this one leaves.
+        None where a closing piece costs less.
         """
         pool, budget = self.pool, self.budget
         room = gap + budget.most - budget.least
-        # What may stay unused: the ranks after this one should be left with 2% less than the mean.
-        rest = self.cp_size - self.rank - 1
-        spare = budget.area - max(0.0, self.area_left - rest * 0.98 * self.mean_area)
-        best, choice = self._closing_loss(top, gap), []
-        for closed, i in items:
+        least_lost, best = self._loss(top, gap, top), None
+        others = [entry for entry in pool.by_density[: _LOOKAHEAD + 1] if entry[2] != top and entry[0] < need]
+        for density, size, i in others:
             area = pool.areas[i]
-            if area >= best:
+            # A filler also takes area from the top, so it closes less of the gap than its size.
+            closed = size * (1 - density / need)
+            if closed > room or size > budget.most or area > budget.area:
                 continue
-            if closed <= room:
-                lost = area + self._closing_loss(top, math.ceil(gap - closed))
-            elif (count := budget.most - pool.size(i)) <= pool.size(top):
-                lost = max(area, budget.area - pool.top_area(top, count))
-                if lost - area > spare:
-                    continue
-            else:
-                continue
-            if lost < best:
-                best, choice = lost, [i]
-        return choice
-
-    def _closing_loss(self, top: int, gap: int) -> float:
-        """Area that closing a gap costs: own bottom or that of another component, whose rows count as area."""
-        if gap <= 0:
-            return 0.0
-        at = bisect_left(self.pool.by_size, (gap, -1))
-        return min(self._loss(top, gap, i) for i in (top, *(i for _, i in self.pool.by_size[at : at + 3])))
+            if size <= gap and i == others[0][2]:
+                return i
+            lost = area + self._loss(top, math.ceil(gap - closed), top)
+            if lost < least_lost:
+                least_lost, best = lost, i
+        return best
 
     def _loss(self, top: int, gap: int, i: int) -> float:
         """Area that is lost to the top if the bottom of component i fills the gap; infinite if it cannot."""
         pool = self.pool
+        if gap <= 0:
+            return 0.0
         if pool.size(i) < gap:
             return math.inf
         area = pool.bottom_area(i, gap)
@@ -212,12 +170,8 @@ class _Peeler:
 
     def _closers(self, top: int, gap: int) -> list[int]:
         """Components whose bottom could fill the gap, cheapest first; the component itself among them."""
-        pool, look = self.pool, _LOOKAHEAD // 4
-        at = bisect_left(pool.by_size, (gap, -1))
-        # Masks differ in what makes a bottom cheap: a small component, or a sparse one.
-        small = [i for _, i in pool.by_size[at : at + look]]
-        sparse = [i for _, size, i in pool.by_density[: look * look] if size >= gap][:look]
-        return [i for _, i in sorted((self._loss(top, gap, i), i) for i in {top, *small, *sparse})]
+        sparse = [i for _, size, i in self.pool.by_density[: 4 * _LOOKAHEAD] if size >= gap][: _LOOKAHEAD // 4]
+        return [i for _, i in sorted((self._loss(top, gap, i), i) for i in {top, *sparse})]
 
     def _close(self, top: int, gap: int) -> None:
         """Reach the token count with the top and one bottom, its own or another; two if it must be."""
@@ -281,24 +235,9 @@ class _Peeler:
         return max(fits)[1] if fits else None
 
     def _close_pack(self) -> None:
-        """The cheapest single piece that reaches the token count within the area."""
-        pool, budget, tokens = self.pool, self.budget, self.budget.least
-        self.area_price = 2 / max(self.mean_tokens, 1.0)
+        """The bottom that reaches the token count for the fewest keys; none where all have too much area."""
+        pool, tokens = self.pool, self.budget.least
         at = bisect_left(pool.by_size, (tokens, -1))
-        pieces = []
-        for size, i in pool.by_size[at : at + _LOOKAHEAD]:
-            bottom, top = pool.bottom_area(i, tokens), pool.top_area(i, tokens)
-            pieces.append((pool.bottom_need(i, tokens), bottom, i, self._take_bottom))
-            pieces.append((pool.bottom_need(i, size - tokens + 1), top, i, self._take_top))
-        costs = [
-            (need + max(0.0, budget.floor - area) * self.area_price, n)
-            for n, (need, area, *_) in enumerate(pieces)
-            if area <= budget.area
-        ]
-        if costs:
-            _, _, i, take = pieces[min(costs)[1]]
-            take(i, tokens)
-        else:
-            dense = bisect_left(pool.by_need, (budget.floor / tokens, 0))
-            i = pool.by_need[min(dense, len(pool.by_need) - 1)][1]
-            self._close(i, max(tokens - pool.top_tokens(i, budget.area), 1))
+        pieces = [i for _, i in pool.by_size[at : at + _LOOKAHEAD] if pool.bottom_area(i, tokens) <= self.budget.area]
+        if pieces:
+            self._take_bottom(min(pieces, key=lambda i: (pool.bottom_need(i, tokens), i)), tokens)

@@ -10,10 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpattn.solver import UNBOUNDED, Placement, SliceTable, disjoint_union, place_zigzag
-from cpattn.solver.place.balance import AREA_LIMIT, kv_rows_received, place_balanced, rank_areas
+from cpattn.solver.place.balance import AREA_LIMIT, place_balanced
 from cpattn.solver.place.components import TokenPool, find_components, join_small
 from cpattn.solver.place.density import DensityProfile, last_within
 from cpattn.solver.place.even import even_out
+from cpattn.solver.place.measure import kv_rows_received, rank_areas
 from cpattn.solver.place.peel import place_peeled
 from cpattn.solver.place.queues import place_by_density, place_in_levels
 
@@ -117,7 +118,7 @@ def test_profile_is_the_row_sum_of_the_mask(mask):
     pieces = zip(profile.starts, profile.ends, profile.first, profile.slopes, strict=True)
     drawn = np.concatenate([first + slope * np.arange(end - start) for start, end, first, slope in pieces])
     np.testing.assert_array_equal(drawn, density)
-    ramp = profile.ramp()
+    ramp = profile.ramp
     assert [ramp.below(i) for i in range(seqlen + 1)] == np.concatenate([[0], np.cumsum(density)]).tolist()
 
 
@@ -333,7 +334,8 @@ def test_peeling_alone_is_even_and_saves_rows(causal):
     """Long documents on many ranks, before anything is divided anew: even tokens, far fewer rows than in order."""
     table, seqlen, cp_size = documents(lognormal_lengths(1 << 18, 2), causal=causal), 1 << 18, 64
     pool = TokenPool(DensityProfile.from_table(table, seqlen), *find_components(table, seqlen))
-    placement = place_peeled(pool, cp_size=cp_size, chunk_size=256, area_slack=0.019, lean=0.8)
+    most_area = AREA_LIMIT * table.area() / cp_size
+    placement = place_peeled(pool, cp_size=cp_size, chunk_size=256, most_area=most_area, lean=0.8)
     assert np.ptp(placement.num_tokens) <= 256
     areas = rank_areas(table, placement)
     assert np.sort(areas)[-4] <= AREA_LIMIT * areas.mean()  # the last ranks take what nobody wanted

@@ -15,7 +15,8 @@ from cpattn.masks.spec import lower_mask
 from cpattn.solver import DEFAULT_HARDWARE, Plan, SliceTable, dispatch, make_dispatch_plan, simulate, two_level_routes
 from cpattn.solver.dispatch import keys_schedule
 from cpattn.solver.draft import DEFAULT_COSTS, Draft, assemble_plan
-from cpattn.solver.place.balance import AREA_LIMIT, rank_areas
+from cpattn.solver.place.balance import AREA_LIMIT
+from cpattn.solver.place.measure import rank_areas
 from cpattn.solver.place.nodes import place_on_nodes
 from tests_dist.solver.test_balance import random_masks
 
