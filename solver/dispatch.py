@@ -41,7 +41,7 @@ _CHECK_MS, _CHECK_STAGE_MS, _CHECK_ROUTE_MS = 0.4, 0.16, 4e-4
 # what plans for hundreds of ranks take otherwise.
 _CHECK_GAIN, _LAYERS, _MOST_CHECK_MS = 0.12, 32, 10.0
 # What is estimated to take so many times as long as the best may still be faster; and where rows travel on.
-_NEAR, _NEAR_RELAYS = 1.04, 1.05
+_NEAR, _NEAR_RELAYS = 1.04, 1.08
 # What is so much slower in as many stages as the best has is not faster in another number of them.
 _HOPELESS = 1.2
 # Plain layouts are looked at where there is so much to gain.
