@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from .placement import Placement
-from .slices import IntArray, SliceTable, expand_counts
+from .slices import IntArray, SliceTable, stable_order
 
 
 class Intervals(NamedTuple):
@@ -74,12 +75,11 @@ def merge_intervals(ranks: IntArray, starts: IntArray, ends: IntArray) -> Interv
         return Intervals(ranks, starts, ends)
     # Far enough apart that intervals of different ranks never touch.
     stride = int(ends.max()) + 2
-    starts, ends = starts + ranks * stride, ends + ranks * stride
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    opens = np.append(True, starts[1:] > ends[:-1])
-    closes = np.append(opens[1:], True)
-    starts, ends = starts[opens], ends[closes]
+    # Where the n-th start lies behind n ends, all that began before is closed: which end is whose does not matter.
+    starts, ends = np.sort(starts + ranks * stride), np.sort(ends + ranks * stride)
+    edges = np.ones(len(starts) + 1, dtype=bool)
+    np.greater(starts[1:], ends[:-1], out=edges[1:-1])
+    starts, ends = starts[edges[:-1]], ends[edges[1:]]
     ranks = starts // stride
     return Intervals(ranks, starts - ranks * stride, ends - ranks * stride)
 
@@ -276,21 +276,20 @@ def make_routes(
     by_sender = len(weights) <= most_shared_stages(int(counts.sum()))
     blocks = []
     for a, b in _group_blocks(needed.ranks // ranks_per_node, counts):
-        need, nth = expand_counts(counts[a:b])
-        need += a
-        run = first[need] + nth
-        travels = np.flatnonzero(needed.ranks[need] != placement.owners[run])
-        need, run = need[travels], run[travels]
-        starts = np.maximum(needed.starts[need], placement.starts[run])
-        ends = np.minimum(needed.ends[need], placement.ends[run])
-        blocks.append(stages.of_block(needed.ranks[need], placement.owners[run], starts, ends, by_sender=by_sender))
+        ranks, low, high, begin, count = (x[a:b] for x in (*needed, first, counts))
+        position = np.cumsum(count) - count
+        run = np.arange(int(count.sum())) + np.repeat(begin - position, count)
+        dsts, srcs = np.repeat(ranks, count), placement.owners[run]
+        starts = np.maximum(np.repeat(low, count), placement.starts[run])
+        ends = np.minimum(np.repeat(high, count), placement.ends[run])
+        blocks.append(stages.of_block(dsts, srcs, starts, ends, by_sender=by_sender))
     return _by_stage(blocks, len(weights))
 
 
 def _by_stage(blocks: list[RouteTable], num_stages: int) -> RouteTable:
     """One table of blocks that lie in the order of receivers, each in the order of a table."""
-    if not blocks:
-        return RouteTable.empty()
+    if len(blocks) < 2:
+        return blocks[0] if blocks else RouteTable.empty()
     cuts = [np.searchsorted(block.stages, np.arange(num_stages + 1)) for block in blocks]
 
     def joined(name: str) -> IntArray:
@@ -314,77 +313,82 @@ class _Stages(NamedTuple):
     def of_block(
         self, dsts: IntArray, srcs: IntArray, starts: IntArray, ends: IntArray, *, by_sender: bool
     ) -> RouteTable:
-        """All routes of some nodes in stages; they come in the order of (receiver, start)."""
-        num_stages = len(self.weights)
-        if num_stages == 1 or not len(dsts):
-            order = np.argsort(dsts * self.cp_size + srcs, kind="stable")
-            return RouteTable(dsts[order], srcs[order], starts[order], ends[order], np.zeros(len(order), np.int64))
+        """All routes of some nodes in stages, less what stays where it is; they come sorted by receiver, then start."""
+        travels = np.flatnonzero(dsts != srcs)
+        order = travels[stable_order((dsts * self.cp_size + srcs)[travels])]
+        dsts, srcs, starts, ends = dsts[order], srcs[order], starts[order], ends[order]
+        if len(self.weights) == 1 or not len(dsts):
+            return RouteTable(dsts, srcs, starts, ends, np.zeros(len(dsts), np.int64))
         node = dsts // self.ranks_per_node
         label = node * self.cp_size + srcs if by_sender else node
-        before, group, groups, totals = _positions(label, starts, ends)
-        bounds = self._bounds(groups, totals, by_sender=by_sender)
-        first, last = np.zeros(len(label), dtype=np.int64), np.zeros(len(label), dtype=np.int64)
-        behind = before + ends - starts
-        for bound in bounds[1:-1]:
-            at = bound[group]
-            first += at <= before
-            last += at < behind
-        row, part = expand_counts(last - first + 1)
-        part += first[row]
-        shift, group = (starts - before)[row], group[row]
-        new_starts = np.maximum(starts[row], bounds[part, group] + shift)
-        new_ends = np.minimum(ends[row], bounds[part + 1, group] + shift)
-        stage = part if by_sender else (part + node[row]) % num_stages
-        # A stable sort keeps starts ascending.
-        order = np.argsort((stage * self.cp_size + dsts[row]) * self.cp_size + srcs[row], kind="stable")
-        order = order[new_ends[order] > new_starts[order]]
-        row = row[order]
-        return RouteTable(dsts[row], srcs[row], new_starts[order], new_ends[order], stage[order])
+        # In this order what a rank receives of a sender is one stretch without overlaps.
+        in_order = by_sender and self.ranks_per_node == 1
+        before, group, groups, totals = _positions(label, starts, ends, in_order=in_order)
+        behind = before + (ends - starts)
+        parts = []
+        for bounds in self._bounds(groups, totals, by_sender=by_sender):
+            low, high = np.maximum(bounds[0][group], before), np.minimum(bounds[1][group], behind)
+            row = np.flatnonzero(low < high)
+            parts.append((row, low[row], high[row]))
+        row, low, high = (np.concatenate(column) for column in zip(*parts, strict=True))
+        shift = (starts - before)[row]
+        stage = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        return RouteTable(dsts[row], srcs[row], low + shift, high + shift, stage)
 
-    def _bounds(self, groups: IntArray, totals: IntArray, *, by_sender: bool) -> IntArray:
-        """First row of every part among the rows of each group, and the end, [stages + 1, n].
+    def _bounds(self, groups: IntArray, totals: IntArray, *, by_sender: bool) -> Iterator[tuple[IntArray, IntArray]]:
+        """Of each stage the first row among the rows of each group, and the end, [n].
 
-        By sender, a group is a node's number times cp_size plus a sender, part p is stage p, and rows are
+        By sender, a group is a node's number times cp_size plus a sender, and rows are
         divided in blocks: block b of B lies at (b + phase) / B of the way, and belongs to the stage that
-        has this share. Else a group is a node, and part p is as large as stage p + node, modulo their number.
+        has this share. Else a group is a node, whose rows go to the stages in turn, from another one on for each node.
         """
-        num_stages, whole = len(self.weights), int(self.weights.sum())
-        turn = np.zeros_like(groups) if by_sender else groups % num_stages
-        turned = self.weights[(np.arange(num_stages)[:, None] + turn) % num_stages]
-        shares = np.concatenate([np.zeros((1, len(groups)), dtype=np.int64), np.cumsum(turned, axis=0)])
         if not by_sender:
-            return shares * totals // whole
+            return self._turned_bounds(groups, totals)
+        whole = int(self.weights.sum())
         # The phase is a mixture of both, so that small messages spread over the stages.
         node, sender = np.divmod(groups, self.cp_size)
-        phase = (sender * 40503 + node * 30011) % _PHASES
-        num_blocks = -(-totals // _LEAST_ROWS)
-        cut = -((whole * phase - shares * num_blocks * _PHASES) // (whole * _PHASES))
-        bounds: IntArray = np.clip(cut * _LEAST_ROWS, 0, totals)
-        return bounds
+        phase = whole * ((sender * 40503 + node * 30011) % _PHASES)
+        blocks = -(-totals // _LEAST_ROWS) * _PHASES
+        cuts = [-((phase - share * blocks) // (whole * _PHASES)) for share in np.cumsum(self.weights)[:-1].tolist()]
+        return pairwise([np.zeros_like(totals), *(np.minimum(cut * _LEAST_ROWS, totals) for cut in cuts), totals])
+
+    def _turned_bounds(self, groups: IntArray, totals: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+        num_stages, before = len(self.weights), np.cumsum([0, *self.weights, *self.weights])
+        turn = groups % num_stages
+        for stage in range(num_stages):
+            nth = turn + (stage - turn) % num_stages
+            low, high = ((before[nth + more] - before[turn]) * totals // before[num_stages] for more in (0, 1))
+            yield low, high
 
 
 _PHASES = 1 << 16
 
 
 def _positions(
-    label: IntArray, starts: IntArray, ends: IntArray
+    label: IntArray, starts: IntArray, ends: IntArray, *, in_order: bool
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """Where intervals lie in the union of those of their label.
+
+    Args:
+        in_order: they are sorted by label and start, and those of a label are disjoint.
 
     Returns:
         For each interval the rows of the union before it and the number of its label among all labels;
         these labels, ascending; and the rows of the union of each.
     """
-    union = merge_intervals(label, starts, ends)
+    union = Intervals(label, starts, ends) if in_order else merge_intervals(label, starts, ends)
     lengths = union.ends - union.starts
     opens = np.append(True, union.ranks[1:] != union.ranks[:-1])
     first = np.flatnonzero(opens)
     group = np.cumsum(opens) - 1
     before = np.cumsum(lengths) - lengths
     before -= before[first][group]
+    labels, totals = union.ranks[first], np.add.reduceat(lengths, first)
+    if in_order:
+        return before, group, labels, totals
     stride = int(ends.max()) + 2
     at = np.searchsorted(union.ranks * stride + union.starts, label * stride + starts, side="right") - 1
-    return before[at] + starts - union.starts[at], group[at], union.ranks[first], np.add.reduceat(lengths, first)
+    return before[at] + starts - union.starts[at], group[at], labels, totals
 
 
 def _group_blocks(groups: IntArray, weights: IntArray) -> Iterator[tuple[int, int]]:

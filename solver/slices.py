@@ -287,6 +287,16 @@ def distinct(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
+def stable_order(keys: IntArray) -> IntArray:
+    """What sorts keys of 0 and above, equal ones as they come, in a fraction of the time of a stable `argsort`.
+
+    Keys times their number must be less than 2**62.
+    """
+    bits = len(keys).bit_length()
+    order: IntArray = np.sort((keys << bits) | np.arange(len(keys))) & ((1 << bits) - 1)
+    return order
+
+
 def merge_neighbours(table: SliceTable) -> SliceTable:
     """The same pairs in fewer banded rectangles, for disjoint rows.
 
