@@ -93,7 +93,10 @@ def best_divisions(
 
 
 class _Bounds(NamedTuple):
-    """What rank a of each pair may hold so that rank b, which gets the rest, is within its own bounds; each [M, 1]."""
+    """What rank a of each pair may hold so that rank b, which gets the rest, is within its own bounds.
+
+    Each [M, 1], or [1, 1] where it is the same for all.
+    """
 
     least: FloatArray
     most: FloatArray
@@ -102,12 +105,12 @@ class _Bounds(NamedTuple):
 
     @classmethod
     def of(cls, pool: Pool, allowed: Allowed) -> _Bounds:
-        tokens = pool.tokens.sum(axis=1) + pool.kept_tokens.sum(axis=1)
-        area = pool.area.sum(axis=1) + pool.kept_area.sum(axis=1)
+        tokens = (pool.tokens.sum(axis=1) + pool.kept_tokens.sum(axis=1))[:, None]
+        area = (pool.area.sum(axis=1) + pool.kept_area.sum(axis=1))[:, None]
         least = np.maximum(allowed.least, tokens - allowed.most)
         most = np.minimum(allowed.most, tokens - allowed.least)
-        limit = np.broadcast_to(allowed.area, len(tokens))
-        return cls(*(bound[:, None] for bound in (least, most, area - limit, limit)))
+        limit = np.reshape(allowed.area, (-1, 1))
+        return cls(least, most, area - limit, limit)
 
 
 class _Subsets(NamedTuple):

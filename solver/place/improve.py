@@ -220,12 +220,12 @@ class Holdings:
         pieces.end[:], pieces.last[:] = held.end[last], held.last[last]
         pieces.need[:], pieces.area[:] = np.maximum.reduceat(held.need, opens), np.add.reduceat(held.area, opens)
         pair, side_joined = pair[opens], np.minimum.reduceat(side, opens)
-        both = side_joined < np.maximum.reduceat(side, opens)
-        # What lies on both ranks has to be divided; then any, long pieces more often.
         weight = (pieces.end - pieces.start).astype(np.float64)
         if rng is not None:
             weight = np.sqrt(weight) * rng.random(len(opens))
-        order = np.lexsort((-weight, ~both, pair))
+        # What lies on both ranks has to be divided; then any, long pieces more often.
+        weight += self.total_seqlen * (side_joined < np.maximum.reduceat(side, opens))
+        order = np.lexsort((-weight, pair))
         slot = np.empty(len(opens), dtype=np.int64)
         slot[order] = np.arange(len(opens)) - np.searchsorted(pair[order], pair[order])
         return _Joined(held, pieces, pair, side_joined, slot), others
@@ -284,27 +284,9 @@ def _pool(joined: _Joined, num_pairs: int) -> Pool:
     sparse, rise = np.minimum(free.first, free.last), np.abs(free.last - free.first)
     values = np.array((free.component, free.end - free.start, free.area, free.need, sparse, rise))
     columns[:, joined.pair[~is_kept], joined.slot[~is_kept]] = values
-    rank, size = 2 * joined.pair[is_kept] + joined.side[is_kept], 2 * num_pairs
-    return Pool(
-        *columns,
-        _kept_need(columns[0], rank, kept),
-        _sums(rank, kept.end - kept.start, size).reshape(-1, 2),
-        _sums(rank, kept.area, size).reshape(-1, 2),
-    )
-
-
-def _kept_need(component: FloatArray, rank: IntArray, kept: Pieces) -> FloatArray:
-    """Keys of the component of each free piece that the first and the second rank need for what they keep."""
-    num_pairs, num_free = component.shape
-    if not len(rank):
-        return np.zeros((num_pairs, 2, num_free))
-    stride = int(max(component.max(), kept.component.max())) + 1
-    key = rank * stride + kept.component
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    opens = _opens(key)
-    key, need = key[opens], np.maximum.reduceat(kept.need[order], opens)
-    wanted = np.arange(2 * num_pairs).reshape(-1, 2, 1) * stride + component[:, None, :].astype(np.int64)
-    at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-    # A pair without that many pieces has component -1, which looks like the last one of the rank before: harmless.
-    return np.where(key[at] == wanted, need[at], 0).astype(np.float64)
+    pair, side = joined.pair[is_kept], joined.side[is_kept]
+    kept_need = np.zeros((num_pairs, 2, _MOST_FREE))
+    i, slot = np.nonzero(kept.component[:, None] == columns[0, pair])
+    np.maximum.at(kept_need, (pair[i], side[i], slot), kept.need[i])
+    sums = (_sums(2 * pair + side, each, 2 * num_pairs).reshape(-1, 2) for each in (kept.end - kept.start, kept.area))
+    return Pool(*columns, kept_need, *sums)
