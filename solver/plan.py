@@ -148,7 +148,8 @@ class Plan:
         q_runs, k_runs = _own_runs(self.q_placement, rank), _own_runs(self.k_placement, rank)
         queries, guest_runs = self._hops(self.q_routes, 0, self.q_placement, rank)
         fetched = [self._hops(self.kv_routes, stage, self.k_placement, rank) for stage in range(self.num_stages)]
-        stages = [_rank_stage(kv, key_runs, mine, q_runs, guest_runs) for kv, key_runs in [((), k_runs), *fetched]]
+        own, guest = (_in_rows(mine, runs).transpose() for runs in (q_runs, guest_runs))
+        stages = [_rank_stage(kv, key_runs, own, guest) for kv, key_runs in [((), k_runs), *fetched]]
         return RankPlan(
             rank=rank,
             cp_size=self.cp_size,
@@ -220,11 +221,16 @@ def _own_runs(placement: Placement, rank: int) -> Runs:
 
 def received_runs(routes: RouteTable, rank: int) -> Runs:
     """The receive buffer of routes of one stage, as runs sorted by token."""
-    mine = routes.dsts == rank
+    mine = _of_receiver(routes, rank)
     starts, ends = routes.starts[mine], routes.ends[mine]
     offsets = np.cumsum(ends - starts) - (ends - starts)
     order = np.argsort(starts, kind="stable")
     return Runs(offsets[order], starts[order], ends[order])
+
+
+def _of_receiver(routes: RouteTable, rank: int) -> slice:
+    """Which routes of one stage bring a rank its rows: the table is sorted by receiver."""
+    return slice(*routes.dsts.searchsorted((rank, rank + 1)).tolist())
 
 
 def exchange_of(
@@ -234,7 +240,7 @@ def exchange_of(
 
     landed: rows that an earlier hop brought; they lie behind the local rows and may be sent on.
     """
-    sent, received = routes.srcs == rank, routes.dsts == rank
+    sent, received = np.flatnonzero(routes.srcs == rank), _of_receiver(routes, rank)
     starts, ends = routes.starts[sent], routes.ends[sent]
     held = _own_runs(placement, rank)
     if landed is not None and len(landed.starts):
@@ -242,7 +248,7 @@ def exchange_of(
     return Exchange(
         send_runs=_rows_held(held, starts, ends),
         send_splits=_splits(routes.dsts[sent], ends - starts, placement.cp_size),
-        recv_splits=_splits(routes.srcs[received], (routes.ends - routes.starts)[received], placement.cp_size),
+        recv_splits=_splits(routes.srcs[received], routes.ends[received] - routes.starts[received], placement.cp_size),
         active=len(routes) > 0,
     )
 
@@ -268,26 +274,17 @@ def _splits(ranks: IntArray, lengths: IntArray, cp_size: int) -> tuple[int, ...]
     return tuple(np.bincount(ranks, lengths, cp_size).astype(np.int64).tolist())
 
 
-def _rank_stage(
-    kv: tuple[Exchange, ...], key_runs: Runs, tasks: SliceTable, q_runs: Runs, guest_runs: Runs
-) -> RankStage:
-    """The work of a rank's tasks with the keys that an exchange delivers."""
+def _rank_stage(kv: tuple[Exchange, ...], key_runs: Runs, own: SliceTable, guest: SliceTable) -> RankStage:
+    """The work with the keys that an exchange delivers, of slices over keys and query rows (`_in_rows`, transposed)."""
     num_keys = int((key_runs.ends - key_runs.starts).sum())
-    return RankStage(kv, num_keys, _to_buffers(tasks, q_runs, key_runs), _to_buffers(tasks, guest_runs, key_runs))
+    own, guest = (merge_neighbours(_in_rows(slices, key_runs).transpose()) for slices in (own, guest))
+    return RankStage(kv, num_keys, own, guest)
 
 
-def _to_buffers(table: SliceTable, q_runs: Runs, k_runs: Runs) -> SliceTable:
-    """Slices cut to the tokens of two buffers and renumbered to buffer rows, in few pieces."""
-    if not len(q_runs.starts) or not len(k_runs.starts):
+def _in_rows(table: SliceTable, runs: Runs) -> SliceTable:
+    """Slices cut to the tokens of a buffer along queries, and renumbered to buffer rows."""
+    if not len(table) or not len(runs.starts):
         return SliceTable.empty()
-    cut, dq = _to_buffer_rows(table, q_runs)
-    cut = cut.shift(dq, 0).transpose()
-    cut, dk = _to_buffer_rows(cut, k_runs)
-    return merge_neighbours(cut.shift(dk, 0).transpose())
-
-
-def _to_buffer_rows(table: SliceTable, runs: Runs) -> tuple[SliceTable, IntArray]:
-    """Slices cut to the runs along queries, and the shift to buffer rows of each piece."""
     first = np.searchsorted(runs.ends, table.q0, side="right")
     last = np.searchsorted(runs.starts, table.q1, side="left")
     parent, nth = expand_counts(last - first)
@@ -297,7 +294,7 @@ def _to_buffer_rows(table: SliceTable, runs: Runs) -> tuple[SliceTable, IntArray
     rows[:, 1] = np.minimum(rows[:, 1], runs.ends[run])
     cut, kept = SliceTable(rows).canonical()
     run = run[kept]
-    return cut, runs.offsets[run] - runs.starts[run]
+    return cut.shift(runs.offsets[run] - runs.starts[run], 0)
 
 
 def how_rows_travel(num_stages: int, ranks_per_node: int, relays: bool) -> tuple[int, ...]:

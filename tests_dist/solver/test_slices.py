@@ -197,6 +197,15 @@ def test_merge_neighbours_keeps_the_pairs(table, q_cuts, k_cuts):
     merged = merge_neighbours(pieces)
     assert len(merged) <= len(pieces)
     np.testing.assert_array_equal(counts(merged), counts(pieces))
+    np.testing.assert_array_equal(merged.data, merged.canonical().table.data)
+
+
+def test_merge_neighbours_joins_no_more_of_a_chain_than_fits():
+    # The second could join either neighbour; a box of all three would have a pair that none of them has.
+    chain = SliceTable.from_columns([2, 6, 7], [7, 7, 8], [0, 4, 4], [4, 5, 6], [-6, -2, -3], -2)
+    merged = merge_neighbours(chain)
+    assert len(merged) == 2
+    np.testing.assert_array_equal(counts(merged), counts(chain))
 
 
 @pytest.mark.parametrize(
