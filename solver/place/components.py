@@ -70,7 +70,7 @@ class TokenPool:
         below_starts, below_ends = below(starts), below(ends)
         areas = below_ends - below_starts
         # Components whose first half is the denser one have their top at the start.
-        flipped = 2 * (below((starts + ends) // 2) - below_starts) > 1.02 * areas
+        flipped = 2 * (below((starts + ends) // 2) - below_starts) > areas
         self.lo: list[int] = starts.tolist()
         self.hi: list[int] = ends.tolist()
         self._below_lo: list[int] = below_starts.tolist()

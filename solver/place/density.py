@@ -161,20 +161,19 @@ class AreaRamp:
         return self.starts[i] + max(int(steps), 0)
 
 
-def last_within(value: Callable[[int], float], least: int, most: int, *, close: float = 0.0) -> int:
+def last_within(value: Callable[[int], float], least: int, most: int) -> int:
     """The largest count in [least, most] with value(count) <= 0, or least - 1 if there is none; value must not fall.
 
     False position in the Illinois variant (the value at an end that stays is halved), with a halving every third
-    time: values that are nearly straight, as areas are, take five looks instead of one for each bit. A smaller count
-    will do if its value is above -close.
+    time: values that are nearly straight, as areas are, take a few looks instead of one for each bit.
     """
-    low, high = reached, _ = value(least), value(most)
+    low, high = value(least), value(most)
     if high <= 0:
         return most
     if low > 0:
         return least - 1
     side, looks = 0, 0
-    while most - least > 1 and reached <= -close:
+    while most - least > 1:
         looks += 1
         guess = least + int((most - least) * (low / (low - high))) if looks % 3 else (least + most) // 2
         guess = min(max(guess, least + 1), most - 1)
@@ -186,5 +185,5 @@ def last_within(value: Callable[[int], float], least: int, most: int, *, close: 
         else:
             if side < 0:
                 high /= 2
-            least, low, reached, side = guess, found, found, -1
+            least, low, side = guess, found, -1
     return least

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -24,8 +25,8 @@ from ..placement import Placement
 from .components import TokenPool
 from .density import last_within
 
-# Components looked at for one choice. More find better fits and cost time; results hardly change past that.
-_LOOKAHEAD = 64
+# Components looked at for a filler, and for a closing piece or one more whole component.
+_FILLERS, _CLOSERS = 64, 16
 
 
 @dataclass(slots=True)
@@ -141,7 +142,7 @@ class _Peeler:
         pool, budget = self.pool, self.budget
         room = gap + budget.most - budget.least
         least_lost, best = self._loss(top, gap, top), None
-        others = [entry for entry in pool.by_density[: _LOOKAHEAD + 1] if entry[2] != top and entry[0] < need]
+        others = [entry for entry in pool.by_density[: _FILLERS + 1] if entry[2] != top and entry[0] < need]
         for density, size, i in others:
             area = pool.areas[i]
             # A filler also takes area from the top, so it closes less of the gap than its size.
@@ -166,17 +167,17 @@ class _Peeler:
         share = area / max(pool.top_need(top) * gap, 1)  # of what the top would have
         rows = 0 if i == top else pool.bottom_need(i, gap)
         # What the bottom takes from the top must be filled as well, and so on.
-        return (rows / self.area_price + area) / (1 - share) if share < 0.9 else math.inf
+        return (rows / self.area_price + area) / (1 - share) if share < 1 else math.inf
 
     def _closers(self, top: int, gap: int) -> list[int]:
         """Components whose bottom could fill the gap, cheapest first; the component itself among them."""
-        sparse = [i for _, size, i in self.pool.by_density[: 4 * _LOOKAHEAD] if size >= gap][: _LOOKAHEAD // 4]
+        sparse = islice((i for _, size, i in self.pool.by_density if size >= gap), _CLOSERS)
         return [i for _, i in sorted((self._loss(top, gap, i), i) for i in {top, *sparse})]
 
     def _close(self, top: int, gap: int) -> None:
         """Reach the token count with the top and one bottom, its own or another; two if it must be."""
         pool, budget = self.pool, self.budget
-        for _ in range(4):
+        while gap > 0:
             for i in self._closers(top, gap):
                 count = self._top_beside(top, i)
                 if count is not None:
@@ -191,26 +192,19 @@ class _Peeler:
                 return
             self._take_bottom(others[0], min(half, pool.size(others[0])))
             gap = budget.least - pool.top_tokens(top, budget.area)
-            if gap <= 0:
-                self._take_top(top, budget.least)
-                return
+        self._take_top(top, budget.least)
 
     def _top_beside(self, top: int, bottom: int) -> int | None:
         """Most tokens from `top` that leave room, in area, for the rest from the bottom of `bottom`."""
-        pool, tokens, limit = self.pool, self.budget.least, self.budget.area
-        if top == bottom:
-            least, most = 0, tokens
-            if tokens > pool.size(top):
-                return None
-        else:
-            least, most = max(0, tokens - pool.size(bottom)), min(tokens, pool.size(top))
-        if least > most:
+        pool, tokens = self.pool, self.budget.least
+        least, most = max(0, tokens - pool.size(bottom)), min(tokens, pool.size(top))
+        if least > most or (top == bottom and least > 0):
             return None
 
         def excess(count: int) -> float:
-            return pool.top_area(top, count) + pool.bottom_area(bottom, tokens - count) - limit
+            return pool.top_area(top, count) + pool.bottom_area(bottom, tokens - count) - self.budget.area
 
-        count = last_within(excess, least, most, close=1e-5 * limit)
+        count = last_within(excess, least, most)
         return None if count < least else count
 
     # Components that fit.
@@ -230,7 +224,7 @@ class _Peeler:
         """The largest component that fits, of those whose density brings the rank to its share of area."""
         pool, budget = self.pool, self.budget
         at = bisect_left(pool.by_density, (max(budget.floor, 0.0) / budget.least, 0, 0))
-        near = pool.by_density[max(at - _LOOKAHEAD // 4, 0) : at + _LOOKAHEAD // 4]
+        near = pool.by_density[max(at - _CLOSERS, 0) : at + _CLOSERS]
         fits = [(size, i) for _, size, i in near if size <= budget.most and pool.areas[i] <= budget.area]
         return max(fits)[1] if fits else None
 
@@ -238,6 +232,6 @@ class _Peeler:
         """The bottom that reaches the token count for the fewest keys; none where all have too much area."""
         pool, tokens = self.pool, self.budget.least
         at = bisect_left(pool.by_size, (tokens, -1))
-        pieces = [i for _, i in pool.by_size[at : at + _LOOKAHEAD] if pool.bottom_area(i, tokens) <= self.budget.area]
+        pieces = [i for _, i in pool.by_size[at : at + _FILLERS] if pool.bottom_area(i, tokens) <= self.budget.area]
         if pieces:
             self._take_bottom(min(pieces, key=lambda i: (pool.bottom_need(i, tokens), i)), tokens)

@@ -10,6 +10,9 @@ from ..placement import Placement
 from ..slices import IntArray
 from .density import DensityProfile, last_within
 
+# Gaps between levels, as a share of the range of densities; smaller ones are noise.
+_LEAST_GAP = 0.05
+
 
 class _Queue:
     """Pieces of a density profile in hand-out order, with prefix sums; eaten from both ends."""
@@ -125,7 +128,7 @@ def place_in_levels(profile: DensityProfile, *, total_seqlen: int, cp_size: int,
         mine: list[tuple[int, int]] = []
         taken = area = 0
         for queue in upper:
-            count = _snapped_share(queue, ranks_left, chunk_size // 4)
+            count = _snapped_share(queue, ranks_left, chunk_size // 2)
             area += queue.area(queue.head, queue.head + count)
             mine += queue.pop_head(count)
             taken += count
@@ -141,14 +144,12 @@ def place_in_levels(profile: DensityProfile, *, total_seqlen: int, cp_size: int,
 
 
 def _levels(profile: DensityProfile) -> list[IntArray]:
-    """Groups of pieces, densest first, last tokens first within each: cut at the widest density gaps."""
+    """Groups of pieces, densest first, last tokens first within each: cut at wide gaps."""
     lengths = profile.ends - profile.starts
     density = profile.areas / lengths
     order = np.argsort(-density, kind="stable")
     gaps = -np.diff(density[order])
-    # Gaps below a twentieth of the range are noise; three cuts are enough for any tree met so far.
-    wide = np.flatnonzero(gaps > 0.05 * (density.max() - density.min()))
-    cuts = np.sort(wide[np.argsort(-gaps[wide], kind="stable")][:3]) + 1
+    cuts = np.flatnonzero(gaps > _LEAST_GAP * np.ptp(density)) + 1
     return [np.sort(group)[::-1] for group in np.split(order, cuts)]
 
 
@@ -168,14 +169,8 @@ def _snapped_share(queue: _Queue, ranks_left: int, tolerance: int) -> int:
 def _head_share(base: _Queue, count: int, target: float) -> int:
     """How many of `count` base tokens to take from the head (the dense end) for an area of `target`."""
     target += base.below(base.head) - base.below(base.tail)
-    least, most = 0, count  # halved, as the base need not be sorted by density
-    while least < most:
-        middle = (least + most + 1) // 2
-        if base.below(base.head + middle) - base.below(base.tail - (count - middle)) <= target:
-            least = middle
-        else:
-            most = middle - 1
-    return least
+    rest = base.tail - count
+    return max(last_within(lambda n: base.below(base.head + n) - base.below(rest + n) - target, 0, count), 0)
 
 
 def _placement(runs: list[list[tuple[int, int]]]) -> Placement:
