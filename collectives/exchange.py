@@ -10,10 +10,11 @@ Several tensors travel in one exchange: their rows are laid side by side, as byt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +30,32 @@ from .row_kernels import RowSegments
 
 # all_to_all: one collective of all ranks. p2p: sends and receives between those that have rows for each other.
 Transport = Literal["all_to_all", "p2p"]
+
+# For each stream on which exchanges were started, the one on which their later hops are queued.
+_streams: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
+
+
+def _queues(device: torch.device) -> bool:
+    """Whether what is started there waits in a queue of the device, and not for the host."""
+    return device.type == "cuda"
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Queue on a stream beside the current one, behind all that is queued on that so far.
+
+    Without CUDA there is nothing to queue: memory is stated for a device that is elsewhere.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    current = torch.cuda.current_stream(device)
+    if current not in _streams:
+        _streams[current] = torch.cuda.Stream(device)
+    _streams[current].wait_stream(current)
+    with torch.cuda.stream(_streams[current]):
+        yield
+
 
 # Of point-to-point messages, so that a caller's own on the same group are not taken for them (NCCL has no tags).
 _TAG = 0x6370
@@ -119,8 +146,8 @@ class RowRoutes:
 class PendingRows:
     """An exchange under way; `wait()` returns its result, once. Buffers are kept alive until then.
 
-    An exchange of two hops starts the second when the first has arrived: in `advance()`, if that is
-    called meanwhile, else in `wait()`. Call both in the same order on all ranks.
+    An exchange of several hops starts each when the one before has arrived: in `advance()`, if that is called
+    meanwhile, else in `wait()`. Call both in the same order on all ranks. On CUDA all are queued at once (`follow`).
     """
 
     def __init__(
@@ -135,6 +162,22 @@ class PendingRows:
         self._then: Callable[[], PendingRows | tuple[Tensor, ...]] | None = then
         self._more_hops = more_hops
         self._result: tuple[Tensor, ...] | None = None
+        # What later hops read and write on a stream of their own: freed when the current one has waited for them.
+        self._held: list[Any] = []
+
+    def follow(self, device: torch.device) -> PendingRows:
+        """Queue the later hops on CUDA, each behind the one before, and give the handle.
+
+        On the current stream they would wait for all that is computed there meanwhile. They are queued on one beside
+        it, whose memory it may use again only after `wait()`: that stream waits for all that is queued here before it
+        takes any (torch/cuda/streams.py, `wait_stream`; c10/cuda/CUDACachingAllocator.cpp keeps blocks by stream).
+        """
+        if self._more_hops and _queues(device):
+            with _beside(device):
+                while self._more_hops:
+                    self._held += [self._sending, self._then]
+                    self._step()
+        return self
 
     def advance(self) -> None:
         """Start the next hop, if there is one, when the one under way has arrived."""
@@ -162,6 +205,7 @@ class PendingRows:
         """Block until the rows are here (on CUDA: make the current stream wait), then return them."""
         while self._then is not None:
             self._step()
+        self._held.clear()
         result, self._result = self._result, None
         assert result is not None, "the result of an exchange is taken once"
         return result
@@ -199,7 +243,8 @@ def group_cast(
         the last dimension is contiguous. `rows` may be overwritten at once.
     """
     hops = _as_hops(hops)
-    return _cast_hop(gather_packed(rows, hops[0].send_index), rows, hops, group, into)
+    send = gather_packed(rows, hops[0].send_index)
+    return _cast_hop(send, rows, hops, group, into).follow(send.device)
 
 
 def _cast_hop(
@@ -248,15 +293,37 @@ def group_reduce(
 
     The order of reduction is fixed: sender 0, 1, 2, ... Results repeat bit for bit.
     """
-    *earlier, hop = _as_hops(hops)
-    shapes, dtypes = [(t.shape[1:], t.dtype) for t in rows], [t.dtype for t in rows]
+    shapes = [(t.shape[1:], t.dtype) for t in rows]
     send = pack_side_by_side(list(rows)) if packed is None else packed
+    pending = _reduce_hop(send, shapes, into, _as_hops(hops), group, op).follow(send.device)
+    if not async_op:
+        pending.wait()
+    return pending
+
+
+def _reduce_hop(
+    send: Tensor,
+    shapes: list[tuple[torch.Size, torch.dtype]],
+    into: Sequence[Tensor],
+    hops: Sequence[RowRoutes],
+    group: dist.ProcessGroup | None,
+    op: Literal["sum", "lse"],
+    mine: tuple[tuple[list[Tensor], Tensor], ...] = (),
+) -> PendingRows:
+    """Start the last of the hops backwards, with rows of these shapes that lie side by side.
+
+    mine: what hops that came before brought for rows of this rank, and for which: added in the end, since what is
+    computed meanwhile is added to the same rows.
+    """
+    *earlier, hop = hops
     received = empty_packed(hop.num_sent, shapes, send.device)
     work = exchange_rows(received, send, hop.send_splits, hop.recv_splits, hop, group)
 
     def finish() -> PendingRows | tuple[Tensor, ...]:
         parts = unpack(received, shapes)
         if not earlier:
+            for totals, index in mine:
+                _reduce_rows(totals, into, index, op)
             _reduce_by_sender(parts, into, hop.send_splits, hop.send_index, op, hop.segments)
             return tuple(into)
         # Rows that were only passed on are reduced here first, and their sums go on to the owners.
@@ -264,14 +331,11 @@ def group_reduce(
         num_mine = len(relay.distinct)
         totals = _neutral_rows(into, num_mine + earlier[-1].num_received, op)
         _reduce_by_sender(parts, totals, hop.send_splits, relay.rows, op, relay.segments)
-        _reduce_rows([t[:num_mine] for t in totals], into, relay.distinct, op)
-        passed_on = [t[num_mine:].to(dtype) for t, dtype in zip(totals, dtypes, strict=True)]
-        return group_reduce(passed_on, into, earlier, group, op=op, async_op=True)
+        passed_on = [t[num_mine:].to(dtype) for t, (_, dtype) in zip(totals, shapes, strict=True)]
+        kept = ([t[:num_mine] for t in totals], relay.distinct)
+        return _reduce_hop(pack_side_by_side(passed_on), shapes, into, earlier, group, op, (*mine, kept))
 
-    pending = PendingRows(work, finish, more_hops=bool(earlier), sending=send)
-    if not async_op:
-        pending.wait()
-    return pending
+    return PendingRows(work, finish, more_hops=bool(earlier), sending=send)
 
 
 def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

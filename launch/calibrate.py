@@ -127,7 +127,7 @@ def calibrate(
         + ("" if together else "; links not measured (one process): taken to be free"),
         transports=transports,
         transfer_load=_transfer_load(group) if together and device == "cpu" else 0.0,  # on CUDA it is not measured
-        overlaps_hops=device == "cpu",  # gloo; NCCL runs one after the other
+        hops_by_host=device == "cpu",  # gloo
     )
     if together:
         first = dist.get_global_rank(group, 0) if group is not None else 0

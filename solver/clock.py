@@ -9,12 +9,15 @@ stage's key gradients home while the next stage computes, one at a time, and lea
 own keys till last, behind which the last gradients travel. Where queries travel, a rank
 works on its own first, on those received when they are here, and sends their results home behind its last
 work on its own. A rank's exchanges take turns on its link.
+
+Of several hops, each begins when the one before is made; or (`by_host`) when the host comes to it as well: where a
+stage is taken in, and between parts of the work that is left till last.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -60,17 +63,20 @@ class PassTimeline(NamedTuple):
         return self.seconds - self.busy
 
 
+# A collective: seconds on each kind of link that it takes, [2, ..., cp_size], 0 where a rank moves nothing. Hops that
+# take the same kind wait for one another.
+Hop = tuple[FloatArray, ...]
+
+
 class Leg(NamedTuple):
     """Seconds of an exchange in one direction, [2, ..., cp_size], forward and backward.
 
-    pack: what leaves. transfer: 0 where a rank moves nothing. reduce: what came home. hops: inside nodes and between
-    them, of each hop in turn; (): hops of different exchanges do not travel at once.
+    pack: what leaves. hops: the transfers, one after the other. reduce: what came home.
     """
 
     pack: FloatArray
-    transfer: FloatArray
+    hops: tuple[Hop, ...]
     reduce: FloatArray | None = None
-    hops: tuple[tuple[FloatArray, FloatArray], ...] = ()
 
 
 class Wire(Protocol):
@@ -86,17 +92,20 @@ class Wire(Protocol):
         """The way back: of partial results, or gradients."""
         ...
 
-    def started(self, ready: FloatArray) -> FloatArray:
-        """When it begins on each rank, given when each one is ready."""
+    def started(self, ready: FloatArray, hop: int) -> FloatArray:
+        """When a hop, counted on the way there, begins on each rank, given when each one is ready."""
         ...
 
 
-class Arrival(NamedTuple):
-    """When an exchange is here on each rank, the seconds that taking it in costs then, and whether forward has it."""
+class _Trip:
+    """An exchange under way. at: when the hop that was begun last is made; hops: those that are not begun."""
 
-    at: FloatArray
-    reduce: FloatArray | None
-    in_forward: bool
+    def __init__(self, name: str, wire: Wire, *, home: bool, in_forward: bool) -> None:
+        leg = wire.home if home else wire.there
+        self.name, self.wire, self.reduce, self.in_forward = name, wire, leg.reduce, in_forward
+        numbers = range(len(leg.hops))
+        self.hops = deque(zip(reversed(numbers) if home else numbers, leg.hops, strict=True))
+        self.at: FloatArray = np.zeros(1)
 
 
 class _Span(NamedTuple):
@@ -113,15 +122,14 @@ class Clock:
 
     shape: [2, ..., cp_size], the passes first; several ways may be replayed at once. num_hops: of an exchange; so many
     exchanges of one kind are under way at once. transfer_load: as in `Hardware`; a rank owes that share of its
-    transfers' time, and pays with the next compute or by waiting.
+    transfers' time, and pays with the next compute or by waiting. by_host: `Hardware.hops_by_host`; hops then take
+    two kinds of links.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_hops: int, transfer_load: float) -> None:
-        self.depth = num_hops
-        self.transfer_load = transfer_load
+    def __init__(self, shape: tuple[int, ...], num_hops: int, transfer_load: float, *, by_host: bool = False) -> None:
+        self.depth, self.transfer_load, self.by_host = num_hops, transfer_load, by_host
         self.now = np.zeros(shape)
-        self.link_free = np.zeros(shape)
-        self.kind_free = [np.zeros(shape), np.zeros(shape)]
+        self.free: tuple[FloatArray, ...] = (np.zeros(shape),) * (1 + by_host)  # when links are, by kind
         self.owed = np.zeros(shape)
         self.compute: list[_Span] = []
         self.copies: list[_Span] = []
@@ -149,16 +157,17 @@ class Clock:
         queries, stages: exchanges; None where no rank moves a row.
         """
 
-        def fetch(number: int) -> Arrival | None:
+        def fetch(number: int) -> _Trip | None:
             return self._send(f"keys {number}", stages[number - 1]) if number <= len(stages) else None
 
         guests = self._send("queries", queries)
         ahead = max(2, self.depth)
         fetches = deque(fetch(number) for number in range(1, ahead + 1))
-        homeward: deque[Arrival | None] = deque()
+        homeward: deque[_Trip | None] = deque()
         for number, sides in enumerate(kernels):
             if number:
                 self._take(fetches.popleft())
+                self._advance(fetches)
                 # With one hop the second is under way already.
                 if number + self.depth > ahead:
                     fetches.append(fetch(number + self.depth))
@@ -172,11 +181,14 @@ class Clock:
             if number:
                 while len(homeward) >= self.depth:
                     self._take(homeward.popleft())
+                self._advance(homeward)
                 homeward.append(self._send(f"gradients {number}", stages[number - 1], home=True, in_forward=False))
-        if "late" in kernels[0]:
-            self._compute("stage 0 late", kernels[0]["late"], in_forward=False)
-        for arrival in homeward:
-            self._take(arrival)
+        parts = self.depth if self.by_host else 1
+        for _ in range(parts if "late" in kernels[0] else 0):
+            self._compute("stage 0 late", kernels[0]["late"] / parts, in_forward=False)
+            self._advance(homeward)
+        for trip in homeward:
+            self._take(trip)
 
     def _compute(self, name: str, seconds: FloatArray, *, in_forward: bool = True) -> None:
         """A kernel, and what transfers take from it meanwhile; ranks without work go on."""
@@ -192,41 +204,52 @@ class Clock:
         spans.append(_Span(name, self.now, now, in_forward))
         self.now = now
 
-    def _take(self, arrival: Arrival | None) -> None:
+    def _take(self, trip: _Trip | None) -> None:
         """Wait for an exchange, if there is one, and take it in."""
-        if arrival is None:
+        if trip is None:
             return
-        if self.transfer_load:
-            self.owed = np.maximum(self.owed - np.maximum(arrival.at - self.now, 0.0), 0.0)
-        self.now = np.maximum(self.now, arrival.at)
-        if arrival.reduce is not None:
-            self._spend(self.copies, "reduce", arrival.reduce, in_forward=arrival.in_forward)
+        while trip.hops:
+            self._advance([trip])
+        self._arrive(trip)
+        if trip.reduce is not None:
+            self._spend(self.copies, "reduce", trip.reduce, in_forward=trip.in_forward)
 
-    def _send(self, name: str, wire: Wire | None, *, home: bool = False, in_forward: bool = True) -> Arrival | None:
+    def _advance(self, trips: Iterable[_Trip | None]) -> None:
+        """Begin the next hop of those that have another, when the one under way is made."""
+        for trip in trips:
+            if trip is not None and trip.hops:
+                self._arrive(trip)
+                self._hop(trip, self.now)
+
+    def _arrive(self, trip: _Trip) -> None:
+        """Wait for the hop under way."""
+        if self.transfer_load:
+            self.owed = np.maximum(self.owed - np.maximum(trip.at - self.now, 0.0), 0.0)
+        self.now = np.maximum(self.now, trip.at)
+
+    def _send(self, name: str, wire: Wire | None, *, home: bool = False, in_forward: bool = True) -> _Trip | None:
         """Issue an exchange now; None where no rank moves a row."""
         if wire is None:
             return None
-        pack, transfer, reduce, hops = wire.home if home else wire.there
-        self._spend(self.copies, "pack", pack, in_forward=in_forward)
-        begin = self.now if hops else np.maximum(self.now, self.link_free)
-        starts = wire.started(begin)
+        self._spend(self.copies, "pack", (wire.home if home else wire.there).pack, in_forward=in_forward)
+        trip = _Trip(name, wire, home=home, in_forward=in_forward)
+        self._hop(trip, self.now)
+        while trip.hops and not self.by_host:
+            self._hop(trip, trip.at)
+        return trip
+
+    def _hop(self, trip: _Trip, begin: FloatArray) -> None:
+        """Begin the next hop, when the links that it takes are free and all peers are there."""
+        number, hop = trip.hops.popleft()
+        for seconds, free in zip(hop, self.free, strict=True):
+            begin = np.where(seconds > 0, np.maximum(begin, free), begin)
+        starts = trip.wire.started(begin, number)
+        self.free = tuple(
+            np.where(seconds > 0, starts + seconds, free) for seconds, free in zip(hop, self.free, strict=True)
+        )
+        transfer = hop[0] if len(hop) == 1 else np.maximum(*hop)
         # Where a rank moves nothing it waits for no one.
-        moves = transfer > 0
-        ends = np.where(moves, self._hop_by_hop(starts, hops) if hops else starts + transfer, begin)
-        self.link_free = ends
+        trip.at = np.where(transfer > 0, starts + transfer, begin)
         if self.transfer_load:
             self.owed = self.owed + self.transfer_load * transfer
-        self.transfers.append(_Span(name, begin, ends, in_forward))
-        # Received rows are used where they lie; only what comes home is reduced.
-        return Arrival(np.where(moves, ends, self.now), reduce, in_forward)
-
-    def _hop_by_hop(self, now: FloatArray, hops: tuple[tuple[FloatArray, FloatArray], ...]) -> FloatArray:
-        """When the last of these hops is made, of which each waits for the links that it takes."""
-        for hop in hops:
-            for free, seconds in zip(self.kind_free, hop, strict=True):
-                now = np.where(seconds > 0, np.maximum(now, free), now)
-            self.kind_free = [
-                np.where(seconds > 0, now + seconds, free) for free, seconds in zip(self.kind_free, hop, strict=True)
-            ]
-            now = now + np.maximum(*hop)
-        return now
+        self.transfers.append(_Span(trip.name, begin, trip.at, trip.in_forward))

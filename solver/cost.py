@@ -184,8 +184,9 @@ class Hardware:
     transports: what exchanges of several sparsities and sizes took by either transport; none: not measured.
     transfer_load: share of a transfer's time by which it delays the compute that hides it: its copies run on the same
         cores, or a communication kernel takes multiprocessors; in [0, 1].
-    overlaps_hops: whether hops inside nodes and hops between them, of different exchanges, travel at once, as with
-        gloo; NCCL runs the collectives of a communicator one after the other.
+    hops_by_host: whether the host begins each hop of an exchange when it comes to it, and hops inside nodes and hops
+        between them, of different exchanges, travel at once, as with gloo. With NCCL they wait in one queue on the
+        device, each for the one before.
     """
 
     name: str
@@ -200,7 +201,7 @@ class Hardware:
     source: str = ""
     transports: tuple[TransportTimes, ...] = ()
     transfer_load: float = 0.0
-    overlaps_hops: bool = False
+    hops_by_host: bool = False
 
     def __post_init__(self) -> None:
         rates = {name: getattr(self, name) for name in ("forward_flops", "backward_flops", "copy_bytes_per_s")}
@@ -216,8 +217,8 @@ class Hardware:
                 raise ValueError(f"hardware {self.name!r}: {name} is {value!r}: a time is a finite number, at least 0")
         if not _is_number(self.transfer_load) or not 0 <= self.transfer_load <= 1:
             raise ValueError(f"hardware {self.name!r}: transfer_load is {self.transfer_load!r}: a share, from 0 to 1")
-        if not isinstance(self.overlaps_hops, bool):
-            raise ValueError(f"hardware {self.name!r}: overlaps_hops is {self.overlaps_hops!r}: true or false")
+        if not isinstance(self.hops_by_host, bool):
+            raise ValueError(f"hardware {self.name!r}: hops_by_host is {self.hops_by_host!r}: true or false")
         nodes = self.ranks_per_node
         if not isinstance(nodes, Integral) or isinstance(nodes, bool) or nodes < 1:
             raise ValueError(f"hardware {self.name!r}: ranks_per_node is {nodes!r}: an int of at least 1")
@@ -354,7 +355,7 @@ HARDWARE: dict[str, Hardware] = {
         source="one core of an x86-64 server in fp32 and gloo over its loopback, rounded from `cpattn calibrate`; "
         "copies in part into fresh memory; a core for each rank, none for its transfers; links between hosts assumed",
         transfer_load=0.5,
-        overlaps_hops=True,
+        hops_by_host=True,
     ),
 }
 

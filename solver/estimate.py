@@ -182,17 +182,17 @@ class Step:
         weights = np.reshape(row_bytes, (4, 1, 1, 1)) * shares
         near = hardware.within.seconds(rows.within * weights)
         far = hardware.across.seconds(rows.across * weights)
-        seconds = near + far if self.load.two_level else np.maximum(near, far)
+        hops = [far, near] if self.load.two_level else [np.maximum(near, far)]
         if rows.before is not None:
             link = hardware.across if rows.across.any() else hardware.within
-            seconds += link.seconds(rows.before * weights)
+            hops.insert(0, link.seconds(rows.before * weights))
         packed = rows.within if self.load.two_level else rows.within + rows.across
         packing = packed * (weights / hardware.copy_bytes_per_s)
         there, home = (slice(0, 2), slice(2, 4))
         return [
             _EstimatedWire(
-                Leg(packing[there, stage], seconds[there, stage]),
-                Leg(packing[home, stage], seconds[home, stage], packing[home, stage]),
+                Leg(packing[there, stage], tuple((hop[there, stage],) for hop in hops)),
+                Leg(packing[home, stage], tuple((hop[home, stage],) for hop in hops[::-1]), packing[home, stage]),
             )
             for stage in range(len(shares))
         ]
@@ -204,7 +204,7 @@ class _EstimatedWire(NamedTuple):
     there: Leg
     home: Leg
 
-    def started(self, ready: FloatArray) -> FloatArray:
+    def started(self, ready: FloatArray, hop: int) -> FloatArray:
         """Halfway between when it is ready and when all are: not all of them trade with one another."""
         result: FloatArray = (ready + ready.max(axis=-1, keepdims=True)) / 2
         return result

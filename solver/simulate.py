@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clock import LATE_SHARE, Clock, Leg, PassTimeline
+from .clock import LATE_SHARE, Clock, Hop, Leg, PassTimeline
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
 from .routes import Intervals, RouteTable, merge_intervals
@@ -42,7 +42,7 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
     row = heads.row_bytes()
     queries = _wires(plan, plan.q_routes, 1, hardware, (row.q, row.q_again, row.partial, row.dq))
     stages = _wires(plan, plan.kv_routes, plan.num_stages, hardware, (row.kv, row.kv_again, 0, row.dkv))
-    clock = Clock((2, plan.cp_size), plan.num_hops, hardware.transfer_load)
+    clock = Clock((2, plan.cp_size), plan.num_hops, hardware.transfer_load, by_host=hardware.hops_by_host)
     clock.run(_kernels(plan, hardware, heads), *queries, stages)
     return StepTimeline(clock.timeline(backward=False), clock.timeline(backward=True))
 
@@ -163,26 +163,41 @@ class _Hop(NamedTuple):
         return self.sent_within + self.sent_across
 
     def seconds(self, row_bytes: FloatArray, hardware: Hardware) -> tuple[FloatArray, FloatArray]:
-        """On links inside nodes and between them, both directions of which work at once."""
+        """On links inside nodes and between them, which work at once, in both directions."""
         near = np.maximum(self.received_within, self.sent_within) * row_bytes
         far = np.maximum(self.received_across, self.sent_across) * row_bytes
         return hardware.within.seconds(near), hardware.across.seconds(far)
 
 
-class _Wire(NamedTuple):
-    """The exchange of one stage, and who waits for whom: ranks[i] for each of others[first[i]:first[i + 1]]."""
+class _Peers(NamedTuple):
+    """Who waits for whom in a hop: ranks[i] for each of others[first[i]:first[i + 1]]."""
 
-    there: Leg
-    home: Leg
     ranks: IntArray
     first: IntArray
     others: IntArray
 
-    def started(self, ready: FloatArray) -> FloatArray:
+    @classmethod
+    def of(cls, routes: RouteTable, cp_size: int) -> _Peers:
+        pairs = np.concatenate([routes.dsts * cp_size + routes.srcs, routes.srcs * cp_size + routes.dsts])
+        ranks, others = np.divmod(distinct(pairs), cp_size)
+        first = np.flatnonzero(np.append(True, ranks[1:] != ranks[:-1])[: len(ranks)])
+        return cls(ranks[first], first, others)
+
+
+class _Wire(NamedTuple):
+    """The exchange of one stage. peers: of each hop."""
+
+    there: Leg
+    home: Leg
+    peers: tuple[_Peers, ...]
+
+    def started(self, ready: FloatArray, hop: int) -> FloatArray:
         """When all peers are ready."""
+        ranks, first, others = self.peers[hop]
         starts = ready.copy()
-        latest = np.maximum.reduceat(ready[:, self.others], self.first, axis=1)
-        starts[:, self.ranks] = np.maximum(starts[:, self.ranks], latest)
+        if len(first):
+            latest = np.maximum.reduceat(ready[:, others], first, axis=1)
+            starts[:, ranks] = np.maximum(starts[:, ranks], latest)
         return starts
 
 
@@ -196,29 +211,23 @@ def _wires(
     if not len(routes):
         return [None] * num_stages
     size, weights = plan.cp_size, np.reshape(row_bytes, (4, 1, 1)).astype(np.float64)
-    hops = [_Hop.of(table, num_stages, size, hardware.ranks_per_node) for table in plan.hops(routes)]
-    by_kind = [hop.seconds(weights, hardware) for hop in hops]
-    # Both kinds of link work at once: the slowest decides.
-    seconds = np.sum([np.maximum(*kinds) for kinds in by_kind], axis=0)
-    if not hardware.overlaps_hops or len(hops) == 1:
-        by_kind = []
+    tables = plan.hops(routes)
+    hops = [_Hop.of(table, num_stages, size, hardware.ranks_per_node) for table in tables]
+    by_kind: list[Hop] = [hop.seconds(weights, hardware) for hop in hops]
+    if not hardware.hops_by_host:
+        by_kind = [(np.maximum(near, far),) for near, far in by_kind]
     copying = weights / hardware.copy_bytes_per_s
     sent, received = hops[0].sent * copying, hops[-1].received * copying
     wires: list[_Wire | None] = []
     for stage in range(num_stages):
-        of_stage = routes.of_stage(stage)
-        if not len(of_stage):
+        if not len(routes.of_stage(stage)):
             wires.append(None)
             continue
-        pairs = distinct(np.concatenate([of_stage.dsts * size + of_stage.srcs, of_stage.srcs * size + of_stage.dsts]))
-        ranks, others = np.divmod(pairs, size)
-        ranks, first = np.unique(ranks, return_index=True)
         # What leaves is packed, and what comes home is taken in.
-        out = tuple((near[:2, stage], far[:2, stage]) for near, far in by_kind)
-        back = tuple((near[2:, stage], far[2:, stage]) for near, far in reversed(by_kind))
-        there = Leg(sent[:2, stage], seconds[:2, stage], hops=out)
-        home = Leg(received[2:, stage], seconds[2:, stage], sent[2:, stage], back)
-        wires.append(_Wire(there, home, ranks, first, others))
+        there = Leg(sent[:2, stage], tuple(tuple(kind[:2, stage] for kind in hop) for hop in by_kind))
+        back = tuple(tuple(kind[2:, stage] for kind in hop) for hop in reversed(by_kind))
+        home = Leg(received[2:, stage], back, sent[2:, stage])
+        wires.append(_Wire(there, home, tuple(_Peers.of(table.of_stage(stage), size) for table in tables)))
     return wires
 
 

@@ -62,7 +62,7 @@ DEVICE = Hardware(
     within=Link(0.0, WITHIN_MBIT * 1e6 / 8),
     across=Link(0.0, ACROSS_MBIT * 1e6 / 8),
     ranks_per_node=1,
-    overlaps_hops=True,
+    hops_by_host=True,
 )
 NEAR = 0.15
 # As the ranks of a plan exchange rows.

@@ -5,6 +5,9 @@ Small integers in floats: sums are exact, so equality is exact.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cpattn.collectives import RowRoutes, group_cast, group_reduce, merge_partials
+from cpattn.collectives import RowRoutes, exchange, group_cast, group_reduce, merge_partials
 from cpattn.collectives.heads import HeadExchange, heads_to_rows
 from tests_dist.support.harness import fresh_group, run_on_ranks
 
@@ -216,21 +219,54 @@ def two_level_cast_and_reduce(seed: int) -> None:
             pending.advance()
         got, _ = pending.wait()
         assert torch.equal(got, expected)
-    into = everyone[rank].clone()
-    pending = group_reduce(
-        (100.0 * rank + torch.tensor([[float(row)] * 3 for _, row in sources]).reshape(-1, 3),),
-        (into,),
-        hops,
-        dist.group.WORLD,
-        async_op=True,
-    )
-    pending.advance()
-    pending.wait()
     total = everyone[rank].clone()
     for to in range(size):
         for row in direct.sends[rank][to]:
             total[row] += 100 * to + row
-    assert torch.equal(into, total)
+    came = 100.0 * rank + torch.tensor([[float(row)] * 3 for _, row in sources]).reshape(-1, 3)
+    for queued in (False, True):
+        into, entered = everyone[rank].clone(), []
+        with _queued(entered) if queued else nullcontext([]) as gone:
+            assert torch.equal(group_cast((everyone[rank],), hops, dist.group.WORLD).wait()[0], expected)
+            gone.clear()
+            pending = group_reduce((came,), (into,), hops, dist.group.WORLD, async_op=True)
+            assert pending.more_hops != queued
+            pending.advance()
+            assert torch.equal(into, everyone[rank]), "work that is added meanwhile must not meet it"
+            assert gone == [], "what later hops use must live until the exchange is waited for"
+            pending.wait()
+        assert not queued or gone
+        assert torch.equal(into, total)
+        assert len(entered) == 2 * queued
+
+
+@contextmanager
+def _queued(entered: list[torch.device]) -> Iterator[list[str]]:
+    """Later hops begin at once, as on CUDA; gives what exchanges have let go since.
+
+    Of a stream there is nothing here but when it is entered: not yet run on hardware.
+    """
+
+    @contextmanager
+    def beside(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    gone: list[str] = []
+    step = exchange.PendingRows._step
+
+    def watched(self: exchange.PendingRows) -> None:
+        for used in (self._sending, self._then):
+            if used is not None:
+                weakref.finalize(used, gone.append, used.__class__.__name__)
+        step(self)
+
+    with (
+        mock.patch.object(exchange, "_queues", return_value=True),
+        mock.patch.object(exchange, "_beside", beside),
+        mock.patch.object(exchange.PendingRows, "_step", watched),
+    ):
+        yield gone
 
 
 def test_two_hops_deliver_what_one_does():

@@ -100,6 +100,6 @@ def test_numbers_out_of_range_are_refused() -> None:
     text = DEFAULT_HARDWARE.to_json().replace('"transfer_load": 0.0', '"transfer_load": 1.5')
     with pytest.raises(ValueError, match=r"transfer_load is 1\.5: a share, from 0 to 1"):
         Hardware.from_json(text)
-    text = DEFAULT_HARDWARE.to_json().replace('"overlaps_hops": false', '"overlaps_hops": "no"')
-    with pytest.raises(ValueError, match="overlaps_hops is 'no': true or false"):
+    text = DEFAULT_HARDWARE.to_json().replace('"hops_by_host": false', '"hops_by_host": "no"')
+    with pytest.raises(ValueError, match="hops_by_host is 'no': true or false"):
         Hardware.from_json(text)

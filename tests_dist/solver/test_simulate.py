@@ -118,7 +118,7 @@ def test_hops_over_different_links_travel_at_once_where_the_hardware_says_so() -
     mine = plan(AttnMaskSpec.varlen([1024], causal=False), 4, ranks_per_node=2, num_stages=4, layout="contiguous")
     hardware = replace(SLOW, ranks_per_node=2, within=Link(0.0, 1e5), across=Link(0.0, 1e5), forward_flops=1e15)
     taking_turns, at_once = (
-        simulate(mine, replace(hardware, overlaps_hops=at_once), Heads(1, 1, 1, 1)).forward for at_once in (False, True)
+        simulate(mine, replace(hardware, hops_by_host=at_once), Heads(1, 1, 1, 1)).forward for at_once in (False, True)
     )
     # Of 768 rows a rank takes 256 between nodes and 512 inside: of its neighbour, and what landed there.
     row = 4 / 1e5
