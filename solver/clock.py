@@ -137,15 +137,14 @@ class Clock:
 
     def timeline(self, *, backward: bool) -> PassTimeline:
         """One pass of a clock of one way."""
-        spans = (
-            tuple(
-                PassSpan(span.name, span.starts[int(backward)], span.ends[int(backward)])
-                for span in kind
-                if backward or span.in_forward
+        at = int(backward)
+
+        def of_pass(spans: list[_Span]) -> tuple[PassSpan, ...]:
+            return tuple(
+                PassSpan(one.name, one.starts[at], one.ends[at]) for one in spans if backward or one.in_forward
             )
-            for kind in (self.compute, self.copies, self.transfers)
-        )
-        return PassTimeline(*spans, self.now[int(backward)])
+
+        return PassTimeline(of_pass(self.compute), of_pass(self.copies), of_pass(self.transfers), self.now[at])
 
     def run(
         self, kernels: Sequence[dict[str, FloatArray]], queries: Wire | None, stages: Sequence[Wire | None]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .clock import LATE_SHARE, Clock, Leg
+from .clock import LATE_SHARE, Clock, Hop, Leg
 from .cost import FloatArray, Hardware, Heads
 from .routes import LinkRows
 from .slices import IntArray
@@ -142,8 +142,8 @@ class Step:
             for side, part in parts.items()
         }
         # What comes last is added to what came first.
-        merged = (rows * LATE_SHARE for rows in load.late)
-        kernels["late"][1] += self.hardware.merge_seconds(*merged, self.heads, backward=True)
+        rows, keys = (count * LATE_SHARE for count in load.late)
+        kernels["late"][1] += self.hardware.merge_seconds(rows, keys, self.heads, backward=True)
         return kernels
 
     def seconds(self, shares: FloatArray) -> FloatArray:
@@ -158,9 +158,10 @@ class Step:
             for side, share in self.sides.items()
         }
         kernels = [{side: seconds[:, stage] for side, seconds in far.items()} for stage in range(len(shares))]
-        clock = Clock((2, shares.shape[1], len(load.areas)), load.num_hops, self.hardware.transfer_load)
+        by_host, delay = self.hardware.hops_by_host, self.hardware.transfer_load
+        clock = Clock((2, shares.shape[1], len(load.areas)), load.num_hops, delay, by_host=by_host)
         stages = self._wires(load.keys, shares, (row.kv, row.kv_again, 0, row.dkv))
-        clock.run([self.home, *kernels], *self.queries, stages)
+        clock.run([self.home, *kernels], self.queries[0], stages)
         total: FloatArray = clock.now.max(axis=2).sum(axis=0)
         return total
 
@@ -182,17 +183,25 @@ class Step:
         weights = np.reshape(row_bytes, (4, 1, 1, 1)) * shares
         near = hardware.within.seconds(rows.within * weights)
         far = hardware.across.seconds(rows.across * weights)
-        hops = [far, near] if self.load.two_level else [np.maximum(near, far)]
+        nothing = np.zeros_like(near)
+        hops: list[Hop] = [(nothing, far), (near, nothing)] if self.load.two_level else [(near, far)]
         if rows.before is not None:
-            link = hardware.across if rows.across.any() else hardware.within
-            hops.insert(0, link.seconds(rows.before * weights))
+            if rows.across.any():
+                hops.insert(0, (nothing, hardware.across.seconds(rows.before * weights)))
+            else:
+                hops.insert(0, (hardware.within.seconds(rows.before * weights), nothing))
+        if not hardware.hops_by_host:
+            hops = [(np.maximum(*hop),) for hop in hops]
         packed = rows.within if self.load.two_level else rows.within + rows.across
         packing = packed * (weights / hardware.copy_bytes_per_s)
-        there, home = (slice(0, 2), slice(2, 4))
         return [
             _EstimatedWire(
-                Leg(packing[there, stage], tuple((hop[there, stage],) for hop in hops)),
-                Leg(packing[home, stage], tuple((hop[home, stage],) for hop in hops[::-1]), packing[home, stage]),
+                Leg(packing[:2, stage], tuple(tuple(kind[:2, stage] for kind in hop) for hop in hops)),
+                Leg(
+                    packing[2:, stage],
+                    tuple(tuple(kind[2:, stage] for kind in hop) for hop in reversed(hops)),
+                    packing[2:, stage],
+                ),
             )
             for stage in range(len(shares))
         ]

@@ -40,10 +40,10 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
     """
     heads = Heads() if heads is None else heads
     row = heads.row_bytes()
-    queries = _wires(plan, plan.q_routes, 1, hardware, (row.q, row.q_again, row.partial, row.dq))
+    (queries,) = _wires(plan, plan.q_routes, 1, hardware, (row.q, row.q_again, row.partial, row.dq))
     stages = _wires(plan, plan.kv_routes, plan.num_stages, hardware, (row.kv, row.kv_again, 0, row.dkv))
     clock = Clock((2, plan.cp_size), plan.num_hops, hardware.transfer_load, by_host=hardware.hops_by_host)
-    clock.run(_kernels(plan, hardware, heads), *queries, stages)
+    clock.run(_kernels(plan, hardware, heads), queries, stages)
     return StepTimeline(clock.timeline(backward=False), clock.timeline(backward=True))
 
 

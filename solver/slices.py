@@ -278,7 +278,8 @@ def expand_counts(counts: IntArray) -> tuple[IntArray, IntArray]:
 def distinct(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The values in ascending order, each once, [n] -> [m]: tens of times as fast as `np.unique`, which hashes them."""
     values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
+    result: np.ndarray[Any, Any] = values[np.append(True, values[1:] != values[:-1])[: len(values)]]
+    return result
 
 
 def stable_order(keys: IntArray) -> IntArray:
