@@ -295,7 +295,7 @@ def _tiled(best: Staged, slices: SliceTable, asked: Asked) -> Iterator[Staged]:
 def _fastest_of(best: Staged, rivals: list[Staged], asked: Asked) -> Staged:
     """The best balanced plan or a rival: by simulation, where that is worth it, of those near in the estimate."""
     order = sorted([best, *rivals], key=lambda one: one.seconds)
-    near = [one for one in order if one.seconds < one.near * order[0].seconds]
+    near = [one for one in order if one.seconds < max(one.near, order[0].near) * order[0].seconds]
     if len(near) == 1 and near[0] is best:
         return best
     others = [one for one in near if one is not best]
