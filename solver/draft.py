@@ -21,6 +21,7 @@ from .relays import numbers_by_need, relayed_link_rows
 from .routes import (
     Intervals,
     LinkRows,
+    RouteTable,
     link_rows,
     make_routes,
     merge_intervals,
@@ -219,7 +220,7 @@ class Draft:
         ranks_per_node = _ranks_per_node(staging.relays if staging.relays > 1 else ranks_per_node, cp_size)
         num_stages = len(staging.weights)
         same_node = ranks_per_node if 1 < ranks_per_node < cp_size else 1
-        q_routes = make_routes(self.queries, self.q_placement)
+        q_routes = make_routes(self.queries, self.q_placement) if self.queries_missing.any() else RouteTable.empty()
         kv_routes = make_routes(self.keys, self.k_placement, staging.weights or (1,), ranks_per_node=same_node)
         tasks = (self.tasks, self.task_ranks)
         placements = (self.q_placement, self.k_placement)

@@ -6,7 +6,7 @@ tokens is a table of a few thousand numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -280,8 +280,9 @@ def make_routes(
         position = np.cumsum(count) - count
         run = np.arange(int(count.sum())) + np.repeat(begin - position, count)
         dsts, srcs = np.repeat(ranks, count), placement.owners[run]
-        starts = np.maximum(np.repeat(low, count), placement.starts[run])
-        ends = np.minimum(np.repeat(high, count), placement.ends[run])
+        starts, ends = placement.starts[run], placement.ends[run]
+        np.maximum(starts, np.repeat(low, count), out=starts)
+        np.minimum(ends, np.repeat(high, count), out=ends)
         blocks.append(stages.of_block(dsts, srcs, starts, ends, by_sender=by_sender))
     return _by_stage(blocks, len(weights))
 
@@ -319,40 +320,52 @@ class _Stages(NamedTuple):
         dsts, srcs, starts, ends = dsts[order], srcs[order], starts[order], ends[order]
         if len(self.weights) == 1 or not len(dsts):
             return RouteTable(dsts, srcs, starts, ends, np.zeros(len(dsts), np.int64))
-        node = dsts // self.ranks_per_node
+        node = dsts // self.ranks_per_node if self.ranks_per_node > 1 else dsts
         label = node * self.cp_size + srcs if by_sender else node
         # In this order what a rank receives of a sender is one stretch without overlaps.
         in_order = by_sender and self.ranks_per_node == 1
         before, group, groups, totals = _positions(label, starts, ends, in_order=in_order)
-        behind = before + (ends - starts)
+        shift = starts - before
+
+        def tokens(bound: IntArray) -> IntArray:
+            edge: IntArray = bound[group]
+            edge += shift
+            return edge
+
+        bounds: Iterable[tuple[IntArray, IntArray]]
+        if by_sender:
+            bounds = pairwise(map(tokens, self._shared_bounds(groups, totals)))
+        else:
+            bounds = ((tokens(first), tokens(end)) for first, end in self._turned_bounds(groups, totals))
         parts = []
-        for bounds in self._bounds(groups, totals, by_sender=by_sender):
-            low, high = np.maximum(bounds[0][group], before), np.minimum(bounds[1][group], behind)
+        for first, end in bounds:
+            low, high = np.maximum(first, starts), np.minimum(end, ends)
             row = np.flatnonzero(low < high)
-            parts.append((row, low[row], high[row]))
-        row, low, high = (np.concatenate(column) for column in zip(*parts, strict=True))
-        shift = (starts - before)[row]
-        stage = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
-        return RouteTable(dsts[row], srcs[row], low + shift, high + shift, stage)
+            parts.append((dsts[row], srcs[row], low[row], high[row], np.full(len(row), len(parts))))
+        return RouteTable(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _bounds(self, groups: IntArray, totals: IntArray, *, by_sender: bool) -> Iterator[tuple[IntArray, IntArray]]:
-        """Of each stage the first row among the rows of each group, and the end, [n].
+    def _shared_bounds(self, groups: IntArray, totals: IntArray) -> Iterator[IntArray]:
+        """The first row of each stage among the rows of each group, and the end, [n].
 
-        By sender, a group is a node's number times cp_size plus a sender, and rows are
+        A group is a node's number times cp_size plus a sender, and rows are
         divided in blocks: block b of B lies at (b + phase) / B of the way, and belongs to the stage that
-        has this share. Else a group is a node, whose rows go to the stages in turn, from another one on for each node.
+        has this share.
         """
-        if not by_sender:
-            return self._turned_bounds(groups, totals)
         whole = int(self.weights.sum())
         # The phase is a mixture of both, so that small messages spread over the stages.
-        node, sender = np.divmod(groups, self.cp_size)
-        phase = whole * ((sender * 40503 + node * 30011) % _PHASES)
+        node = groups // self.cp_size
+        phase = whole * ((groups - node * self.cp_size) * 40503 + node * 30011 & _PHASES - 1)
         blocks = -(-totals // _LEAST_ROWS) * _PHASES
-        cuts = [-((phase - share * blocks) // (whole * _PHASES)) for share in np.cumsum(self.weights)[:-1].tolist()]
-        return pairwise([np.zeros_like(totals), *(np.minimum(cut * _LEAST_ROWS, totals) for cut in cuts), totals])
+        yield np.zeros_like(totals)
+        for share in np.cumsum(self.weights)[:-1].tolist():
+            cut = -((phase - share * blocks) // (whole * _PHASES))
+            yield np.minimum(cut * _LEAST_ROWS, totals)
+        yield totals
 
     def _turned_bounds(self, groups: IntArray, totals: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+        """Where each stage begins and ends among the rows of each group, a node: they go to the stages in turn, from
+        another one on for each node.
+        """
         num_stages, before = len(self.weights), np.cumsum([0, *self.weights, *self.weights])
         turn = groups % num_stages
         for stage in range(num_stages):
@@ -378,10 +391,10 @@ def _positions(
     """
     union = Intervals(label, starts, ends) if in_order else merge_intervals(label, starts, ends)
     lengths = union.ends - union.starts
-    opens = np.append(True, union.ranks[1:] != union.ranks[:-1])
-    first = np.flatnonzero(opens)
-    group = np.cumsum(opens) - 1
-    before = np.cumsum(lengths) - lengths
+    first = np.flatnonzero(np.append(True, union.ranks[1:] != union.ranks[:-1]))
+    group = np.repeat(np.arange(len(first)), np.diff(first, append=len(lengths)))
+    before = np.cumsum(lengths)
+    before -= lengths
     before -= before[first][group]
     labels, totals = union.ranks[first], np.add.reduceat(lengths, first)
     if in_order:

@@ -288,7 +288,10 @@ def stable_order(keys: IntArray) -> IntArray:
     Keys times their number must be less than 2**62.
     """
     bits = len(keys).bit_length()
-    order: IntArray = np.sort((keys << bits) | np.arange(len(keys))) & ((1 << bits) - 1)
+    order = keys << bits
+    order |= np.arange(len(keys))
+    order.sort()
+    order &= (1 << bits) - 1
     return order
 
 
