@@ -69,8 +69,7 @@ class TokenPool:
         below = profile.area_below
         below_starts, below_ends = below(starts), below(ends)
         areas = below_ends - below_starts
-        # Components whose first half is the denser one have their top at the start.
-        flipped = 2 * (below((starts + ends) // 2) - below_starts) > areas
+        flipped = profile.density(starts) > profile.density(ends - 1)  # the top is at the start
         self.lo: list[int] = starts.tolist()
         self.hi: list[int] = ends.tolist()
         self._below_lo: list[int] = below_starts.tolist()

@@ -90,7 +90,7 @@ class Pieces:
 
 
 class _Joined(NamedTuple):
-    """What the paired ranks hold, neighbours joined: owned by one of the pair, or by both.
+    """What the paired ranks hold, neighbours joined (most of those on both): owned by one of the pair, or by both.
 
     held: the same before. pair: of which pair; side: of the owner within it, the first one's if both own some. slot:
     place among the pair's pieces; those before _MOST_FREE are free to move.
@@ -214,6 +214,9 @@ class Holdings:
         pair, side = pair_of[held.owner], side_of[held.owner]
         apart = (pair[1:] != pair[:-1]) | (held.component[1:] != held.component[:-1])
         apart |= held.start[1:] != held.end[:-1]
+        if rng is not None and self.num_drafts > 1:
+            # Of the cuts between the two one can move. Where there are rounds enough, half of the others stay.
+            apart |= (side[1:] != side[:-1]) & (rng.random(len(apart)) < 0.5)
         opens = np.flatnonzero(np.append(True, apart)[: len(pair)])
         last = np.append(opens[1:], len(pair))[: len(opens)] - 1
         pieces = held.take(opens)
