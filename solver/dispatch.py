@@ -272,10 +272,11 @@ def _plain(best: Staged, slices: SliceTable, asked: Asked, equal_shards: bool) -
     if asked.gain_ms(best) < _PLAIN_MS:
         return
     cp_size = best.draft.q_placement.cp_size
-    totals = best.draft.q_placement.total_seqlen, best.draft.k_placement.total_seqlen
+    placements = dict.fromkeys((best.draft.q_placement, best.draft.k_placement))  # one in self-attention
     for place in (place_contiguous, place_zigzag):
-        placed = [place(total, cp_size) for total in totals]
-        queries, keys = map(share_equally, placed) if equal_shards else placed
+        placed = [place(each.total_seqlen, cp_size) for each in placements]
+        placed = list(map(share_equally, placed)) if equal_shards else placed
+        queries, keys = placed[0], placed[-1]
         plain = keys_schedule(slices, queries)
         areas = np.bincount(plain.task_ranks, plain.tasks.areas(), cp_size).astype(np.float64)
         if asked.least(areas) < _PLAIN_SECONDS * best.seconds:

@@ -113,6 +113,14 @@ def test_plans_choose_their_stages() -> None:
     assert one.num_stages <= 2
 
 
+def test_a_plain_layout_that_auto_takes_has_one_placement() -> None:
+    """Bounds, memory and the tensors of row maps are for queries and keys together where these lie alike."""
+    total, table = 1 << 16, lower_mask(AttnMaskSpec.causal(1 << 16))
+    plan = make_dispatch_plan(table, total_seqlen=total, cp_size=8, schedule="auto")
+    np.testing.assert_array_equal(plan.q_placement.ends, place_zigzag(total, 8).ends)
+    assert plan.q_placement is plan.k_placement
+
+
 def test_queries_travel_where_that_is_faster() -> None:
     """Many heads on a slow link: fewer bytes win. Few key heads on a fast one: queries would wait for one another."""
     table = lower_mask(AttnMaskSpec.causal(1 << 18))
