@@ -19,6 +19,9 @@ from .routes import (
 )
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
 
+# Routes up to which the hops of all stages are made together.
+_MOST_TOGETHER = 1 << 17
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
@@ -146,8 +149,8 @@ class Plan:
         """One rank's share, in its local row numbers."""
         mine = self.tasks.take(self.task_ranks == rank)
         q_runs, k_runs = _own_runs(self.q_placement, rank), _own_runs(self.k_placement, rank)
-        queries, guest_runs = self._hops(self.q_routes, 0, self.q_placement, rank)
-        fetched = [self._hops(self.kv_routes, stage, self.k_placement, rank) for stage in range(self.num_stages)]
+        queries, guest_runs = _exchanges(self.hops(self.q_routes), self.q_placement, rank)
+        fetched = [_exchanges(tables, self.k_placement, rank) for tables in self.key_hops()]
         own, guest = (_in_rows(mine, runs).transpose() for runs in (q_runs, guest_runs))
         stages = [_rank_stage(kv, key_runs, own, guest) for kv, key_runs in [((), k_runs), *fetched]]
         return RankPlan(
@@ -161,19 +164,9 @@ class Plan:
             stages=tuple(stages),
         )
 
-    def _hops(
-        self, routes: RouteTable, stage: int, placement: Placement, rank: int
-    ) -> tuple[tuple[Exchange, ...], Runs]:
-        """The exchange of one stage for one rank, hop by hop, and what it delivers."""
-        tables = self.hops(routes.of_stage(stage))
-        runs = [received_runs(table, rank) for table in tables]
-        landed = (None, *runs[:-1])
-        return tuple(exchange_of(t, placement, rank, held) for t, held in zip(tables, landed, strict=True)), runs[-1]
-
     def key_rows_moved(self) -> RowsMoved:
         """Key rows that each rank moves: to and from each rank that needs them, or where they travel on, hop by hop."""
-        routes = (self.kv_routes.of_stage(stage) for stage in range(self.num_stages))
-        tables = [table for each in routes for table in self.hops(each)] if self.relays else [self.kv_routes]
+        tables = [table for stage in self.key_hops() for table in stage] if self.relays else [self.kv_routes]
         away = [(t, (t.ends - t.starts) * (t.srcs != t.dsts)) for t in tables]
         received, sent = (
             sum((np.bincount(getattr(t, side), rows, self.cp_size) for t, rows in away), np.zeros(self.cp_size))
@@ -189,6 +182,24 @@ class Plan:
     def hops(self, routes: RouteTable) -> tuple[RouteTable, ...]:
         """The hops in which rows travel these routes of the plan: `hop_tables`."""
         return hop_tables(routes, cp_size=self.cp_size, ranks_per_node=self.ranks_per_node, relays=self.relays)
+
+    def key_hops(self) -> list[tuple[RouteTable, ...]]:
+        """The hops of each stage of keys: those of all stages are made together, as a simulation has them; but of very
+        many routes stage by stage, which takes less memory.
+        """
+        if len(self.kv_routes) > _MOST_TOGETHER:
+            return [self.hops(self.kv_routes.of_stage(stage)) for stage in range(self.num_stages)]
+        tables = self.hops(self.kv_routes)
+        return [tuple(table.of_stage(stage) for table in tables) for stage in range(self.num_stages)]
+
+
+def _exchanges(
+    tables: tuple[RouteTable, ...], placement: Placement, rank: int
+) -> tuple[tuple[Exchange, ...], Runs]:
+    """The exchange of one stage for one rank, hop by hop, and what it delivers."""
+    runs = [received_runs(table, rank) for table in tables]
+    landed = (None, *runs[:-1])
+    return tuple(exchange_of(t, placement, rank, held) for t, held in zip(tables, landed, strict=True)), runs[-1]
 
 
 def fetched_at_once(rank_plan: RankPlan) -> RankPlan:

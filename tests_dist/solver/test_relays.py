@@ -84,10 +84,10 @@ def test_the_level_of_each_stage() -> None:
     hardware = replace(DEFAULT_HARDWARE, ranks_per_node=1)
     plan = make_dispatch_plan(table, total_seqlen=1 << 18, cp_size=64, num_stages=3, hardware=hardware, relays=True)
     total = np.zeros(64, dtype=np.int64)
-    for stage in range(3):
+    for stage, hops in enumerate(plan.key_hops()):
         routes = plan.kv_routes.of_stage(stage)
         sent = np.zeros(64, dtype=np.int64)
-        for hop in plan.hops(routes):
+        for hop in hops:
             away = hop.srcs != hop.dsts
             sent += np.bincount(hop.srcs[away], (hop.ends - hop.starts)[away], 64).astype(np.int64)
         assert sent.max() <= 1.1 * routes.rows_received(64).max()
