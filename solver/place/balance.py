@@ -123,7 +123,7 @@ class _Problem:
     def repacked(self, best: _Scored, contiguous: _Scored, effort: float) -> _Scored:
         """The placement, or another one, with what pairs of ranks hold divided anew, no less balanced."""
         num_drafts = max(_MOST_DRAFTED // self.cp_size, 1)
-        num_rounds = int(effort * _UNIT_DIVISIONS / (num_drafts * self.cp_size)) + 1
+        num_rounds = max(int(effort * _UNIT_DIVISIONS / (num_drafts * self.cp_size)), 1)
         others = [*(partial(self.peeled, lean) for lean in _LEAN[1:]), partial(self.evened, contiguous)]
         found = [other() for other in others[: int(effort * (num_drafts - 1))]]
         starts = [best, *(other for other in found if other.key[0] <= best.key[0])]
