@@ -71,7 +71,7 @@ def test_no_rank_sends_much_more_than_any_receives(per_node: int | None, total: 
     assert plan.relays
     assert plan.ranks_per_node == (per_node or 64)
     assert len(plan.hops(plan.kv_routes)) == (3 if per_node else 2)
-    for each, at_most in ((plain, 3.0), (plan, 1.2)):
+    for each, at_most in ((plain, 3.0), (plan, 1.3)):
         received, sent = each.key_rows_moved()
         assert at_most / 2 < sent.max() / received.max() <= at_most
     assert plan.kv_routes.num_rows() == plain.kv_routes.num_rows()
