@@ -193,8 +193,8 @@ MUTATIONS: dict[str, Mutation] = {
         "difference keeps a diagonal of what it takes away: pairs twice", f"{SOLVER}slices.py",
     ),
     "s3": Mutation(
-        "solver/routes.py", "at <= before", "at < before",
-        "first stage of a route off by one", f"{SOLVER}routes.py", "empty parts are dropped afterwards",
+        "solver/routes.py", "np.flatnonzero(low < high)", "np.flatnonzero(low <= high)",
+        "routes without rows in stages that have none of theirs", f"{SOLVER}routes.py",
     ),
     "s4": Mutation(
         "solver/schedule.py", "k_cost * shared_keys <= q_cost * shared_queries",
@@ -226,11 +226,11 @@ MUTATIONS: dict[str, Mutation] = {
         "fingerprints do not tell plans for other nodes apart", f"{SOLVER}plan.py fingerprint",
     ),
     "n3": Mutation(
-        "solver/slices.py", "np.clip(end, q0, q1) - q0", "np.clip(end + 1, q0, q1) - q0",
+        "solver/slices.py", "np.maximum(end, q0)", "np.maximum(end + 1, q0)",
         "areas before a query count one row too many", f"{SOLVER}slices.py",
     ),
     "n4": Mutation(
-        "solver/slices.py", ".areas() == areas[:-1] + areas[1:]", ".areas() >= areas[:-1] + areas[1:]",
+        "solver/slices.py", "- 1 - shift) == self.areas", "- 1 - shift) >= self.areas",
         "neighbours joined over a gap: pairs that nobody may see", f"{SOLVER}slices.py",
     ),
     "n5": Mutation(
@@ -273,8 +273,12 @@ MUTATIONS: dict[str, Mutation] = {
         "packed tensors not aligned", f"{BACKENDS}row_kernels.py packing_copies",
     ),
     "n8": Mutation(
-        "collectives/exchange.py", "_reduce_rows([t[:num_mine] for t in totals], into, relay.distinct, op)", "pass",
+        "collectives/exchange.py", "_reduce_rows(totals, into, index, op)", "pass",
         "gradients from the own node lost on two levels", f"{RANKS}collectives.py two_hops",
+    ),
+    "h1": Mutation(
+        "collectives/exchange.py", "self._held += [self._sending, self._then]", "pass",
+        "what queued hops use freed before they are made", f"{RANKS}collectives.py two_hops",
     ),
     "n9": Mutation(
         "collectives/exchange.py", "incoming[rank].copy_(outgoing[rank])", "pass",
