@@ -337,7 +337,7 @@ class _Stages(NamedTuple):
             bounds = pairwise(map(tokens, self._shared_bounds(groups, totals)))
         else:
             bounds = ((tokens(first), tokens(end)) for first, end in self._turned_bounds(groups, totals))
-        parts = []
+        parts: list[tuple[IntArray, ...]] = []
         for first, end in bounds:
             low, high = np.maximum(first, starts), np.minimum(end, ends)
             row = np.flatnonzero(low < high)

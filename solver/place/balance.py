@@ -116,8 +116,8 @@ class _Problem:
         if scored.key[0] <= 0:
             return scored
         if self.num_components == 1:
-            limit = {"limit": self.most_area, "max_exchanges": num_moves}
-            return self.score(even_out(scored.placement, self.profile, **limit))
+            even = even_out(scored.placement, self.profile, limit=self.most_area, max_exchanges=num_moves)
+            return self.score(even)
         return self.score(relieve_heaviest(self._state([scored], self.most_area), num_rounds=num_moves))
 
     def repacked(self, best: _Scored, contiguous: _Scored, effort: float) -> _Scored:

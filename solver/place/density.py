@@ -119,8 +119,10 @@ class DensityProfile:
     @cached_property
     def ramp(self) -> AreaRamp:
         """The same profile as plain Python lists, for many single look-ups."""
-        columns = (self.starts, self.first, self.slopes, self.prefix)
-        return AreaRamp(*(column.tolist() for column in columns), int(self.ends[-1]) if len(self) else 0)
+        starts, first, slopes, prefix = (
+            column.tolist() for column in (self.starts, self.first, self.slopes, self.prefix)
+        )
+        return AreaRamp(starts, first, slopes, prefix, int(self.ends[-1]) if len(self) else 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -291,5 +291,7 @@ def _pool(joined: _Joined, num_pairs: int) -> Pool:
     kept_need = np.zeros((num_pairs, 2, _MOST_FREE))
     i, slot = np.nonzero(kept.component[:, None] == columns[0, pair])
     np.maximum.at(kept_need, (pair[i], side[i], slot), kept.need[i])
-    sums = (_sums(2 * pair + side, each, 2 * num_pairs).reshape(-1, 2) for each in (kept.end - kept.start, kept.area))
-    return Pool(*columns, kept_need, *sums)
+    tokens, area = (
+        _sums(2 * pair + side, each, 2 * num_pairs).reshape(-1, 2) for each in (kept.end - kept.start, kept.area)
+    )
+    return Pool._make((*columns, kept_need, tokens, area))
