@@ -54,8 +54,8 @@ _PLAIN_SECONDS = 0.98
 _UNEVEN_SECONDS = 0.95
 # Layers that a search for fewer rows is to pay for: as many as a model has, half of whose transfers hide behind work.
 _LAYERS_PAID = _LAYERS // 2
-# Routes of a plan up to which it is simulated to be compared with others.
-_MOST_SIMULATED = 1 << 14
+# Routes of a plan up to which it is simulated where placements over nodes are compared.
+_MOST_SIMULATED = 1 << 17
 
 
 def make_dispatch_plan(
