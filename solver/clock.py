@@ -42,8 +42,8 @@ class PassTimeline(NamedTuple):
 
     compute: "stage 0" (own keys), "stage 1", ..., in backward "stage 0 late"; where queries travel, also
     "stage 0 guests", ..., in order of time. copies: packing of what leaves and reduction of what came home, by the
-    same thread. transfers: in the order in which they are issued, each from then to its arrival. seconds: when each
-    rank is done, [cp_size].
+    same thread. transfers: hops, in the order in which they are issued, each from then to its arrival. seconds: when
+    each rank is done, [cp_size].
     """
 
     compute: tuple[PassSpan, ...]
