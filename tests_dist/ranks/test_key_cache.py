@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -30,6 +32,14 @@ OPTIONS: tuple[dict[str, Any], ...] = ({}, {"window": 3}, {"backend": "reference
 specs = st.sampled_from(range(len(SPECS)))
 heads = st.sampled_from(HEADS)
 options = st.sampled_from(range(len(OPTIONS)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_what_is_made_here() -> Iterator[None]:
+    """What other tests left need not be looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Keys(RuleBasedStateMachine):
