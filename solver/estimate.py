@@ -20,11 +20,8 @@ from .slices import IntArray
 
 # Factors by which the first and the last stage may be smaller than the others.
 _EDGES = (1, 2, 4)
-# What one stage more has to save to be worth its latency and its slices, and how many in vain end the search; one that
-# is so much slower does at once.
+# What one stage more has to save to be worth its latency and its slices.
 _STAGE_GAIN = 0.002
-_PATIENCE = 2
-_SLOWER = 1.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,19 +76,15 @@ def choose_stages(step: Step, counts: Iterable[int]) -> Staging:
     ranks that are not alike wait for one another more often.
 
     Args:
-        counts: numbers of stages in ascending order; the search ends when two in a row bring less than
-            0.2 %, or one is far slower. (0,) where no key travels.
+        counts: numbers of stages in ascending order; the search ends at one that brings less than 0.2 %. (0,) where
+            no key travels.
     """
     best: Staging | None = None
-    in_vain = 0
     for count in counts:
         found = step.staged(count)
-        if best is None or found.seconds < best.seconds * (1 - _STAGE_GAIN):
-            best, in_vain = found, 0
-        else:
-            in_vain += 1
-            if in_vain == _PATIENCE or found.seconds > _SLOWER * best.seconds:
-                break
+        if best is not None and found.seconds >= best.seconds * (1 - _STAGE_GAIN):
+            break
+        best = found
     assert best is not None, "counts is empty"
     return best
 
