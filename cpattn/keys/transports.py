@@ -42,8 +42,7 @@ def choose_transport(
         return choice
     if not hardware.transports:  # nothing was measured: the routes need not be looked at
         return "all_to_all"
-    exchanges = [plan.kv_routes.of_stage(stage) for stage in range(plan.num_stages)]
-    exchanges = [_widest_hop(plan, routes) for routes in exchanges if len(routes)]
+    exchanges = [_widest_hop(plan, hops) for hops in plan.key_hops() if len(hops[-1])]
     if not exchanges or num_ranks < 2:
         return "all_to_all"
     pairs = sum(len(np.unique(routes.dsts * plan.cp_size + routes.srcs)) for routes in exchanges)
@@ -62,9 +61,8 @@ def choose_head_transport(
     return hardware.transport_for((head_degree - 1) / (num_ranks - 1), peer_bytes)
 
 
-def _widest_hop(plan: Plan, routes: RouteTable) -> RouteTable:
+def _widest_hop(plan: Plan, hops: tuple[RouteTable, ...]) -> RouteTable:
     """The hop that leaves the nodes; the one that delivers where there are none, or nothing leaves them."""
-    hops = plan.hops(routes)
     if not 1 < plan.ranks_per_node < plan.cp_size:
         return hops[-1]
-    return hops[-2] if len(hops[-2]) else routes
+    return hops[-2] if len(hops[-2]) else hops[-1]
