@@ -168,9 +168,10 @@ class PendingRows:
     def follow(self, device: torch.device) -> PendingRows:
         """Queue the later hops on CUDA, each behind the one before, and give the handle.
 
-        On the current stream they would wait for all that is computed there meanwhile. They are queued on one beside
-        it, whose memory it may use again only after `wait()`: that stream waits for all that is queued here before it
-        takes any (torch/cuda/streams.py, `wait_stream`; c10/cuda/CUDACachingAllocator.cpp keeps blocks by stream).
+        On the current stream they would stand behind all that is computed there meanwhile, so they are queued on one
+        beside it. What they read and write is held until `wait()`, when the current stream is behind them; and the
+        other one waits for the current stream before it takes memory again (torch/cuda/streams.py, `wait_stream`;
+        c10/cuda/CUDACachingAllocator.cpp keeps blocks by stream).
         """
         if self._more_hops and _queues(device):
             with _beside(device):

@@ -79,6 +79,32 @@ class Leg(NamedTuple):
     reduce: FloatArray | None = None
 
 
+def legs(hops: Sequence[Hop], sent: FloatArray, received: FloatArray, *, by_host: bool) -> list[tuple[Leg, Leg]]:
+    """The way there and the way home of the exchange of each stage.
+
+    Args:
+        hops: on the way there, of all stages, by links inside nodes and between them.
+        sent, received: seconds to copy the rows that a rank sends there, and those that it receives.
+
+    All are [4, stages, ..., cp_size]: there in forward and backward, home in forward and backward.
+    """
+    if not by_host:
+        # Both kinds of link work at once: the slower decides.
+        hops = [(np.maximum(*kinds),) for kinds in hops]
+    there, home = slice(0, 2), slice(2, 4)
+
+    def of_stage(stage: int, ways: slice, hops: Sequence[Hop]) -> tuple[Hop, ...]:
+        return tuple(tuple(seconds[ways, stage] for seconds in kinds) for kinds in hops)
+
+    return [
+        (
+            Leg(sent[there, stage], of_stage(stage, there, hops)),
+            Leg(received[home, stage], of_stage(stage, home, hops[::-1]), sent[home, stage]),
+        )
+        for stage in range(sent.shape[1])
+    ]
+
+
 class Wire(Protocol):
     """The exchange of one stage, on every rank."""
 

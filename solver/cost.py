@@ -105,6 +105,16 @@ class RowBytes(NamedTuple):
     dq: int
     dkv: int
 
+    @property
+    def of_queries(self) -> tuple[int, int, int, int]:
+        """Of what moves with queries: there in forward and backward, home in forward and backward."""
+        return self.q, self.q_again, self.partial, self.dq
+
+    @property
+    def of_keys(self) -> tuple[int, int, int, int]:
+        """The same of what moves with keys, of which forward brings nothing home."""
+        return self.kv, self.kv_again, 0, self.dkv
+
 
 @dataclass(frozen=True, slots=True)
 class RowCosts:

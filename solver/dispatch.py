@@ -177,7 +177,8 @@ class Asked(NamedTuple):
     simulated_seconds: dict[Staged, float]
 
     def staged(self, draft: Draft) -> Staged:
-        return Staged(draft.staging(*self[:5]), draft)
+        how = self.ranks_per_node, self.num_stages, self.relays
+        return Staged(draft.staging(self.costs, self.hardware, *how), draft)
 
     def rival(self, draft: Draft, best: Staged) -> Staged:
         """Staged like the best at hand, and as it suits itself only if it comes near that."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .clock import LATE_SHARE, Clock, Hop, Leg
+from .clock import LATE_SHARE, Clock, Hop, Leg, legs
 from .cost import FloatArray, Hardware, Heads
 from .routes import LinkRows
 from .slices import IntArray
@@ -95,8 +95,8 @@ class Step:
     def __init__(self, load: Load, heads: Heads, hardware: Hardware) -> None:
         self._timed: dict[int, Staging] = {}
         self.load, self.heads, self.hardware = load, heads, hardware
-        self.row = row = heads.row_bytes()
-        self.queries = self._wires(load.queries, np.ones((1, 1, 1)), (row.q, row.q_again, row.partial, row.dq))
+        self.row = heads.row_bytes()
+        self.queries = self._wires(load.queries, np.ones((1, 1, 1)), self.row.of_queries)
         # The shares of its own queries' pairs, and of those of queries that it receives, if any rank does.
         guests = {} if self.queries == [None] else {"guest": load.guest_share}
         self.sides = {"own": 1 - load.guest_share, **guests}
@@ -141,7 +141,7 @@ class Step:
 
     def seconds(self, shares: FloatArray) -> FloatArray:
         """Both passes of the slowest rank, [n], for n ways to share the remote keys between stages, [stages, n, 1]."""
-        load, row = self.load, self.row
+        load = self.load
         several = (shares > 0).sum(axis=0) > 1
         slices = load.far_slices * shares + np.where(several, load.cuts, load.gaps)
         merging = self.hardware.both_merges_seconds(load.merged, load.fetched * shares, self.heads)
@@ -153,7 +153,7 @@ class Step:
         kernels = [{side: seconds[:, stage] for side, seconds in far.items()} for stage in range(len(shares))]
         by_host, delay = self.hardware.hops_by_host, self.hardware.transfer_load
         clock = Clock((2, shares.shape[1], len(load.areas)), load.num_hops, delay, by_host=by_host)
-        stages = self._wires(load.keys, shares, (row.kv, row.kv_again, 0, row.dkv))
+        stages = self._wires(load.keys, shares, self.row.of_keys)
         clock.run([self.home, *kernels], self.queries[0], stages)
         total: FloatArray = clock.now.max(axis=2).sum(axis=0)
         return total
@@ -166,10 +166,7 @@ class Step:
     def _wires(
         self, rows: LinkRows, shares: FloatArray, row_bytes: tuple[int, int, int, int]
     ) -> list[_EstimatedWire | None]:
-        """The exchange of each of these shares of the rows, [stages, n, 1].
-
-        row_bytes: of a row on its way there in forward and backward, and home in forward and backward.
-        """
+        """The exchange of each of these shares of the rows, [stages, n, 1]; row_bytes: as `RowBytes` has them."""
         if not rows.any():
             return [None] * len(shares)
         hardware = self.hardware
@@ -183,21 +180,9 @@ class Step:
                 hops.insert(0, (nothing, hardware.across.seconds(rows.before * weights)))
             else:
                 hops.insert(0, (hardware.within.seconds(rows.before * weights), nothing))
-        if not hardware.hops_by_host:
-            hops = [(np.maximum(*hop),) for hop in hops]
         packed = rows.within if self.load.two_level else rows.within + rows.across
         packing = packed * (weights / hardware.copy_bytes_per_s)
-        return [
-            _EstimatedWire(
-                Leg(packing[:2, stage], tuple(tuple(kind[:2, stage] for kind in hop) for hop in hops)),
-                Leg(
-                    packing[2:, stage],
-                    tuple(tuple(kind[2:, stage] for kind in hop) for hop in reversed(hops)),
-                    packing[2:, stage],
-                ),
-            )
-            for stage in range(len(shares))
-        ]
+        return [_EstimatedWire(*ways) for ways in legs(hops, packing, packing, by_host=hardware.hops_by_host)]
 
 
 class _EstimatedWire(NamedTuple):

@@ -14,9 +14,7 @@ import numpy as np
 from .fingerprint import fingerprint_of
 from .placement import Placement
 from .relays import hop_tables
-from .routes import (
-    RouteTable,
-)
+from .routes import RouteTable
 from .slices import IntArray, SliceTable, expand_counts, merge_neighbours
 
 # Routes up to which the hops of all stages are made together.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clock import LATE_SHARE, Clock, Hop, Leg, PassTimeline
+from .clock import LATE_SHARE, Clock, Leg, PassTimeline, legs
 from .cost import DEFAULT_HARDWARE, FloatArray, Hardware, Heads
 from .plan import Plan
 from .routes import Intervals, RouteTable, merge_intervals
@@ -40,8 +40,8 @@ def simulate(plan: Plan, hardware: Hardware = DEFAULT_HARDWARE, heads: Heads | N
     """
     heads = Heads() if heads is None else heads
     row = heads.row_bytes()
-    (queries,) = _wires(plan, plan.q_routes, 1, hardware, (row.q, row.q_again, row.partial, row.dq))
-    stages = _wires(plan, plan.kv_routes, plan.num_stages, hardware, (row.kv, row.kv_again, 0, row.dkv))
+    (queries,) = _wires(plan, plan.q_routes, 1, hardware, row.of_queries)
+    stages = _wires(plan, plan.kv_routes, plan.num_stages, hardware, row.of_keys)
     clock = Clock((2, plan.cp_size), plan.num_hops, hardware.transfer_load, by_host=hardware.hops_by_host)
     clock.run(_kernels(plan, hardware, heads), queries, stages)
     return StepTimeline(clock.timeline(backward=False), clock.timeline(backward=True))
@@ -137,7 +137,7 @@ def _cut(
     return rows, task_ranks[task]
 
 
-class _Hop(NamedTuple):
+class _HopRows(NamedTuple):
     """Rows that each rank receives and sends in a collective of each stage, by kind of link, [num_stages, cp_size]."""
 
     received_within: IntArray
@@ -146,7 +146,7 @@ class _Hop(NamedTuple):
     sent_across: IntArray
 
     @classmethod
-    def of(cls, routes: RouteTable, num_stages: int, cp_size: int, ranks_per_node: int) -> _Hop:
+    def of(cls, routes: RouteTable, num_stages: int, cp_size: int, ranks_per_node: int) -> _HopRows:
         rows = (routes.ends - routes.starts).astype(np.float64)
         rows = np.where(routes.srcs == routes.dsts, 0.0, rows)
         far = rows * (routes.srcs // ranks_per_node != routes.dsts // ranks_per_node)
@@ -204,31 +204,25 @@ class _Wire(NamedTuple):
 def _wires(
     plan: Plan, routes: RouteTable, num_stages: int, hardware: Hardware, row_bytes: tuple[int, int, int, int]
 ) -> list[_Wire | None]:
-    """The exchange of each stage.
-
-    row_bytes: of a row on its way there in forward and backward, and home in forward and backward.
-    """
+    """The exchange of each stage; row_bytes: as `RowBytes` has them."""
     if not len(routes):
         return [None] * num_stages
     size, weights = plan.cp_size, np.reshape(row_bytes, (4, 1, 1)).astype(np.float64)
     tables = plan.hops(routes)
-    hops = [_Hop.of(table, num_stages, size, hardware.ranks_per_node) for table in tables]
-    by_kind: list[Hop] = [hop.seconds(weights, hardware) for hop in hops]
-    if not hardware.hops_by_host:
-        by_kind = [(np.maximum(near, far),) for near, far in by_kind]
+    hops = [_HopRows.of(table, num_stages, size, hardware.ranks_per_node) for table in tables]
     copying = weights / hardware.copy_bytes_per_s
-    sent, received = hops[0].sent * copying, hops[-1].received * copying
-    wires: list[_Wire | None] = []
-    for stage in range(num_stages):
-        if not len(routes.of_stage(stage)):
-            wires.append(None)
-            continue
-        # What leaves is packed, and what comes home is taken in.
-        there = Leg(sent[:2, stage], tuple(tuple(kind[:2, stage] for kind in hop) for hop in by_kind))
-        back = tuple(tuple(kind[2:, stage] for kind in hop) for hop in reversed(by_kind))
-        home = Leg(received[2:, stage], back, sent[2:, stage])
-        wires.append(_Wire(there, home, tuple(_Peers.of(table.of_stage(stage), size) for table in tables)))
-    return wires
+    ways = legs(
+        [hop.seconds(weights, hardware) for hop in hops],
+        hops[0].sent * copying,
+        hops[-1].received * copying,
+        by_host=hardware.hops_by_host,
+    )
+    return [
+        _Wire(*ways[stage], tuple(_Peers.of(table.of_stage(stage), size) for table in tables))
+        if len(routes.of_stage(stage))
+        else None
+        for stage in range(num_stages)
+    ]
 
 
 def traffic_matrix(plan: Plan, heads: Heads, *, bins: int | None = None) -> FloatArray:
